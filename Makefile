@@ -1,0 +1,39 @@
+# Needs Python >= 3.11, pip and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+CHECKED := noisear_rl envs algos tests benchmarks
+
+.PHONY: help install demo test test-slow lint format clean
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## Create .venv with the tested versions
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed; set PYTHON="'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## Train a noise prior on the embedded denoiser and compare it with Gaussian noise (5 minutes)
+	$(RUN) -m noisear_rl.cli demo
+
+test: install  ## Run the test suite
+	$(RUN) -m pytest
+
+test-slow: install  ## Run the tests that take minutes
+	$(RUN) -m pytest -m slow
+
+lint: install  ## Check style and types
+	$(VENV)/bin/ruff check $(CHECKED)
+	$(VENV)/bin/ruff format --check $(CHECKED)
+	$(VENV)/bin/mypy
+
+format: install  ## Format the code
+	$(VENV)/bin/ruff check --fix $(CHECKED)
+	$(VENV)/bin/ruff format $(CHECKED)
+
+clean:  ## Remove what can be made again
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache

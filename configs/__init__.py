@@ -1,0 +1,1 @@
+"""YAML presets of the algorithms; the command line overrides them."""

@@ -1,0 +1,163 @@
+"""What the scalar and the batched environment share: spaces, prompts, and the end of an episode.
+
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
+from noisear_rl.patches import sequence_shape, unpatchify
+from noisear_rl.rewards import WeightedReward, load_reward
+
+ACTION_BOUND = 10.0
+EXAMPLE_PROMPTS = (
+    "a red cube on top of a blue sphere",
+    "three apples on a wooden table",
+    "a photo of a dog left of a bench",
+    "a watercolor painting of a lighthouse at dawn",
+)
+
+
+@dataclass
+class Outcome:
+    """What ``B`` finished episodes gave.
+
+    Attributes:
+        rewards: ``(B,)`` float32.
+        components: Every scorer's own ``(B,)`` score by name.
+        noise: ``(B, C, h, w)`` float32.
+        images: ``(B, 3, H, W)`` float32 in [0, 1].
+    """
+
+    rewards: np.ndarray
+    components: dict[str, np.ndarray]
+    noise: np.ndarray
+    images: torch.Tensor
+
+
+class NoiseTask:
+    """A denoiser, a reward and prompts, seen as an episodic task.
+
+    Args:
+        denoiser: Name or object.
+        reward: Name, weights by name, or object; ``None`` for the denoiser's default.
+        prompts: Prompts; a text file with one a line; for ``shapes`` also a split's name. ``None`` for the
+            training captions (``shapes``) or a few examples (others).
+        patch_size: Patch side; ``None`` for the denoiser's own.
+        **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
+
+    Raises:
+        ValueError: If a name or an option is unknown, or there is no prompt.
+        FileNotFoundError: If weights or the prompt file are missing.
+    """
+
+    def __init__(
+        self,
+        denoiser: str | Denoiser,
+        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        prompts: str | Sequence[str] | None = None,
+        patch_size: int | None = None,
+        **denoiser_options: Any,
+    ):
+        if isinstance(denoiser, str):
+            denoiser = load_denoiser(denoiser, **denoiser_options)
+        elif denoiser_options:
+            raise ValueError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
+        self.denoiser = denoiser
+        self.prompts = load_prompts(prompts, denoiser.name)
+        if reward is None:
+            if denoiser.name != "shapes":
+                raise ValueError(f"denoiser {denoiser.name!r} has no default reward; name one: reward=...")
+            reward = "shapes-match"
+        self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward)
+        self.patch_size = patch_size or denoiser.patch_size
+        self.n_patches, self.patch_dim = n, a = sequence_shape(denoiser.latent_shape, self.patch_size)
+        length, width = denoiser.text_shape
+        self.action_space = spaces.Box(-ACTION_BOUND, ACTION_BOUND, (a,), np.float32)
+        self.observation_space = spaces.Dict(
+            {
+                "patches": spaces.Box(-ACTION_BOUND, ACTION_BOUND, (n, a), np.float32),
+                "step": spaces.Discrete(n + 1),
+                "text": spaces.Box(-np.inf, np.inf, (length, width), np.float32),
+                "text_mask": spaces.MultiBinary(length),
+            }
+        )
+
+    def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
+        """Draws an episode's prompt and denoising seed; both follow from the generator's state alone."""
+        index, seed = np_random.integers(len(self.prompts)), np_random.integers(2**31)
+        return self.prompts[index] if prompt is None else prompt, int(seed)
+
+    def check_action(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Clips actions ``(…, A)`` to the bounds; also says which were clipped.
+
+        Raises:
+            ValueError: If an action has the wrong shape, is not a number or is infinite.
+        """
+        action = np.asarray(action)
+        if action.shape[-1:] != (self.patch_dim,) or not np.issubdtype(action.dtype, np.number):
+            raise ValueError(f"expected a patch of {self.patch_dim} numbers, got shape {action.shape} {action.dtype}")
+        if not np.isfinite(action).all():
+            raise ValueError("action holds NaN or infinite values")
+        clipped = np.abs(action).max(-1) > ACTION_BOUND
+        return np.clip(action, -ACTION_BOUND, ACTION_BOUND).astype(np.float32), clipped
+
+    def finish(
+        self, patches: np.ndarray, conditioning: Conditioning, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Outcome:
+        """Denoises and scores full noises ``(B, N, A)``."""
+        noise = unpatchify(torch.from_numpy(patches), self.denoiser.latent_shape, self.patch_size)
+        images = self.denoiser.denoise(noise, conditioning, seeds)
+        components = self.reward.components(images, prompts)
+        rewards = self.reward.total(components)
+        return Outcome(
+            rewards.cpu().numpy(),
+            {name: values.cpu().numpy() for name, values in components.items()},
+            noise.numpy().copy(),
+            images,
+        )
+
+    def picture(self, patches: np.ndarray) -> np.ndarray:
+        """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white."""
+        size, shape = self.denoiser.image_size, self.denoiser.latent_shape
+        latent = unpatchify(torch.from_numpy(patches[None]), shape, self.patch_size)[0]
+        if len(latent) < 3:
+            latent = latent[:1].expand(3, -1, -1)
+        shown = torch.nn.functional.interpolate(latent[None, :3], size=(size, size))[0]
+        return to_uint8(((shown + 3) / 6).clamp(0, 1))
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Picture ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
+    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str]:
+    """Resolves the ``prompts`` argument of :class:`NoiseTask`.
+
+    Raises:
+        ValueError: If there is no prompt, or one is empty.
+        FileNotFoundError: If a string is neither a split nor a file.
+    """
+    from noisear_rl.denoisers.shapes.captions import SPLITS, captions_of
+
+    if prompts is None:
+        prompts = "train" if denoiser == "shapes" else EXAMPLE_PROMPTS
+    if isinstance(prompts, str):
+        if denoiser == "shapes" and prompts in SPLITS:
+            return [caption.text for caption in captions_of(prompts)]
+        if not Path(prompts).is_file():
+            raise FileNotFoundError(f"prompts: {prompts!r} is neither a file nor (for 'shapes') one of {SPLITS}")
+        prompts = [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]
+    if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+        raise ValueError("prompts must be a non-empty list of non-empty strings")
+    return list(prompts)

@@ -1,0 +1,124 @@
+"""The batched environment: many noises at once, denoised together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from noisear_rl.denoisers import Denoiser
+from noisear_rl.envs.noise_task import NoiseTask, to_uint8
+from noisear_rl.rewards import WeightedReward
+
+
+class NoiseVectorEnv(VectorEnv):
+    """``num_envs`` copies of :class:`~noisear_rl.envs.noise_env.NoiseEnv` that act and denoise together.
+
+    Same spaces (batched), same seeds → same episodes as the scalar environment: ``reset(seed=s)`` seeds
+    copy ``i`` with ``s + i``. All episodes end at the same step; the step after it starts new ones and
+    ignores its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
+    ``reset(options={"prompts": [...]})`` sets the prompts, one a copy.
+
+    Attributes:
+        images: The last pictures ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        denoiser: str | Denoiser = "shapes",
+        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        prompts: str | Sequence[str] | None = None,
+        patch_size: int | None = None,
+        render_mode: str | None = None,
+        **denoiser_options: Any,
+    ):
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.task = NoiseTask(denoiser, reward, prompts, patch_size, **denoiser_options)
+        self.single_observation_space = self.task.observation_space
+        self.single_action_space = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.images = None
+        self._generators: list[np.random.Generator] = []
+        self._step = -1
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts ``num_envs`` episodes."""
+        if seed is not None or not self._generators:
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            seeds = [None] * self.num_envs if seeds is None else list(seeds)
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"expected {self.num_envs} seeds, got {len(seeds)}")
+            self._generators = [seeding.np_random(s)[0] for s in seeds]
+        prompts = (options or {}).get("prompts", [None] * self.num_envs)
+        if len(prompts) != self.num_envs:
+            raise ValueError(f"expected {self.num_envs} prompts, got {len(prompts)}")
+        drawn = [self.task.draw(rng, prompt) for rng, prompt in zip(self._generators, prompts, strict=True)]
+        self._prompts, self._seeds = [prompt for prompt, _ in drawn], [s for _, s in drawn]
+        self._conditioning = self.task.denoiser.encode(self._prompts)
+        self._text = self._conditioning.policy_embeds.float().cpu().numpy()
+        self._mask = self._conditioning.policy_mask.cpu().numpy().astype(np.int8)
+        self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
+        self._step, self.images = 0, None
+        return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Appends a patch to every noise, ``(B, A)``; denoises and scores after the last one."""
+        if self._step < 0:
+            raise ResetNeeded("call reset() before step()")
+        rewards, never = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+        if self._step == self.task.n_patches:  # the step after the end: new episodes
+            observation, info = self.reset()
+            return observation, rewards, never, never.copy(), info
+        patches, clipped = self.task.check_action(actions)
+        if patches.shape != self.action_space.shape:
+            raise ValueError(f"expected patches {self.action_space.shape}, got {patches.shape}")
+        self._patches[:, self._step] = patches
+        self._step += 1
+        info = self._info(prompt=np.array(self._prompts, dtype=object), clipped=clipped)
+        terminated = np.full(self.num_envs, self._step == self.task.n_patches)
+        if terminated[0]:
+            outcome = self.task.finish(self._patches.copy(), self._conditioning, self._prompts, self._seeds)
+            rewards, self.images = outcome.rewards.astype(np.float64), outcome.images
+            scores = {f"reward/{name}": values for name, values in outcome.components.items()}
+            info |= self._info(noise=outcome.noise, **scores)
+        return self._observation(), rewards, terminated, never, info
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One ``(H, W, 3)`` uint8 picture a copy: the noise so far, or the image after the last patch."""
+        if self.render_mode is None:
+            return None
+        if self._step < 0:
+            raise ResetNeeded("call reset() before render()")
+        if self.images is None:
+            return tuple(self.task.picture(patches) for patches in self._patches)
+        return tuple(to_uint8(image) for image in self.images)
+
+    def _info(self, **values: np.ndarray) -> dict[str, Any]:
+        """Gymnasium's form: every key has a mask ``_key`` of the copies it holds for."""
+        masks = {f"_{key}": np.ones(self.num_envs, dtype=bool) for key in values}
+        return values | masks
+
+    def _observation(self) -> dict[str, Any]:
+        return {
+            "patches": self._patches.copy(),
+            "step": np.full(self.num_envs, self._step, dtype=np.int64),
+            "text": self._text.copy(),
+            "text_mask": self._mask.copy(),
+        }

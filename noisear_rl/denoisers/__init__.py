@@ -1,0 +1,128 @@
+"""Denoisers: frozen text-to-image diffusion models, and what the rest of the library may ask of them.
+
+Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+__all__ = ["Conditioning", "Denoiser", "load_denoiser"]
+
+
+@dataclass
+class Conditioning:
+    """Everything a denoiser derives from prompts, sliced and moved as one object.
+
+    Attributes:
+        prompts: ``B`` texts.
+        policy_embeds: ``(B, L, D)`` float32; what the policy sees.
+        policy_mask: ``(B, L)`` bool; true where a token is not padding.
+        inputs: Tensors ``(B, …)`` by the name of the pipeline's argument.
+    """
+
+    prompts: list[str]
+    policy_embeds: torch.Tensor
+    policy_mask: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: slice | Sequence[int]) -> Conditioning:
+        rows = range(len(self))[index] if isinstance(index, slice) else list(index)
+        at = torch.as_tensor(list(rows), dtype=torch.long, device=self.policy_embeds.device)
+        return Conditioning(
+            [self.prompts[i] for i in rows],
+            self.policy_embeds[at],
+            self.policy_mask[at],
+            {key: value[at] for key, value in self.inputs.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """Moves every tensor."""
+        inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        return Conditioning(self.prompts, self.policy_embeds.to(device), self.policy_mask.to(device), inputs)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Joins along the batch."""
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            torch.cat([part.policy_embeds for part in parts]),
+            torch.cat([part.policy_mask for part in parts]),
+            {key: torch.cat([part.inputs[key] for part in parts]) for key in parts[0].inputs},
+        )
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A frozen text-to-image diffusion model.
+
+    Attributes:
+        name: What :func:`load_denoiser` calls it.
+        latent_shape: ``(C, h, w)`` of its initial noise.
+        image_size: Height and width of its pictures in pixels.
+        text_shape: ``(L, D)`` of ``policy_embeds``.
+        patch_size: Patch side that cuts its noise into the paper's 16 patches.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+    """
+
+    name: str
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    text_shape: tuple[int, int]
+    patch_size: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs (guidance counts twice)."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeds prompts; the same prompt is computed once."""
+        ...
+
+    def denoise(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Turns unit-variance noise ``(B, C, h, w)`` into images ``(B, 3, H, W)`` in [0, 1], float32."""
+        ...
+
+    def predict_noise(
+        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        """Guided ε-prediction at one timestep: ``(B, C, h, w)`` float32."""
+        ...
+
+    def ddim_schedule(self, num_inference_steps: int) -> DDIMScheduler:
+        """A DDIM scheduler on the model's own noise schedule, its timesteps set."""
+        ...
+
+
+def load_denoiser(name: str, **options: Any) -> Denoiser:
+    """Loads a denoiser by name.
+
+    Args:
+        name: ``shapes`` (embedded), ``sdxl``, ``dreamshaper``, ``hunyuan-dit``, or the folder of a diffusers
+            SDXL pipeline.
+        **options: Overrides for the preset: ``num_inference_steps``, ``guidance_scale``, ``device``,
+            ``dtype`` (``auto``, ``float32``, ``bfloat16``, ``float16``), ``micro_batch_size``.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+        FileNotFoundError: If the weights are not on this machine and cannot be fetched.
+    """
+    from noisear_rl.denoisers.diffusion_pipeline import load_pipeline_denoiser
+
+    return load_pipeline_denoiser(name, **options)

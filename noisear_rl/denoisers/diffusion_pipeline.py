@@ -1,0 +1,288 @@
+"""A diffusers text-to-image pipeline as a :class:`~noisear_rl.denoisers.Denoiser`.
+
+The embedded ``shapes`` model and SDXL are the same class with other weights: the pipeline's own
+``encode_prompt`` and ``__call__`` do the work, so that our images are the pipeline's images.
+
+Shapes: ``B`` batch, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+
+from noisear_rl.denoisers import Conditioning
+from noisear_rl.denoisers.shapes import architecture as shapes_architecture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a published pipeline is set up (NoiseAR, appendix E).
+
+    Attributes:
+        path: Folder or Hub id.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance.
+        patch_size: Patch side that gives 16 patches.
+        scheduler: ``"dpm"`` replaces the scheduler by DPMSolverMultistep, ``None`` keeps the pipeline's.
+        load: Keyword arguments for ``from_pretrained``.
+    """
+
+    path: str
+    num_inference_steps: int
+    guidance_scale: float
+    patch_size: int
+    scheduler: str | None = "dpm"
+    load: tuple[tuple[str, Any], ...] = ()
+
+
+_FP16 = (("variant", "fp16"), ("use_safetensors", True))
+PRESETS: dict[str, Preset] = {
+    "shapes": Preset(str(shapes_architecture.ASSETS / "pipeline"), 4, 3.0, 2, scheduler=None),
+    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.5, 32, load=_FP16),
+    "dreamshaper": Preset("Lykon/dreamshaper-xl-v2-turbo", 50, 3.5, 32, load=_FP16),
+    "hunyuan-dit": Preset("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 50, 5.5, 32),
+}
+
+
+def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenoiser:
+    """Builds the denoiser of a preset or of a pipeline folder; see :func:`noisear_rl.denoisers.load_denoiser`."""
+    if name in PRESETS:
+        preset = PRESETS[name]
+    elif Path(name).is_dir():
+        preset = Preset(name, 50, 5.5, 32)
+    else:
+        raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
+    fields = {key: options.pop(key) for key in ("num_inference_steps", "guidance_scale", "patch_size") if key in options}
+    preset = replace(preset, **fields)
+    allowed = set(inspect.signature(DiffusionPipelineDenoiser).parameters) - {"pipeline", "name"}
+    if unknown := set(options) - allowed:
+        raise ValueError(f"unknown denoiser option {sorted(unknown)}; expected some of {sorted(allowed)}")
+    with _quiet():
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(preset.path, **dict(preset.load))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"the weights of {name!r} ({preset.path}) could not be loaded: download them first "
+                f"(`hf download {preset.path}`) or name a local folder; the embedded denoiser 'shapes' needs none. "
+                f"Cause: {str(error).splitlines()[0]}"
+            ) from error
+    if preset.scheduler == "dpm":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    options.setdefault("num_inference_steps", preset.num_inference_steps)
+    options.setdefault("guidance_scale", preset.guidance_scale)
+    return DiffusionPipelineDenoiser(pipeline, name=name, patch_size=preset.patch_size, **options)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps diffusers' loading bars out of other progress bars."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _auto_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+class DiffusionPipelineDenoiser:
+    """A frozen diffusers pipeline behind the :class:`~noisear_rl.denoisers.Denoiser` protocol.
+
+    On a CPU, reduced precision is autocast over float32 weights; elsewhere the weights themselves are cast.
+
+    Args:
+        pipeline: An SDXL-class pipeline.
+        name: How it is called in records.
+        patch_size: Patch side for policies.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        device: Where it runs.
+        dtype: ``auto`` (half precision where the device is fast at it) or a torch dtype's name.
+        micro_batch_size: Images denoised at once.
+
+    Raises:
+        ValueError: If an argument is out of range or the pipeline's class is not supported.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        name: str,
+        patch_size: int,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.5,
+        device: str | torch.device = "cpu",
+        dtype: str = "auto",
+        micro_batch_size: int = 64,
+    ):
+        if not isinstance(pipeline, StableDiffusionXLPipeline):
+            raise ValueError(f"{type(pipeline).__name__} is not supported yet; expected a StableDiffusionXLPipeline")
+        if num_inference_steps < 1 or micro_batch_size < 1:
+            raise ValueError("num_inference_steps and micro_batch_size must be at least 1")
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; expected 'auto' or one of {sorted(DTYPES)}")
+        self.device = torch.device(device)
+        self.dtype = _auto_dtype(self.device) if dtype == "auto" else DTYPES[dtype]
+        self.pipeline = pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        weights = self.dtype if self.device.type != "cpu" else torch.float32
+        self.pipeline.to(self.device, weights)
+        for module in self.pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.eval().requires_grad_(False)
+        self.name, self.patch_size = name, patch_size
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self.micro_batch_size = micro_batch_size
+        unet = pipeline.unet.config
+        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+        self.image_size = unet.sample_size * pipeline.vae_scale_factor
+        self.text_shape = (pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
+        self._cache: dict[str, Conditioning] = {}
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs (guidance counts twice)."""
+        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeds prompts; each distinct prompt is computed once and alone, so that batches do not matter.
+
+        Raises:
+            ValueError: If a prompt is empty.
+        """
+        for prompt in prompts:
+            if prompt not in self._cache:
+                self._cache[prompt] = self._encode_one(prompt)
+        return Conditioning.concatenate([self._cache[prompt] for prompt in prompts])
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        if not prompt.strip():
+            raise ValueError("empty prompt: say what the picture must show")
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(prompt).input_ids
+        if len(ids) > tokenizer.model_max_length:
+            warnings.warn(
+                f"prompt of {len(ids)} tokens is cut to {tokenizer.model_max_length}: {prompt!r}", stacklevel=4
+            )
+        known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in known:
+            warnings.warn(f"prompt holds words the text encoder does not know: {prompt!r}", stacklevel=4)
+        positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt, device=self.device, do_classifier_free_guidance=True
+        )
+        length = torch.arange(positive.shape[1], device=self.device)
+        return Conditioning(
+            [prompt],
+            positive.float(),
+            (length < min(len(ids), positive.shape[1]))[None],
+            {
+                "prompt_embeds": positive,
+                "negative_prompt_embeds": negative,
+                "pooled_prompt_embeds": pooled,
+                "negative_pooled_prompt_embeds": negative_pooled,
+            },
+        )
+
+    def _check(self, noise: torch.Tensor, conditioning: Conditioning) -> None:
+        expected = (len(conditioning), *self.latent_shape)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"expected noise {expected}, got {tuple(noise.shape)}")
+        if not noise.is_floating_point():
+            raise ValueError(f"expected floating-point noise, got {noise.dtype}")
+        if not noise.isfinite().all():
+            raise ValueError("noise holds NaN or infinite values")
+
+    @torch.inference_mode()
+    def denoise(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Turns noise into images.
+
+        Args:
+            noise: ``(B, C, h, w)``, unit variance, finite. Not changed.
+            conditioning: Of the same ``B`` prompts.
+            seeds: One a sample, for schedulers that draw noise of their own.
+
+        Returns:
+            ``(B, 3, H, W)`` float32 in [0, 1] on the pipeline's device.
+
+        Raises:
+            ValueError: If the noise has the wrong shape or type, or is not finite.
+        """
+        self._check(noise, conditioning)
+        images = []
+        for start in range(0, len(noise), self.micro_batch_size):
+            rows = slice(start, start + self.micro_batch_size)
+            generators = None
+            if seeds is not None:
+                generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in list(seeds)[rows]]
+            with self._autocast():
+                output = self.pipeline(
+                    latents=noise[rows].to(self.device, self.pipeline.unet.dtype, copy=True),
+                    generator=generators,
+                    num_inference_steps=self.num_inference_steps,
+                    guidance_scale=self.guidance_scale,
+                    output_type="pt",
+                    **conditioning[rows].inputs,
+                )
+            images.append(output.images.float().clamp(0, 1))
+        return torch.cat(images).clone() if images else noise.new_zeros(0, 3, self.image_size, self.image_size)
+
+    @torch.inference_mode()
+    def predict_noise(
+        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        """Guided prediction ``ε_u + g·(ε_c − ε_u)`` at one timestep: ``(B, C, h, w)`` float32."""
+        self._check(latents, conditioning)
+        guided = guidance_scale != 1
+        size = (self.image_size, self.image_size)
+        inputs = conditioning.inputs
+        dtype = self.pipeline.unet.dtype
+        ids = self.pipeline._get_add_time_ids(
+            size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=inputs["pooled_prompt_embeds"].shape[-1]
+        )
+        sides = ("negative_", "") if guided else ("",)
+        outputs = []
+        for side in sides:
+            added = {
+                "text_embeds": inputs[f"{side}pooled_prompt_embeds"],
+                "time_ids": ids.to(self.device).expand(len(latents), -1),
+            }
+            with self._autocast():
+                outputs.append(
+                    self.pipeline.unet(
+                        latents.to(self.device, dtype),
+                        timestep,
+                        encoder_hidden_states=inputs[f"{side}prompt_embeds"],
+                        added_cond_kwargs=added,
+                    ).sample.float()
+                )
+        return (outputs[0] + guidance_scale * (outputs[1] - outputs[0]) if guided else outputs[0]).clone()
+
+    def ddim_schedule(self, num_inference_steps: int) -> DDIMScheduler:
+        """A DDIM scheduler on the model's own noise schedule, its timesteps set."""
+        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler

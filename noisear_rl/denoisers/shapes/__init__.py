@@ -1,0 +1,1 @@
+"""The embedded denoiser ``shapes``: its world, its training and its judges."""

@@ -1,0 +1,71 @@
+"""Writes the trained parts as a diffusers folder and judges, and the card that says where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModelWithProjection
+
+from noisear_rl.denoisers.shapes import architecture
+from noisear_rl.denoisers.shapes.detectors import Detector
+
+LICENSE = "apache-2.0"
+
+
+def export(
+    assets: Path,
+    logs: Path,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    unet: UNet2DConditionModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    train_detector: Detector,
+    held_out_detector: Detector,
+) -> None:
+    """Writes ``assets/pipeline``, ``assets/clip``, both detectors and ``assets/README.md``; weights are float16.
+
+    Args:
+        assets: Target folder.
+        logs: Folder of the training's ``<stage>.jsonl`` files, for the card.
+        vae: Trained autoencoder.
+        clip: Trained CLIP; its text tower becomes the first text encoder.
+        unet: Trained denoiser.
+        text_encoder_2: Trained with the denoiser.
+        train_detector: Judge for rewards.
+        held_out_detector: Judge for evaluation.
+    """
+    text_encoder, _ = architecture.build_text_encoders(clip)
+    tokenizer = architecture.build_tokenizer()
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**architecture.SCHEDULE),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(assets / "pipeline", safe_serialization=True)
+    clip.half().save_pretrained(assets / "clip")
+    train_detector.save(assets / "train_detector")
+    held_out_detector.save(assets / "held_out_detector")
+    rows = []
+    modules = {"vae": vae, "clip": clip, "unet": unet, "train_detector": train_detector}
+    modules["held_out_detector"] = held_out_detector
+    for stage, module in modules.items():
+        last = json.loads((logs / f"{stage}.jsonl").read_text().splitlines()[-1])
+        millions = sum(p.numel() for p in module.parameters()) / 1e6
+        rows.append(
+            f"| {stage} | {type(module).__name__} | {millions:.2f} M | {last['step']} | {last['seconds'] / 60:.0f} "
+            f"| {last['loss']} |"
+        )
+    (assets / "training.md").write_text(
+        "| stage | class | parameters | steps | minutes on 2 CPU cores | last loss |\n|---|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )

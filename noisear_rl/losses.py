@@ -1,0 +1,90 @@
+"""Losses and estimators as pure functions of tensors.
+
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch. Log-probabilities are per patch, summed over
+its elements, in nats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributions import Independent
+
+BASELINES = ("none", "ema", "group", "leave_one_out")
+
+
+def nll_loss(distribution: Independent, target: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of target patches, per element (NoiseAR §2.3).
+
+    Args:
+        distribution: Batch shape ``(B, N)``, event shape ``(A,)``.
+        target: ``(B, N, A)``.
+
+    Returns:
+        A scalar: nats per element, so that its scale does not depend on the latent's size.
+    """
+    return -distribution.log_prob(target).mean() / target.shape[-1]
+
+
+def reconstruction_loss(distribution: Independent, target: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Mean squared error between reparameterised samples and target patches (NoiseAR §2.3).
+
+    Args:
+        distribution: Batch shape ``(B, N)``, event shape ``(A,)``.
+        target: ``(B, N, A)``.
+        noise: Standard normal ``(B, N, A)`` for the reparameterisation.
+    """
+    sample = distribution.base_dist.mean + distribution.base_dist.stddev * noise
+    return (sample - target).square().mean()
+
+
+def group_advantages(
+    rewards: torch.Tensor, groups: torch.Tensor, baseline: str, ema: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rewards minus a baseline that does not depend on the episode's own actions.
+
+    Args:
+        rewards: ``(B,)``, one an episode.
+        groups: ``(B,)`` integers; episodes of one prompt share a number.
+        baseline: ``none``; ``ema`` (a running mean, given as ``ema``); ``group`` (mean of the prompt's
+            episodes; biased by ``1/n``, since it includes the episode itself); ``leave_one_out`` (mean of the
+            prompt's other episodes; unbiased, Kool et al. 2019).
+        ema: Scalar, for ``baseline="ema"``.
+
+    Returns:
+        ``(B,)`` advantages in units of reward.
+
+    Raises:
+        ValueError: If the baseline is unknown, or ``leave_one_out`` meets a group of one.
+    """
+    if baseline not in BASELINES:
+        raise ValueError(f"unknown baseline {baseline!r}; expected one of {BASELINES}")
+    if baseline == "none":
+        return rewards.clone()
+    if baseline == "ema":
+        return rewards - (0.0 if ema is None else ema)
+    _, index = groups.unique(return_inverse=True)
+    count = torch.zeros(int(index.max()) + 1, device=rewards.device).index_add_(0, index, torch.ones_like(rewards))
+    total = torch.zeros_like(count).index_add_(0, index, rewards)
+    if baseline == "group":
+        return rewards - (total / count)[index]
+    if (count < 2).any():
+        raise ValueError("leave_one_out needs at least two episodes of every prompt")
+    return rewards - (total[index] - rewards) / (count[index] - 1)
+
+
+def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Score-function estimator ``-E[A · log π(x)]`` (Williams 1992), whose gradient is the policy gradient.
+
+    Args:
+        log_prob: ``(B, N)``.
+        advantages: ``(B,)``, one an episode; no gradient flows into them.
+
+    Returns:
+        A scalar, averaged over episodes, summed over patches.
+
+    Raises:
+        ValueError: If advantages are not one an episode (``(B, 1)`` would broadcast silently).
+    """
+    if advantages.shape != log_prob.shape[:1]:
+        raise ValueError(f"expected advantages {tuple(log_prob.shape[:1])}, got {tuple(advantages.shape)}")
+    return -(advantages.detach() * log_prob.sum(1)).mean()

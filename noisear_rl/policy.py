@@ -1,0 +1,403 @@
+"""The autoregressive Gaussian policy over noise patches: NoiseAR §2 (arXiv 2506.01337).
+
+``p(x | text) = Π_i p(x_i | x_<i, text)``; patch ``i`` is a diagonal Gaussian whose mean and log-variance a
+transformer decoder reads off the patches before it and the text. What :meth:`NoiseARPolicy.sample` draws,
+:meth:`NoiseARPolicy.log_prob` scores: temperature and clamping belong to the one density.
+
+Shapes: ``B`` batch, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width,
+``d`` model width, ``H`` heads.
+"""
+
+# No postponed annotations here: the hub mixin reads the type of ``config`` from the signature.
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+
+from noisear_rl.patches import sequence_shape, unpatchify
+
+ARCHITECTURES = ("paper", "reference")
+LOG_VARIANCE_RANGE = (-20.0, 10.0)
+
+
+@dataclass
+class NoiseARConfig:
+    """Sizes of the policy; the defaults fit the embedded ``shapes`` denoiser.
+
+    Attributes:
+        latent_shape: ``(C, *spatial)`` of the denoiser's initial noise.
+        patch_size: Patch side along every spatial axis.
+        text_dim: Width ``D`` of the text embedding.
+        d_model: Width ``d``.
+        d_ff: Hidden width of the feed-forward layers.
+        n_heads: Attention heads.
+        n_layers: Decoder blocks.
+        n_prediction_head: Extra residual-free two-layer blocks in the heads (the reference's ablation).
+        dropout: Dropout probability, active in train mode only.
+        architecture: ``"paper"`` (pre-norm, joint head, starts as N(0, I)) or ``"reference"`` (the authors'
+            released network, same state dict).
+        positions: ``"sinusoidal"`` or ``"learned"`` position encodings (``"paper"`` only).
+        temperature: Factor on the standard deviation. The authors sample with 0.5.
+        learn_log_variance: Whether the log-variance is predicted; if not it is 0.
+    """
+
+    latent_shape: tuple[int, ...] = (4, 8, 8)
+    patch_size: int = 2
+    text_dim: int = 256
+    d_model: int = 128
+    d_ff: int = 256
+    n_heads: int = 4
+    n_layers: int = 2
+    n_prediction_head: int = 0
+    dropout: float = 0.0
+    architecture: str = "paper"
+    positions: str = "sinusoidal"
+    temperature: float = 1.0
+    learn_log_variance: bool = True
+
+    def __post_init__(self) -> None:
+        self.latent_shape = tuple(self.latent_shape)
+        sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.architecture!r}; expected one of {ARCHITECTURES}")
+        if self.positions not in ("sinusoidal", "learned"):
+            raise ValueError(f"positions must be 'sinusoidal' or 'learned', not {self.positions!r}")
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.architecture == "paper" and self.n_prediction_head:
+            raise ValueError("n_prediction_head belongs to architecture='reference'")
+
+
+@dataclass
+class PolicySample:
+    """What :meth:`NoiseARPolicy.sample` returns.
+
+    Attributes:
+        patches: ``(B, N, A)`` float32.
+        log_prob: ``(B, N)`` log-density of each patch, summed over its elements.
+    """
+
+    patches: torch.Tensor
+    log_prob: torch.Tensor
+
+
+def sinusoidal_encoding(length: int, width: int) -> torch.Tensor:
+    """Sine on even and cosine on odd channels: ``(1, length, width)``."""
+    position = torch.arange(length, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+    return torch.stack([(position * rate).sin(), (position * rate).cos()], -1).reshape(1, length, width)
+
+
+def _heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, T, d) → (B, H, T, d/H)
+
+
+def _keys_values(layer: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    d = layer.embed_dim
+    keys, values = F.linear(x, layer.in_proj_weight[d:], layer.in_proj_bias[d:]).chunk(2, -1)
+    return _heads(keys, layer.num_heads), _heads(values, layer.num_heads)
+
+
+def _attend(
+    layer: nn.MultiheadAttention,
+    x: torch.Tensor,
+    keys_values: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Attention of ``x (B, T, d)`` to projected keys and values, with the layer's own weights."""
+    d = layer.embed_dim
+    query = _heads(F.linear(x, layer.in_proj_weight[:d], layer.in_proj_bias[:d]), layer.num_heads)
+    dropout = layer.dropout if layer.training else 0.0
+    mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return layer.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _head(width: int, out: int, blocks: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers += [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)]
+    if not blocks:
+        layers = [nn.Linear(width, 2 * width), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(width if blocks else 2 * width, out))
+
+
+class NoiseARPolicy(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="noisear-rl",
+    tags=["noise-prior", "diffusion", "reinforcement-learning"],
+    license="apache-2.0",
+):
+    """Autoregressive Gaussian policy over the patches of a diffusion model's initial noise.
+
+    Dropout is active in train mode only; reinforcement learning keeps the policy in eval mode, so that the
+    density it samples from is the density it scores.
+
+    Args:
+        config: Sizes and architecture.
+
+    Attributes:
+        n_patches: ``N``.
+        patch_dim: ``A``.
+    """
+
+    def __init__(self, config: NoiseARConfig):
+        super().__init__()
+        self.config = config
+        self.n_patches, self.patch_dim = n, a = sequence_shape(config.latent_shape, config.patch_size)
+        d, paper = config.d_model, config.architecture == "paper"
+        attention = {"num_heads": config.n_heads, "dropout": config.dropout, "batch_first": True}
+        layers = range(config.n_layers)
+        if paper:
+            self.latent_patch_encoder: nn.Module = nn.Linear(a, d)
+            self.learnable_start_token_emb = nn.Parameter(torch.randn(d) * 0.1)
+            self.text_norm = nn.LayerNorm(config.text_dim)
+        else:
+            self.latent_patch_encoder = nn.Sequential(nn.Linear(a, a // 2), nn.SiLU(), nn.Linear(a // 2, d))
+            self.register_buffer("learnable_start_token_emb", torch.randn(d) * 0.1)
+        if paper or config.text_dim != d:
+            self.dim_adapter = nn.Linear(config.text_dim, d)
+        encoding = sinusoidal_encoding(n + 1, d)
+        if paper and config.positions == "learned":
+            self.pos_encoding = nn.Parameter(encoding)
+        else:
+            self.register_buffer("pos_encoding", encoding)
+        self.self_attn_layers = nn.ModuleList(nn.MultiheadAttention(d, **attention) for _ in layers)
+        self.self_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        self.cross_attn_layers = nn.ModuleList(nn.MultiheadAttention(d, **attention) for _ in layers)
+        self.cross_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        self.ffn_layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(d, config.d_ff),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.d_ff, d),
+                nn.Dropout(config.dropout),
+            )
+            for _ in layers
+        )
+        self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        if paper:
+            self.final_norm = nn.LayerNorm(d)
+            self.prediction_head = _head(d, 2 * a if config.learn_log_variance else a, 0)
+            heads = [self.prediction_head]
+        else:
+            self.prediction_head_mu = _head(d, a, config.n_prediction_head)
+            self.prediction_head_logvar = _head(d, a, config.n_prediction_head)
+            heads = [self.prediction_head_mu, self.prediction_head_logvar]
+        for head in heads:  # an untrained policy is N(0, I)
+            nn.init.zeros_(head[-1].weight)
+            nn.init.zeros_(head[-1].bias)
+
+    # The network ---------------------------------------------------------------------------------------
+
+    def _text(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> tuple[list, torch.Tensor | None]:
+        """Keys and values of the text for every block, and the attention mask ``(B, 1, 1, L)``."""
+        paper = self.config.architecture == "paper"
+        text = text.to(self.pos_encoding.dtype)
+        if paper:
+            text = self.text_norm(text)
+        if hasattr(self, "dim_adapter"):
+            text = self.dim_adapter(text)  # (B, L, d)
+        mask = text_mask.bool()[:, None, None] if paper and text_mask is not None else None
+        return [_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+
+    def _decode(
+        self, x: torch.Tensor, text: tuple[list, torch.Tensor | None], cache: list | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and heads: tokens ``(B, T, d)`` → mean and log-variance ``(B, T, A)``.
+
+        With a cache, ``x`` is the one next token and ``cache`` holds the keys and values of all before.
+        """
+        paper = self.config.architecture == "paper"
+        keys_values, mask = text
+        for i in range(self.config.n_layers):
+            normed = self.self_attn_norm[i](x)
+            own = _keys_values(self.self_attn_layers[i], normed)
+            if cache is not None:
+                if cache[i] is not None:
+                    own = tuple(torch.cat([old, new], 2) for old, new in zip(cache[i], own, strict=True))
+                cache[i] = own
+            update = _attend(self.self_attn_layers[i], normed, own, causal=cache is None)
+            x = (x if paper else normed) + update
+            normed = self.cross_attn_norm[i](x)
+            update = _attend(self.cross_attn_layers[i], normed, keys_values[i], mask)
+            x = (x if paper else normed) + update
+            normed = self.ffn_norm[i](x)
+            x = (x if paper else normed) + self.ffn_layers[i](normed)
+        if not paper:
+            return self.prediction_head_mu(x), self.prediction_head_logvar(x)
+        out = self.prediction_head(self.final_norm(x))
+        if self.config.learn_log_variance:
+            mean, log_variance = out.chunk(2, -1)
+            return mean, log_variance
+        return out, torch.zeros_like(out)
+
+    def _gaussian(self, mean: torch.Tensor, log_variance: torch.Tensor) -> Independent:
+        std = self.config.temperature * torch.exp(0.5 * log_variance.float().clamp(*LOG_VARIANCE_RANGE))
+        return Independent(Normal(mean.float(), std, validate_args=False), 1, validate_args=False)
+
+    def _token(self, patch: torch.Tensor | None, position: int, batch: int) -> torch.Tensor:
+        """The token at a position, ``(B, 1, d)``: the start token, or the embedded patch before it."""
+        if patch is None:
+            token = self.learnable_start_token_emb.expand(batch, 1, -1)
+        else:
+            token = self.latent_patch_encoder(patch.to(self.pos_encoding.dtype))[:, None]
+        return token + self.pos_encoding[:, position : position + 1]
+
+    # The density ---------------------------------------------------------------------------------------
+
+    def distribution(
+        self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
+    ) -> Independent:
+        """The Gaussian of every patch given those before it (teacher forcing, §2.3).
+
+        Args:
+            patches: ``(B, N, A)``, finite.
+            text: Text embedding ``(B, L, D)``.
+            text_mask: ``(B, L)``, true where a token counts; ``None`` for all. ``"reference"`` ignores it.
+
+        Returns:
+            ``Independent(Normal)`` with batch shape ``(B, N)`` and event shape ``(A,)``, float32.
+
+        Raises:
+            ValueError: If a shape is wrong or a patch is not finite.
+        """
+        self._check_text(text, text_mask)
+        expected = (len(text), self.n_patches, self.patch_dim)
+        if tuple(patches.shape) != expected:
+            raise ValueError(f"expected patches {expected}, got {tuple(patches.shape)}")
+        if not patches.isfinite().all():
+            raise ValueError("patches hold NaN or infinite values")
+        start = self.learnable_start_token_emb.expand(len(patches), 1, -1)
+        past = self.latent_patch_encoder(patches[:, :-1].to(self.pos_encoding.dtype))  # (B, N-1, d)
+        tokens = torch.cat([start, past], 1) + self.pos_encoding[:, : self.n_patches]
+        return self._gaussian(*self._decode(tokens, self._text(text, text_mask)))
+
+    def log_prob(
+        self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Log-density of each patch ``(B, N)``, in nats, summed over its ``A`` elements."""
+        return self.distribution(patches, text, text_mask).log_prob(patches.float())
+
+    def kl_divergence(
+        self,
+        patches: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None = None,
+        other: "NoiseARPolicy | None" = None,
+    ) -> torch.Tensor:
+        """Closed-form KL of each patch's Gaussian to another's, given the same prefix: ``(B, N)`` in nats.
+
+        Summed over patches and averaged over this policy's own samples it estimates the KL of the whole
+        noise.
+
+        Args:
+            patches: ``(B, N, A)``.
+            text: ``(B, L, D)``.
+            text_mask: ``(B, L)`` or ``None``.
+            other: The second policy; ``None`` for N(0, I).
+        """
+        own = self.distribution(patches, text, text_mask)
+        if other is None:
+            return kl_to_gaussian(own)
+        return kl_divergence(own, other.distribution(patches, text, text_mask))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> PolicySample:
+        """Draws noise patch by patch (§2.4).
+
+        Args:
+            text: ``(B, L, D)``.
+            text_mask: ``(B, L)`` or ``None``.
+            seeds: One seed a sample; the same seed gives the same noise at any batch size.
+            generator: Source of randomness where no seeds are given; ``None`` for torch's own.
+            use_cache: Keep keys and values (default), or recompute the prefix at every patch.
+
+        Raises:
+            ValueError: If shapes or the number of seeds are wrong.
+        """
+        self._check_text(text, text_mask)
+        b, device = len(text), text.device
+        if seeds is None:
+            on = generator.device if generator is not None else device
+            noise = torch.randn(b, self.n_patches, self.patch_dim, generator=generator, device=on).to(device)
+        else:
+            noise = standard_noise(seeds, (self.n_patches, self.patch_dim)).to(device)
+            if len(noise) != b:
+                raise ValueError(f"{len(noise)} seeds for {b} samples")
+        prepared = self._text(text, text_mask)
+        cache: list = [None] * self.config.n_layers
+        patches = torch.zeros_like(noise)
+        log_prob = noise.new_zeros(b, self.n_patches)
+        for i in range(self.n_patches):
+            if use_cache:
+                token = self._token(patches[:, i - 1] if i else None, i, b)
+                gaussian = self._gaussian(*self._decode(token, prepared, cache)).base_dist
+                mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
+            else:
+                gaussian = self.distribution(patches, text, text_mask).base_dist
+                mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
+            patches[:, i] = mean + std * noise[:, i]
+            log_prob[:, i] = Normal(mean, std).log_prob(patches[:, i]).sum(-1)
+        return PolicySample(patches, log_prob)
+
+    def noise(self, sample: PolicySample) -> torch.Tensor:
+        """The latents ``(B, C, *spatial)`` of a sample."""
+        return unpatchify(sample.patches, self.config.latent_shape, self.config.patch_size)
+
+    def _check_text(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> None:
+        if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"expected a text embedding (B, L, {self.config.text_dim}), got {tuple(text.shape)}; "
+                "was the policy made for another denoiser?"
+            )
+        if text_mask is not None and text_mask.shape != text.shape[:2]:
+            raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
+
+    # Files ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        try:
+            model.load_state_dict(load_file(model_file, device=map_location))
+        except (SafetensorError, RuntimeError) as error:
+            what = dataclasses.asdict(model.config)
+            raise ValueError(
+                f"{Path(model_file)}: truncated, or not the weights of a policy with {what}: {error}"
+            ) from error
+        return model
+
+
+def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
+    """Closed-form KL to N(0, I) in nats, over the event: batch shape of the distribution."""
+    mean, std = distribution.base_dist.mean, distribution.base_dist.stddev
+    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+
+
+def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """N(0, I) of ``(len(seeds), *shape)`` in which each row depends on its own seed alone."""
+    generator = torch.Generator()
+    rows: list[Any] = [torch.randn(*shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows) if rows else torch.zeros(0, *shape)

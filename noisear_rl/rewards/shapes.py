@@ -1,0 +1,97 @@
+"""Scorers of the shapes world.
+
+Shapes: ``B`` pictures, ``M`` candidates a picture, ``K`` objects that a caption asks for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from noisear_rl.denoisers.shapes.architecture import ASSETS, TEXT_TOKENS
+from noisear_rl.denoisers.shapes.captions import MAX_OBJECTS, CaptionTensors, parse_caption
+from noisear_rl.denoisers.shapes.detectors import MAX_DETECTIONS, CenterDetector, load_detector
+from noisear_rl.denoisers.shapes.world import matches, relation_margin
+
+
+class ShapesMatch:
+    """How much of a caption a picture shows, by the training detector; dense, and smooth where it can be.
+
+    ``0.6 · objects · relation - 0.2 · extra + 0.4 · exact``, where *objects* is the mean over the objects
+    asked for of confidence × P(shape) × P(colour) under the best assignment, *relation* is
+    ``(1 + margin) / 2`` by GenEval's margin (1 where none is asked for), *extra* the summed confidence of
+    unassigned objects, at most 2, and *exact* is 1 if the detected picture is exactly right.
+    Range [-0.4, 1]; 1 is a perfect picture.
+    """
+
+    name = "shapes-match"
+    statistics = (0.71, 0.34)
+
+    def __init__(self) -> None:
+        detector = load_detector(ASSETS / "train_detector")
+        assert isinstance(detector, CenterDetector)
+        self.detector = detector
+        orders = itertools.permutations(range(MAX_DETECTIONS), MAX_OBJECTS)
+        self.assignments = torch.tensor(list(orders))  # (P, K)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)`` in [-0.4, 1].
+
+        Raises:
+            ValueError: If a prompt is not a caption of the shapes world.
+        """
+        captions = CaptionTensors.from_captions([parse_caption(prompt) for prompt in prompts])
+        found = self.detector.candidates(images)
+        right = matches(self.detector.detect(images), captions).diagonal().float()
+        wanted = captions.shape >= 0  # (B, K)
+        by_shape = found.shape.gather(2, captions.shape.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))
+        by_color = found.color.gather(2, captions.color.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))
+        by_color = torch.where(captions.color[:, None] >= 0, by_color, 1.0)
+        fit = found.confidence[..., None] * by_shape * by_color * wanted[:, None]  # (B, M, K)
+        slots = torch.arange(MAX_OBJECTS)
+        objects = fit[:, self.assignments, slots].sum(-1) / wanted.sum(-1, keepdim=True)  # (B, P)
+        first, second = found.center[:, self.assignments[:, 0]], found.center[:, self.assignments[:, 1]]
+        diameter = 2 * found.radius[:, self.assignments]  # (B, P, K)
+        margin = relation_margin(first, second, diameter[..., 0] + diameter[..., 1])  # (B, P, 4)
+        chosen = captions.relation.clamp(min=0)[:, None, None].expand(-1, margin.shape[1], 1)
+        relation = torch.where(captions.relation[:, None] >= 0, (1 + margin.gather(2, chosen)[..., 0]) / 2, 1.0)
+        best = (objects * relation).amax(1)
+        extra = found.confidence.sum(1) - found.confidence.topk(MAX_OBJECTS, 1).values.mul(wanted).sum(1)
+        return 0.6 * best - 0.2 * extra.clamp(0, 2) + 0.4 * right
+
+
+class ShapesClip:
+    """``exp(logit_scale) · cos(text, image)`` of the embedded CLIP, as PickScore is of its own.
+
+    Range about -60 to 60 at the trained scale; compare within a prompt, not across prompts.
+    """
+
+    name = "shapes-clip"
+    statistics = (20.0, 10.0)
+
+    def __init__(self) -> None:
+        self.clip = CLIPModel.from_pretrained(ASSETS / "clip").float().eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
+        self._text: dict[str, torch.Tensor] = {}
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors ``(B, 128)``."""
+        return F.normalize(self.clip.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
+
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors ``(B, 128)``; each prompt is computed once."""
+        for prompt in prompts:
+            if prompt not in self._text:
+                ids = self.tokenizer(
+                    prompt, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+                ).input_ids
+                self._text[prompt] = F.normalize(self.clip.get_text_features(ids).pooler_output, dim=-1)[0]
+        return torch.stack([self._text[prompt] for prompt in prompts])
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``."""
+        return self.clip.logit_scale.exp() * (self.image_features(images) * self.text_features(prompts)).sum(-1)
