@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.error import ResetNeeded
 
 from noisear_rl.denoisers import Denoiser
@@ -72,6 +73,7 @@ class NoiseEnv(gymnasium.Env):
         self.task = NoiseTask(denoiser, reward, prompts, patch_size, **denoiser_options)
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
         self.render_mode = render_mode
+        self._image: torch.Tensor | None = None
         self._step = -1  # no episode yet
 
     def reset(

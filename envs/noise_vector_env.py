@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -50,7 +51,7 @@ class NoiseVectorEnv(VectorEnv):
         self.single_action_space = self.task.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.images = None
+        self.images: torch.Tensor | None = None
         self._generators: list[np.random.Generator] = []
         self._step = -1
 
@@ -76,9 +77,7 @@ class NoiseVectorEnv(VectorEnv):
         self._step, self.images = 0, None
         return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Appends a patch to every noise, ``(B, A)``; denoises and scores after the last one."""
         if self._step < 0:
             raise ResetNeeded("call reset() before step()")

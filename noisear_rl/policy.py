@@ -104,14 +104,14 @@ def _heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, T, d) → (B, H, T, d/H)
 
 
-def _keys_values(layer: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_values(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     d = layer.embed_dim
     keys, values = F.linear(x, layer.in_proj_weight[d:], layer.in_proj_bias[d:]).chunk(2, -1)
     return _heads(keys, layer.num_heads), _heads(values, layer.num_heads)
 
 
 def _attend(
-    layer: nn.MultiheadAttention,
+    layer: Any,  # nn.MultiheadAttention, which ModuleList does not tell
     x: torch.Tensor,
     keys_values: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None = None,
@@ -199,8 +199,8 @@ class NoiseARPolicy(
             self.prediction_head_logvar = _head(d, a, config.n_prediction_head)
             heads = [self.prediction_head_mu, self.prediction_head_logvar]
         for head in heads:  # an untrained policy is N(0, I)
-            nn.init.zeros_(head[-1].weight)
-            nn.init.zeros_(head[-1].bias)
+            for parameter in head[-1].parameters():
+                nn.init.zeros_(parameter)
 
     # The network ---------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class NoiseARPolicy(
             own = _keys_values(self.self_attn_layers[i], normed)
             if cache is not None:
                 if cache[i] is not None:
-                    own = tuple(torch.cat([old, new], 2) for old, new in zip(cache[i], own, strict=True))
+                    own = torch.cat([cache[i][0], own[0]], 2), torch.cat([cache[i][1], own[1]], 2)
                 cache[i] = own
             update = _attend(self.self_attn_layers[i], normed, own, causal=cache is None)
             x = (x if paper else normed) + update
@@ -379,7 +379,9 @@ class NoiseARPolicy(
     # Files ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+    def _load_as_safetensor(  # type: ignore[override]
+        cls, model: Self, model_file: str, map_location: str, strict: bool
+    ) -> Self:
         try:
             model.load_state_dict(load_file(model_file, device=map_location))
         except (SafetensorError, RuntimeError) as error:

@@ -63,7 +63,9 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
         preset = Preset(name, 50, 5.5, 32)
     else:
         raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
-    fields = {key: options.pop(key) for key in ("num_inference_steps", "guidance_scale", "patch_size") if key in options}
+    fields = {
+        key: options.pop(key) for key in ("num_inference_steps", "guidance_scale", "patch_size") if key in options
+    }
     preset = replace(preset, **fields)
     allowed = set(inspect.signature(DiffusionPipelineDenoiser).parameters) - {"pipeline", "name"}
     if unknown := set(options) - allowed:

@@ -30,19 +30,20 @@ class Reward(Protocol):
         ...
 
 
-def _shapes_match() -> Reward:
-    from noisear_rl.rewards.shapes import ShapesMatch
+def _shapes(name: str) -> Callable[[], Reward]:
+    def load() -> Reward:
+        from noisear_rl.rewards import shapes  # loads transformers, so only when asked for
 
-    return ShapesMatch()
+        return getattr(shapes, name)()
 
-
-def _shapes_clip() -> Reward:
-    from noisear_rl.rewards.shapes import ShapesClip
-
-    return ShapesClip()
+    return load
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {"shapes-match": _shapes_match, "shapes-clip": _shapes_clip}
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "shapes-match": _shapes("ShapesMatch"),
+    "shapes-clip": _shapes("ShapesClip"),
+    "shapes-exact": _shapes("ShapesExact"),
+}
 
 
 class WeightedReward:

@@ -95,3 +95,18 @@ class ShapesClip:
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``."""
         return self.clip.logit_scale.exp() * (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+
+class ShapesExact:
+    """1 if the held-out detector finds exactly what the caption says, else 0. For evaluation only."""
+
+    name = "shapes-exact"
+    statistics = (0.6, 0.49)
+
+    def __init__(self) -> None:
+        self.detector = load_detector(ASSETS / "held_out_detector")
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``, 0 or 1."""
+        captions = CaptionTensors.from_captions([parse_caption(prompt) for prompt in prompts])
+        return matches(self.detector.detect(images), captions).diagonal().float()

@@ -135,9 +135,7 @@ def build_clip() -> CLIPModel:
         projection_dim=TEXT_WIDTH,
     )
     text = CLIPTextConfig(**_text_config(build_tokenizer()))
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH)
-    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
 
 
 def build_text_encoders(clip: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

@@ -89,9 +89,9 @@ class Detector(nn.Module):
         x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
         return torch.stack([geometry[:, 0] + x, geometry[:, 1] + y], 1) * (IMAGE_SIZE / self.grid)
 
-    def loss(self, images: torch.Tensor, scenes: Scenes) -> torch.Tensor:
-        """Training loss: objectness everywhere; colour, shape and geometry on the objects' cells."""
-        objectness, color, shape, geometry = self.split(self(images))
+    def loss(self, grid: torch.Tensor, scenes: Scenes) -> torch.Tensor:
+        """Training loss of an output grid: objectness everywhere; the rest on the objects' cells."""
+        objectness, color, shape, geometry = self.split(grid)
         cell = IMAGE_SIZE / self.grid
         axis = (torch.arange(self.grid) + 0.5) * cell
         dx = axis.view(1, 1, 1, -1) - scenes.center[..., 0, None, None]
@@ -101,7 +101,7 @@ class Detector(nn.Module):
         target = self.objectness_target(distance, scenes.radius[..., None, None])  # (B, G, G)
         nearest, owner = distance.min(1)  # (B, G, G)
         inside = nearest < 6.0
-        take = lambda values: values.gather(1, owner.flatten(1)).view_as(owner)  # noqa: E731
+        take = lambda values: values.gather(1, owner.flatten(1)).view_as(owner)
         loss = 20 * F.binary_cross_entropy_with_logits(objectness, target)
         loss = loss + F.cross_entropy(color, take(scenes.color).masked_fill(~inside, -100))
         loss = loss + F.cross_entropy(shape, take(scenes.shape).masked_fill(~inside, -100))
@@ -150,7 +150,7 @@ class CenterDetector(Detector):
         heat = objectness.sigmoid()
         peak = heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]
         confidence, index = (heat * peak).flatten(1).topk(MAX_DETECTIONS, dim=1)  # (B, M)
-        pick = lambda grid: grid.flatten(2).gather(2, index[:, None].expand(-1, grid.shape[1], -1)).mT  # noqa: E731
+        pick = lambda grid: grid.flatten(2).gather(2, index[:, None].expand(-1, grid.shape[1], -1)).mT
         return Candidates(
             confidence,
             pick(shape.softmax(1)),
@@ -177,7 +177,7 @@ class CoreDetector(Detector):
     grid = 32
     min_cells = 4
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 24):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 5, stride=2, padding=2), _Residual(width))
         self.down1 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), _Residual(2 * width))
@@ -205,7 +205,7 @@ class CoreDetector(Detector):
         cells = member.sum(-1)
         found = cells >= self.min_cells
         weight = member.float() / cells.clamp(min=1)[..., None]
-        average = lambda values: torch.einsum("bmg,bcg->bmc", weight, values.flatten(2))  # noqa: E731
+        average = lambda values: torch.einsum("bmg,bcg->bmc", weight, values.flatten(2))
         return Scenes(
             average(shape.softmax(1)).argmax(-1).masked_fill(~found, -1),
             average(color.softmax(1)).argmax(-1).masked_fill(~found, -1),

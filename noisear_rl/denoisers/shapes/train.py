@@ -16,15 +16,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPModel
 
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import (
@@ -38,16 +39,17 @@ from noisear_rl.denoisers.shapes.detectors import CenterDetector, CoreDetector, 
 from noisear_rl.denoisers.shapes.export import export
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
 
-STEPS = {"vae": 2400, "clip": 1600, "unet": 7000, "train_detector": 1500, "held_out_detector": 1500}
+STEPS = {"vae": 2400, "clip": 1600, "unet": 5000, "train_detector": 1200, "held_out_detector": 800}
 # How often each category of captions is drawn for the UNet: more often where more must be bound together.
 SHARES = {"single_object": 1, "colors": 1, "two_object": 2, "counting": 3, "position": 4, "color_attr": 4}
 
 Step = Callable[[int, np.random.Generator], torch.Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def fit(
     name: str,
-    model: nn.Module,
+    model: Model,
     step: Step,
     *,
     folder: Path,
@@ -55,7 +57,7 @@ def fit(
     seed: int,
     save_every: int,
     ema_decay: float = 0.999,
-) -> nn.Module:
+) -> Model:
     """Runs one stage and returns the model with averaged weights.
 
     Args:
@@ -237,7 +239,9 @@ def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options) ->
             images[::2] = (vae(images[::2] * 2 - 1).sample.float() / 2 + 0.5).clamp(0, 1)
         noise = torch.from_numpy(rng.standard_normal(images.shape)).float()
         images = (images + noise * torch.from_numpy(rng.uniform(0, 0.06, (len(images), 1, 1, 1))).float()).clamp(0, 1)
-        return detector.loss(images, scenes)
+        with autocast():
+            grid = detector(images)
+        return detector.loss(grid.float(), scenes)
 
     return fit(name, detector, step, learning_rate=2e-3, **options)
 

@@ -1,0 +1,149 @@
+"""Pretraining on weak-to-strong pairs: negative log-likelihood plus reconstruction (NoiseAR §2.3).
+
+    loss = -log p(x' | text) / (N·A)  +  w · mean (x̂ - x')²,   x̂ = μ + σ·ε
+
+with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, cosine decay (appendix E.1.2).
+
+    python -m noisear_rl.pairs --output-dir runs/pairs
+    python algos/nll.py --config configs/shapes/nll.yaml --pairs runs/pairs
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from noisear_rl.denoisers import load_denoiser
+from noisear_rl.losses import nll_loss, reconstruction_loss
+from noisear_rl.pairs import load_pairs
+from noisear_rl.patches import patchify
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, kl_to_gaussian
+from noisear_rl.training import Counters, Run, parse_config
+
+
+@dataclass
+class NLLConfig:
+    """Options of pretraining."""
+
+    pairs: Path = Path("runs/pairs")
+    """Folder that `python -m noisear_rl.pairs` wrote."""
+    output_dir: Path = Path("runs/nll")
+    """Run folder."""
+    denoiser: str = "shapes"
+    """Denoiser whose text embeddings the policy sees."""
+    policy: NoiseARConfig = field(default_factory=NoiseARConfig)
+    """Sizes of the policy."""
+    epochs: int = 10
+    """Passes over the pairs."""
+    batch_size: int = 40
+    """Pairs an update."""
+    learning_rate: float = 6.25e-5
+    """Adam's learning rate at the start of the cosine decay."""
+    reconstruction_weight: float = 0.2
+    """Weight of the reconstruction loss."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    held_out_share: float = 0.05
+    """Share of the pairs that is only validated on."""
+    seed: int = 0
+    """Seed of initialisation, order and reparameterisation noise."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+
+def train(config: NLLConfig) -> NoiseARPolicy:
+    """Pretrains a policy and returns it in eval mode; see the module's docstring."""
+    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
+
+    # Data: targets as patches, and one text embedding for every distinct prompt.
+    pairs = load_pairs(config.pairs)
+    made_for = json.loads((config.pairs / "manifest.json").read_text())["denoiser"]
+    if made_for != config.denoiser:
+        raise ValueError(f"{config.pairs} was made for denoiser {made_for!r}, not {config.denoiser!r}")
+    denoiser = load_denoiser(config.denoiser)
+    prompts = list(dict.fromkeys(pairs["prompt"]))
+    conditioning = denoiser.encode(prompts).to(run.device)
+    row_of = {prompt: i for i, prompt in enumerate(prompts)}
+    text_row = torch.tensor([row_of[prompt] for prompt in pairs["prompt"]])
+    latents = torch.tensor(np.stack(pairs.with_format("numpy")["target"][:]), dtype=torch.float32)
+    targets = patchify(latents.unflatten(1, config.policy.latent_shape), config.policy.patch_size)  # (P, N, A)
+    held_out = max(1, int(config.held_out_share * len(targets)))
+    train_rows, held_out_rows = np.arange(held_out, len(targets)), np.arange(held_out)
+
+    # Policy and optimiser.
+    torch.manual_seed(config.seed)
+    policy = NoiseARPolicy(config.policy).to(run.device)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    updates_per_epoch = max(1, len(train_rows) // config.batch_size)
+    updates = config.epochs * updates_per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    counters = run.load(policy, optimizer=optimizer, schedule=schedule) if config.resume else Counters()
+    began = time.time() - counters.seconds
+
+    def losses(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        target = targets[rows].to(run.device)
+        text = conditioning[text_row[rows].tolist()]
+        distribution = policy.distribution(target, text.policy_embeds, text.policy_mask)
+        noise = torch.from_numpy(rng.standard_normal(target.shape)).to(target)
+        return {
+            "losses/nll": nll_loss(distribution, target),
+            "losses/reconstruction": reconstruction_loss(distribution, target, noise),
+            "policy/kl_to_gaussian": kl_to_gaussian(distribution).sum(1).mean().detach(),
+        }
+
+    bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="nll", unit="update")
+    for update in bar:
+        # Every epoch has its own order; update and noise depend on (seed, update) alone.
+        epoch, index = divmod(update, updates_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(train_rows)
+        rows = order[index * config.batch_size : (index + 1) * config.batch_size]
+
+        # Loss and step.
+        policy.train()
+        values = losses(rows, np.random.default_rng([config.seed, 1, update]))
+        loss = values["losses/nll"] + config.reconstruction_weight * values["losses/reconstruction"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        run.average_gradients(policy)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+
+        # Records and checkpoints.
+        counters.step, counters.seconds = update + 1, time.time() - began
+        last = counters.step == updates
+        if counters.step % 20 == 0 or last:
+            policy.eval()
+            with torch.no_grad():
+                held = losses(held_out_rows[:512], np.random.default_rng(config.seed))
+            record: dict[str, float] = {key: float(value) for key, value in values.items()}
+            record |= {"losses/nll_held_out": float(held["losses/nll"]), "losses/total": float(loss)}
+            record["charts/learning_rate"] = schedule.get_last_lr()[0]
+            run.log(record, counters.step)
+            bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
+        if counters.step % config.save_every == 0 or last:
+            run.save(policy, counters, optimizer=optimizer, schedule=schedule)
+    run.close()
+    return policy.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(NLLConfig, argv, __doc__)
+    train(config)
+    print(f"policy: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

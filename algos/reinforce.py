@@ -1,0 +1,194 @@
+"""REINFORCE over noise patches: the score-function estimator with a per-prompt baseline.
+
+    ∇J = E[ (R - b) · Σ_i ∇ log π(x_i | x_<i, text) ]        (Williams 1992; NoiseAR, appendix D)
+
+The estimator leaves open how long a step is. Two answers: ``natural`` moves along ``F⁻¹ ∇J`` by a given KL
+(nats a whole noise), so that head, position and text features count by what they do to the noise; ``adam``
+is the usual one, and much less sample-efficient here.
+
+    python algos/reinforce.py --config configs/shapes/reinforce.yaml
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import gymnasium
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.envs import NoiseVectorEnv
+from noisear_rl.losses import group_advantages, reinforce_loss
+from noisear_rl.natural_gradient import natural_step
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, kl_to_gaussian
+from noisear_rl.training import Counters, Run, load_policy, parse_config
+
+
+@dataclass
+class ReinforceConfig:
+    """Options of REINFORCE."""
+
+    env_id: str = "NoiseAR-Shapes-v0"
+    """Gymnasium id."""
+    reward: str | None = None
+    """Scorer; unset for the environment's default."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
+    init_from: str | None = None
+    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(learn_log_variance=False))
+    """Sizes of a fresh policy; the log-variance is fixed by default, since learning it spends KL on noise."""
+    output_dir: Path = Path("runs/reinforce")
+    """Run folder."""
+    updates: int = 100
+    """Updates of the policy."""
+    prompts_per_update: int = 4
+    """Distinct prompts an update; they take turns."""
+    samples_per_prompt: int = 64
+    """Noises a prompt and update. Nats an update should be about proportional to it."""
+    baseline: str = "leave_one_out"
+    """`none`, `ema`, `group` or `leave_one_out`."""
+    optimizer: str = "natural"
+    """`natural` (a step of `kl_per_update` nats) or `adam` (at `learning_rate`)."""
+    kl_per_update: float = 1.0
+    """Size of a natural step in nats a whole noise."""
+    damping: float = 0.01
+    """Damping of the Fisher matrix."""
+    cg_iterations: int = 8
+    """Conjugate-gradient iterations a natural step."""
+    learning_rate: float = 2e-4
+    """Adam's learning rate."""
+    max_grad_norm: float = 1.0
+    """Adam's gradients are clipped to this norm."""
+    kl_coef: float = 0.0
+    """Weight of the KL to N(0, I), in standard deviations of reward a nat."""
+    seed: int = 0
+    """Seed of initialisation, prompts and noise."""
+    save_every: int = 20
+    """Updates between checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+
+def train(config: ReinforceConfig) -> NoiseARPolicy:
+    """Improves a policy and returns it in eval mode; see the module's docstring."""
+    if config.optimizer not in ("natural", "adam"):
+        raise ValueError(f"unknown optimizer {config.optimizer!r}; expected 'natural' or 'adam'")
+    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
+
+    # Environment: all episodes of an update at once.
+    batch = config.prompts_per_update * config.samples_per_prompt
+    made = gymnasium.make_vec(
+        config.env_id,
+        num_envs=batch,
+        vectorization_mode="vector_entry_point",
+        prompts=config.prompts,
+        reward=config.reward,
+    )
+    envs = cast(NoiseVectorEnv, made.unwrapped)
+    task = envs.task
+    n_prompts = min(config.prompts_per_update, len(task.prompts))
+    groups = torch.arange(batch) % n_prompts
+
+    # Policy in eval mode, so that the density it samples from is the density it is scored by.
+    torch.manual_seed(config.seed)
+    policy = (load_policy(config.init_from) if config.init_from else NoiseARPolicy(config.policy)).to(run.device)
+    policy.eval()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
+    reward_ema: torch.Tensor | None = None
+    began = time.time() - counters.seconds
+
+    bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
+    for update in bar:
+        # Prompts take turns in an order that changes every round.
+        turn, offset = divmod(update * n_prompts, len(task.prompts))
+        rounds = [np.random.default_rng([config.seed, 1, turn + i]) for i in (0, 1)]
+        order = np.concatenate([rng.permutation(len(task.prompts)) for rng in rounds])
+        prompts = [task.prompts[order[offset + int(g)]] for g in groups]
+
+        # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
+        seeds = np.random.default_rng([config.seed, 2, update]).integers(2**62, size=batch)
+        observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
+        text = torch.from_numpy(observation["text"]).to(run.device)  # (B, L, D)
+        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (B, L)
+        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (B, N, A)
+        for patch in range(task.n_patches):
+            observation, rewards, *_, info = envs.step(actions[:, patch])
+        patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
+        reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
+
+        # Advantages in standard deviations of this update's rewards.
+        advantages = group_advantages(reward, groups.to(run.device), config.baseline, reward_ema)
+        advantages = advantages / (advantages.std() + 1e-8)
+        reward_ema = reward.mean() if reward_ema is None else 0.9 * reward_ema + 0.1 * reward.mean()
+
+        # Gradient.
+        distribution = policy.distribution(patches, text, mask)
+        log_prob = distribution.log_prob(patches)  # (B, N)
+        kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
+        policy_loss = reinforce_loss(log_prob, advantages)
+        optimizer.zero_grad(set_to_none=True)
+        (policy_loss + config.kl_coef * kl_to_prior).backward()
+        run.average_gradients(policy)
+
+        # Step.
+        if config.optimizer == "natural":
+            kl = natural_step(
+                policy,
+                patches,
+                text,
+                mask,
+                max_kl=config.kl_per_update,
+                damping=config.damping,
+                iterations=config.cg_iterations,
+            )
+        else:
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():
+                after = policy.distribution(patches, text, mask)
+                kl = torch.distributions.kl_divergence(distribution, after).sum(1).mean().item()
+
+        # Records and checkpoints.
+        counters.step, counters.images = update + 1, counters.images + batch
+        counters.seconds = time.time() - began
+        gaussian = distribution.base_dist
+        record = {
+            "charts/episodic_return": reward.mean().item(),
+            "charts/images": counters.images,
+            "charts/SPS": counters.images * task.n_patches / counters.seconds,
+            "losses/policy_loss": policy_loss.item(),
+            "losses/entropy": distribution.entropy().sum(1).mean().item(),
+            "losses/approx_kl": kl,
+            "policy/mean_abs": gaussian.mean.abs().mean().item(),
+            "policy/std": gaussian.stddev.mean().item(),
+            "policy/kl_to_gaussian": kl_to_prior.item(),
+        }
+        record |= {key: float(np.mean(info[key])) for key in info if key.startswith("reward/")}
+        run.log(record, counters.step)
+        bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
+        if counters.step % config.save_every == 0 or counters.step == config.updates:
+            run.save(policy, counters, optimizer=optimizer)
+    envs.close()
+    run.close()
+    return policy
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(ReinforceConfig, argv, __doc__)
+    train(config)
+    print(f"policy: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

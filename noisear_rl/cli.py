@@ -1,0 +1,36 @@
+"""The ``noisear`` command: one sub-command for every script of the library."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
+    "pairs": ("noisear_rl.pairs", "build weak-to-strong pairs"),
+    "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
+    "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
+    "evaluate": ("noisear_rl.algos.evaluate", "compare policies with Gaussian noise"),
+    "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges anew"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: ``noisear COMMAND --help`` tells each command's options."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())
+    usage = f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` tells a command's options."
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return
+    if arguments[0] not in COMMANDS:
+        raise SystemExit(f"noisear: unknown command {arguments[0]!r}\n\n{usage}")
+    try:
+        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    except (FileExistsError, FileNotFoundError, ValueError) as error:  # the user's to mend: no traceback
+        raise SystemExit(f"noisear {arguments[0]}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

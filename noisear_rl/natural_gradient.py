@@ -1,0 +1,118 @@
+"""Natural-gradient steps for Gaussian policies: a step of a given KL, whatever the parameterisation.
+
+The Fisher matrix of a diagonal Gaussian policy is ``F = E[Jᵀ M J]`` with ``J`` the Jacobian of mean and log
+standard deviation by the parameters and ``M = diag(1/σ², 2)``. Products ``F v`` cost three backward passes
+through one forward pass (the double-backward trick), so ``F⁻¹ g`` by conjugate gradients needs no matrix
+(Amari 1998; Schulman et al. 2015, TRPO, appendix C).
+
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``P`` parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from noisear_rl.policy import NoiseARPolicy
+
+
+def conjugate_gradient(
+    product: Callable[[torch.Tensor], torch.Tensor], target: torch.Tensor, iterations: int, tolerance: float = 1e-6
+) -> torch.Tensor:
+    """Solves ``product(x) = target`` for a positive definite product; ``(P,)``."""
+    x, residual = torch.zeros_like(target), target.clone()
+    direction, squared = residual.clone(), residual @ residual
+    start = squared.clone()
+    for _ in range(iterations):
+        if squared <= tolerance * start:
+            break
+        curved = product(direction)
+        step = squared / (direction @ curved)
+        x += step * direction
+        residual -= step * curved
+        previous, squared = squared, residual @ residual
+        direction = residual + squared / previous * direction
+    return x
+
+
+def fisher_product(
+    policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, damping: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over episodes ``(B, N, A)``.
+
+    ``½ vᵀ F v`` is the KL in nats, a whole noise, that a small parameter change ``v`` causes.
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
+        gaussian = policy.distribution(patches, text, text_mask).base_dist
+    std = gaussian.stddev
+    outputs, metric = [gaussian.mean], [std.detach() ** -2]
+    if std.requires_grad:
+        outputs.append(std.log())
+        metric.append(torch.full_like(std, 2.0).detach())
+    dummy = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    backward = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, materialize_grads=True)
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        parts = [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)]
+        forward = torch.autograd.grad(backward, dummy, parts, retain_graph=True)  # J v
+        weighted = [m * u / len(patches) for m, u in zip(metric, forward, strict=True)]
+        back = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
+        return torch.cat([b.reshape(-1) for b in back]) + damping * vector
+
+    return product
+
+
+def natural_step(
+    policy: NoiseARPolicy,
+    patches: torch.Tensor,
+    text: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    *,
+    max_kl: float,
+    damping: float = 0.01,
+    iterations: int = 8,
+    fisher_episodes: int = 128,
+) -> float:
+    """Moves the policy along ``-F⁻¹ g``, scaled to ``max_kl``; ``g`` is what ``.grad`` holds.
+
+    Args:
+        policy: Its gradients are read and its parameters changed.
+        patches: ``(B, N, A)`` the policy has sampled; the metric is measured on them.
+        text: ``(B, L, D)``.
+        text_mask: ``(B, L)`` or ``None``.
+        max_kl: Size of the step in nats a whole noise, ``KL(old ‖ new)``.
+        damping: Added to the Fisher matrix's diagonal.
+        iterations: Of conjugate gradients.
+        fisher_episodes: Episodes that the metric is measured on, evenly spaced; fewer are cheaper.
+
+    Returns:
+        The KL of the step as measured after it, at most ``1.5 · max_kl`` (the step is halved until it is).
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+    if not gradient.isfinite().all():
+        raise ValueError("the gradient holds NaN or infinite values")
+    if not gradient.any():
+        return 0.0
+    rows = torch.linspace(0, len(patches) - 1, min(fisher_episodes, len(patches))).long()
+    patches, text = patches[rows], text[rows]
+    text_mask = None if text_mask is None else text_mask[rows]
+    product = fisher_product(policy, patches, text, text_mask, damping)
+    direction = conjugate_gradient(product, gradient, iterations)
+    step = direction * (2 * max_kl / (direction @ product(direction))).sqrt()
+    with torch.no_grad():
+        start = parameters_to_vector(parameters)
+        before = policy.distribution(patches, text, text_mask)
+        for _ in range(8):
+            vector_to_parameters(start - step, parameters)
+            after = policy.distribution(patches, text, text_mask)
+            kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
+            if kl <= 1.5 * max_kl:
+                return kl
+            step = step / 2
+        vector_to_parameters(start, parameters)
+    return 0.0

@@ -1,0 +1,51 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
+from noisear_rl.denoisers.shapes import architecture
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The embedded denoiser in float32, where equality can be exact."""
+    return load_denoiser("shapes", dtype="float32")
+
+
+def random_policy(seed: int = 0, scale: float = 0.08, **options) -> NoiseARPolicy:
+    """A policy far from N(0, I): all matrices random."""
+    torch.manual_seed(seed)
+    policy = NoiseARPolicy(NoiseARConfig(**options)).eval()
+    for parameter in policy.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=scale)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def random_pipeline() -> StableDiffusionXLPipeline:
+    """SDXL's class with random weights; nothing of it is trained."""
+    torch.manual_seed(0)
+    first, second = architecture.build_text_encoders(architecture.build_clip())
+    tokenizer = architecture.build_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=architecture.build_vae(),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=architecture.build_unet(),
+        scheduler=DDIMScheduler(**architecture.SCHEDULE),
+        add_watermarker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_denoiser(random_pipeline) -> DiffusionPipelineDenoiser:
+    return DiffusionPipelineDenoiser(
+        random_pipeline, name="random", patch_size=2, num_inference_steps=2, guidance_scale=3.0, dtype="float32"
+    )
