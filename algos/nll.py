@@ -127,7 +127,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             policy.eval()
             with torch.no_grad():
                 held = losses(held_out_rows[:512], np.random.default_rng(config.seed))
-            record: dict[str, float] = {key: float(value) for key, value in values.items()}
+            record = {key: value.item() for key, value in values.items()}
             record |= {"losses/nll_held_out": float(held["losses/nll"]), "losses/total": float(loss)}
             record["charts/learning_rate"] = schedule.get_last_lr()[0]
             run.log(record, counters.step)

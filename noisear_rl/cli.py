@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in COMMANDS:
         raise SystemExit(f"noisear: unknown command {arguments[0]!r}\n\n{usage}")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # hints about optional packages we do without
     try:
         importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     except (FileExistsError, FileNotFoundError, ValueError) as error:  # the user's to mend: no traceback

@@ -156,9 +156,11 @@ def bootstrap(
         means.append(part.mean())
         if resample == "noise" or len(part) == 1:  # one prompt alone can only be resampled by its noise
             columns = rng.integers(part.shape[1], size=(draws, *part.shape))
-            sampled += np.take_along_axis(part[None], columns, 2).mean((1, 2))
+            drawn, n = np.take_along_axis(part[None], columns, 2).mean((1, 2)), part.shape[1]
         else:
-            sampled += part.mean(1)[rng.integers(len(part), size=(draws, len(part)))].mean(1)
+            drawn, n = part.mean(1)[rng.integers(len(part), size=(draws, len(part)))].mean(1), len(part)
+        # Resampling n items understates their variance by (n - 1) / n.
+        sampled += part.mean() + (drawn - part.mean()) * np.sqrt(n / max(n - 1, 1))
     sampled /= len(means)
     return Estimate(float(np.mean(means)), *(float(q) for q in np.quantile(sampled, [0.025, 0.975])))
 

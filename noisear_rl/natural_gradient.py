@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from noisear_rl.policy import NoiseARPolicy
 
@@ -66,6 +66,12 @@ def fisher_product(
     return product
 
 
+def _assign(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
+    """Copies a vector ``(P,)`` into parameters; torch's own function would make them views of it."""
+    for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(values.view_as(parameter))
+
+
 def natural_step(
     policy: NoiseARPolicy,
     patches: torch.Tensor,
@@ -108,11 +114,11 @@ def natural_step(
         start = parameters_to_vector(parameters)
         before = policy.distribution(patches, text, text_mask)
         for _ in range(8):
-            vector_to_parameters(start - step, parameters)
+            _assign(parameters, start - step)
             after = policy.distribution(patches, text, text_mask)
             kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
             if kl <= 1.5 * max_kl:
                 return kl
             step = step / 2
-        vector_to_parameters(start, parameters)
+        _assign(parameters, start)
     return 0.0

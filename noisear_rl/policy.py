@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from noisear_rl.patches import sequence_shape, unpatchify
+from noisear_rl.patches import patchify, sequence_shape, unpatchify
 
 ARCHITECTURES = ("paper", "reference")
 LOG_VARIANCE_RANGE = (-20.0, 10.0)
@@ -331,7 +331,8 @@ class NoiseARPolicy(
         Args:
             text: ``(B, L, D)``.
             text_mask: ``(B, L)`` or ``None``.
-            seeds: One seed a sample; the same seed gives the same noise at any batch size.
+            seeds: One seed a sample; the same seed gives the same noise at any batch size, and an untrained
+                policy gives exactly ``standard_noise(seeds, latent_shape)``.
             generator: Source of randomness where no seeds are given; ``None`` for torch's own.
             use_cache: Keep keys and values (default), or recompute the prefix at every patch.
 
@@ -344,7 +345,8 @@ class NoiseARPolicy(
             on = generator.device if generator is not None else device
             noise = torch.randn(b, self.n_patches, self.patch_dim, generator=generator, device=on).to(device)
         else:
-            noise = standard_noise(seeds, (self.n_patches, self.patch_dim)).to(device)
+            latents = standard_noise(seeds, self.config.latent_shape)
+            noise = patchify(latents, self.config.patch_size).to(device)
             if len(noise) != b:
                 raise ValueError(f"{len(noise)} seeds for {b} samples")
         prepared = self._text(text, text_mask)

@@ -8,7 +8,7 @@ from noisear_rl.evaluation import GAUSSIAN, bootstrap, evaluate, table
 from noisear_rl.rewards import load_reward
 from tests.conftest import random_policy
 
-PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a circle"]
+PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 
 
 @pytest.mark.parametrize("resample", ["prompts", "noise"])

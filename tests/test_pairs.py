@@ -9,7 +9,7 @@ from noisear_rl.denoisers.shapes.architecture import SCHEDULE
 from noisear_rl.pairs import PairsConfig, build_pairs, inversion_coefficients, load_pairs, weak_to_strong
 from noisear_rl.policy import standard_noise
 
-PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a circle"]
+PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 
 
 def schedule(steps):

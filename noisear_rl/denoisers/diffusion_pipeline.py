@@ -48,7 +48,7 @@ class Preset:
 
 _FP16 = (("variant", "fp16"), ("use_safetensors", True))
 PRESETS: dict[str, Preset] = {
-    "shapes": Preset(str(shapes_architecture.ASSETS / "pipeline"), 4, 3.0, 2, scheduler=None),
+    "shapes": Preset(str(shapes_architecture.ASSETS / "pipeline"), 4, 4.0, 2, scheduler=None),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.5, 32, load=_FP16),
     "dreamshaper": Preset("Lykon/dreamshaper-xl-v2-turbo", 50, 3.5, 32, load=_FP16),
     "hunyuan-dit": Preset("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 50, 5.5, 32),
@@ -88,14 +88,17 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
 
 @contextlib.contextmanager
 def _quiet():
-    """Keeps diffusers' loading bars out of other progress bars."""
-    from diffusers.utils import logging
+    """Keeps the loading bars of diffusers and transformers out of other progress bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
 
 
 def _auto_dtype(device: torch.device) -> torch.dtype:
@@ -146,10 +149,11 @@ class DiffusionPipelineDenoiser:
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         weights = self.dtype if self.device.type != "cpu" else torch.float32
-        self.pipeline.to(self.device, weights)
-        for module in self.pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.eval().requires_grad_(False)
+        if any(module.dtype != weights for module in self._modules()):
+            self.pipeline.to(weights)
+        self.pipeline.to(self.device)
+        for module in self._modules():
+            module.eval().requires_grad_(False)
         self.name, self.patch_size = name, patch_size
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.micro_batch_size = micro_batch_size
@@ -158,6 +162,9 @@ class DiffusionPipelineDenoiser:
         self.image_size = unet.sample_size * pipeline.vae_scale_factor
         self.text_shape = (pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
         self._cache: dict[str, Conditioning] = {}
+
+    def _modules(self) -> list[Any]:
+        return [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
     @property
     def nfe(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
@@ -25,7 +24,9 @@ def export(
     train_detector: Detector,
     held_out_detector: Detector,
 ) -> None:
-    """Writes ``assets/pipeline``, ``assets/clip``, both detectors and ``assets/README.md``; weights are float16.
+    """Writes ``assets/pipeline``, ``assets/clip``, both detectors and ``assets/training.md``.
+
+    Weights are float16, but for the text encoders.
 
     Args:
         assets: Target folder.
@@ -50,7 +51,9 @@ def export(
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(assets / "pipeline", safe_serialization=True)
+    # The text encoders stay float32: transformers loads what is stored, diffusers loads float32.
+    vae.half(), unet.half()
+    pipeline.save_pretrained(assets / "pipeline", safe_serialization=True)
     clip.half().save_pretrained(assets / "clip")
     train_detector.save(assets / "train_detector")
     held_out_detector.save(assets / "held_out_detector")

@@ -1,0 +1,145 @@
+"""Algorithms learn, resume exactly, and refuse what they cannot use."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from noisear_rl.algos import nll, reinforce
+from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.denoisers import load_denoiser
+from noisear_rl.pairs import PairsConfig, build_pairs, load_pairs, weak_to_strong
+from noisear_rl.policy import NoiseARConfig, standard_noise
+from noisear_rl.rewards import REWARDS
+from noisear_rl.training import load_policy
+
+PROMPTS = ("a photo of a red circle", "a photo of two squares")
+
+
+class TopLeftBrightness:
+    """A smooth reward that a policy can raise by the first patch."""
+
+    name, statistics = "top-left", (0.5, 0.1)
+
+    def score(self, images, prompts):
+        return -images[:, :, :16, :16].mean((1, 2, 3)) * 10
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    monkeypatch.setitem(REWARDS, "top-left", TopLeftBrightness)
+
+
+def config(folder, **options):
+    defaults = {
+        "reward": "top-left",
+        "prompts": PROMPTS,
+        "prompts_per_update": 2,
+        "samples_per_prompt": 8,
+        "updates": 4,
+    }
+    return ReinforceConfig(output_dir=folder, **(defaults | options))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["natural", "adam"])
+def test_resumed_equals_uninterrupted(tmp_path, brightness, optimizer):
+    options = {"optimizer": optimizer, "save_every": 2}
+    whole = reinforce.train(config(tmp_path / "a", **options))
+    reinforce.train(config(tmp_path / "b", **options, updates=2))
+    resumed = reinforce.train(config(tmp_path / "b", **options, resume=True))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):
+        a.pop("charts/SPS"), b.pop("charts/SPS")
+        assert a == pytest.approx(b, abs=1e-4)
+    assert load_policy(tmp_path / "a").config == whole.config
+
+
+def test_reinforce_improves_its_reward(tmp_path, brightness):
+    """30 updates of 64 images darken the corner by more than two standard deviations of Gaussian noise."""
+    options = {"samples_per_prompt": 32, "updates": 30, "kl_per_update": 1.0}
+    reinforce.train(config(tmp_path, **options))
+    rewards = [record["charts/episodic_return"] for record in records(tmp_path)]
+    assert sum(rewards[-5:]) / 5 - rewards[0] > 1.0, rewards
+    last = records(tmp_path)[-1]
+    assert 0 < last["losses/approx_kl"] <= 1.5 and last["policy/kl_to_gaussian"] < 60
+    assert list((tmp_path / "tensorboard").rglob("events.*"))
+
+
+def test_kl_penalty_holds_the_policy_back(tmp_path, brightness):
+    free = reinforce.train(config(tmp_path / "free", updates=6))
+    held = reinforce.train(config(tmp_path / "held", updates=6, kl_coef=10.0))
+    text = load_denoiser("shapes").encode(PROMPTS).policy_embeds
+    patches = standard_noise(range(2), (16, 16))
+    assert held.kl_divergence(patches, text).sum() < 0.5 * free.kl_divergence(patches, text).sum()
+
+
+def test_reinforce_bad_input(tmp_path, brightness):
+    with pytest.raises(ValueError, match="unknown optimizer"):
+        reinforce.train(config(tmp_path, optimizer="sgd"))
+    with pytest.raises(ValueError, match="unknown baseline"):
+        reinforce.train(config(tmp_path / "b", baseline="critic"))
+    with pytest.raises(ValueError, match="another denoiser"):
+        reinforce.train(config(tmp_path / "c", policy=NoiseARConfig(text_dim=2048)))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    build_pairs(PairsConfig(output_dir=folder, pairs=512, num_inference_steps=10))
+    return folder
+
+
+def test_nll_learns_the_shift_and_resumes(tmp_path, pairs):
+    options = {
+        "pairs": pairs, "epochs": 6, "batch_size": 32, "learning_rate": 1e-3, "save_every": 45,
+        "policy": NoiseARConfig(learn_log_variance=False),
+    }  # fmt: skip
+    whole = nll.train(NLLConfig(output_dir=tmp_path / "a", **options))
+    logged = records(tmp_path / "a")
+    assert logged[-1]["losses/nll"] < logged[0]["losses/nll"]
+    assert logged[-1]["policy/kl_to_gaussian"] > 0.01
+
+    # The learned mean points along the average shift of the pairs.
+    denoiser = load_denoiser("shapes")
+    prompts = load_pairs(pairs)["prompt"][:128]
+    conditioning = denoiser.encode(prompts)
+    noise = standard_noise(range(10_000, 10_128), denoiser.latent_shape)
+    shift = (weak_to_strong(denoiser, noise, conditioning, num_inference_steps=10) - noise).mean(0)
+    sample = whole.sample(conditioning.policy_embeds, conditioning.policy_mask, seeds=range(128))
+    learned = (whole.noise(sample) - standard_noise(range(128), denoiser.latent_shape)).mean(0)
+    cosine = torch.nn.functional.cosine_similarity(shift.flatten(), learned.flatten(), dim=0)
+    assert cosine > 0.5
+
+    # Killed in between and resumed: the same policy.
+    killed = NLLConfig(output_dir=tmp_path / "b", **options)
+    steps = []
+    save = nll.Run.save
+
+    def stop_after_first(self, *arguments, **parts):
+        save(self, *arguments, **parts)
+        steps.append(1)
+        raise KeyboardInterrupt
+
+    nll.Run.save = stop_after_first
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            nll.train(killed)
+    finally:
+        nll.Run.save = save
+    resumed = nll.train(dataclasses.replace(killed, resume=True))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_nll_bad_input(tmp_path, pairs):
+    with pytest.raises(FileNotFoundError, match="holds no pairs"):
+        nll.train(NLLConfig(pairs=tmp_path, output_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match="made for denoiser 'shapes', not 'sdxl'"):
+        nll.train(NLLConfig(pairs=pairs, denoiser="sdxl", output_dir=tmp_path / "run"))
