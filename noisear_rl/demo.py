@@ -30,10 +30,10 @@ from noisear_rl.training import load_yaml, parse_config, to_mapping, write_atomi
 
 # Training captions that Gaussian noise often gets wrong, from three categories.
 HARD_CAPTIONS = (
-    "a photo of a red circle left of a blue square",
+    "a photo of a blue circle left of a yellow square",
     "a photo of a green triangle above a purple cross",
-    "a photo of a yellow cross and a black circle",
-    "a photo of three blue triangles",
+    "a photo of three yellow squares",
+    "a photo of a yellow circle and a green cross",
 )
 
 
@@ -47,7 +47,7 @@ class DemoConfig:
     """Captions to improve."""
     pairs: int = 2048
     """Weak-to-strong pairs for pretraining."""
-    updates: int = 45
+    updates: int = 36
     """REINFORCE updates of 64 images a caption."""
     samples: int = 64
     """Fresh noises a trained caption in the comparison."""

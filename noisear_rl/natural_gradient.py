@@ -93,7 +93,7 @@ def natural_step(
         max_kl: Size of the step in nats a whole noise, ``KL(old ‖ new)``.
         damping: Added to the Fisher matrix's diagonal.
         iterations: Of conjugate gradients.
-        fisher_episodes: Episodes that the metric is measured on, evenly spaced; fewer are cheaper.
+        fisher_episodes: Episodes that the metric is measured on, a random choice; fewer are cheaper.
 
     Returns:
         The KL of the step as measured after it, at most ``1.5 · max_kl`` (the step is halved until it is).
@@ -104,7 +104,8 @@ def natural_step(
         raise ValueError("the gradient holds NaN or infinite values")
     if not gradient.any():
         return 0.0
-    rows = torch.linspace(0, len(patches) - 1, min(fisher_episodes, len(patches))).long()
+    # A fixed random choice: one at regular intervals would miss prompts that take turns in the batch.
+    rows = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:fisher_episodes]
     patches, text = patches[rows], text[rows]
     text_mask = None if text_mask is None else text_mask[rows]
     product = fisher_product(policy, patches, text, text_mask, damping)

@@ -98,9 +98,10 @@ def test_any_rank_and_channel_count():
         torch.testing.assert_close(policy.log_prob(sample.patches, TEXT), sample.log_prob, rtol=1e-4, atol=0)
 
 
-def test_learned_positions_and_fixed_variance():
-    policy = random_policy(positions="learned", learn_log_variance=False)
-    assert "pos_encoding" in dict(policy.named_parameters())
+def test_positions_and_fixed_variance():
+    policy = random_policy(positions="sinusoidal", learn_log_variance=False)
+    assert "pos_encoding" not in dict(policy.named_parameters())
+    assert "pos_encoding" in dict(random_policy().named_parameters())
     gaussian = policy.distribution(standard_noise(range(8), (16, 16)), TEXT).base_dist
     assert (gaussian.stddev == 1).all()
 

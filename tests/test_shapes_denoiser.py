@@ -118,7 +118,7 @@ def test_judges_on_hand_labelled_generated_pictures():
         agree = [
             sorted(found.describe(i)) == sorted(label) for i, label in enumerate(labels["objects"]) if label is not None
         ]
-        assert len(agree) >= 80 and np.mean(agree) >= 0.9, name
+        assert len(agree) >= 50 and np.mean(agree) >= 0.9, name
 
 
 def test_quality_on_held_out_captions():

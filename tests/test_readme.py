@@ -1,0 +1,46 @@
+"""The README's commands exist, its code runs, and its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from noisear_rl.algos.evaluate import EvaluateConfig
+from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.pairs import PairsConfig
+from noisear_rl.training import parse_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = {
+    "noisear_rl.pairs": PairsConfig,
+    "algos/nll.py": NLLConfig,
+    "algos/reinforce.py": ReinforceConfig,
+    "algos/evaluate.py": EvaluateConfig,
+}
+
+
+def test_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert blocks
+    for block in blocks:
+        scope = {}
+        exec(block, scope)
+        assert scope["image"].shape == (64, 64, 3) and scope["terminated"]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python (.*?)(?:\s{2,}#.*)?$", README, flags=re.M))
+def test_commands_parse(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word for word in shlex.split(line) if word != "-m"]
+    assert parse_config(CONFIGS[words[0]], words[1:], None)
+
+
+def test_make_targets_and_links_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README, flags=re.M):
+        assert f"\n{target}:" in makefile
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links and all((ROOT / link).exists() for link in links)
