@@ -128,7 +128,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             with torch.no_grad():
                 held = losses(held_out_rows[:512], np.random.default_rng(config.seed))
             record = {key: value.item() for key, value in values.items()}
-            record |= {"losses/nll_held_out": float(held["losses/nll"]), "losses/total": float(loss)}
+            record |= {"losses/nll_held_out": held["losses/nll"].item(), "losses/total": loss.item()}
             record["charts/learning_rate"] = schedule.get_last_lr()[0]
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")

@@ -65,7 +65,9 @@ def test_equals_a_ddim_step_and_its_exact_inverse(random_denoiser, steps):
 
 
 def config(folder, **options):
-    return PairsConfig(output_dir=folder, pairs=10, shard_size=4, batch_size=3, seed=5, **options)
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    return PairsConfig(output_dir=folder, prompts=str(prompts), pairs=10, shard_size=4, batch_size=3, seed=5, **options)
 
 
 def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
