@@ -21,10 +21,11 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import load_denoiser
+from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.losses import nll_loss, reconstruction_loss
 from noisear_rl.pairs import load_pairs
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, kl_to_gaussian
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.training import Counters, Run, parse_config
 
 
@@ -129,7 +130,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
                 held = losses(held_out_rows[:512], np.random.default_rng(config.seed))
             record = {key: value.item() for key, value in values.items()}
             record |= {"losses/nll_held_out": held["losses/nll"].item(), "losses/total": loss.item()}
-            record["charts/learning_rate"] = schedule.get_last_lr()[0]
+            record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
         if counters.step % config.save_every == 0 or last:

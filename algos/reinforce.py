@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.envs import NoiseVectorEnv
+from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.losses import group_advantages, reinforce_loss
 from noisear_rl.natural_gradient import natural_step
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, kl_to_gaussian
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.training import Counters, Run, load_policy, parse_config
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from noisear_rl import demo
-from noisear_rl.algos.evaluate import categories_of, provenance
+from noisear_rl.algos.evaluate import categories_of
 from noisear_rl.evaluation import bootstrap
 from noisear_rl.training import write_atomically
 
@@ -31,12 +31,20 @@ def main() -> None:
             print(demo.run(demo.DemoConfig(output_dir=folder, seed=seed)))
     records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     lines = [
-        "Exactly right in %, held-out detector, equal NFE, 95 % intervals. Trained captions: 4, with fresh noise (intervals "
-        "over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: over all seeds' pictures, with "
-        "the interval of their mean per caption and noise; the last column is the spread of the seeds.",
+        "Exactly right in %, held-out detector, equal NFE, 95 % intervals. Trained captions: 4, with fresh noise "
+        "(intervals over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: the mean over "
+        "seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
     ]
-    for key, title, resample in (("trained", "Trained captions", "noise"), ("held_out", "Held-out captions", "prompts")):
-        lines += ["", f"## {title}", "", "| method | " + " | ".join(f"seed {s}" for s in SEEDS) + " | pooled | gain | std of seeds | KL |"]
+    for key, title, resample in (
+        ("trained", "Trained captions", "noise"),
+        ("held_out", "Held-out captions", "prompts"),
+    ):
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| method | " + " | ".join(f"seed {s}" for s in SEEDS) + " | pooled | gain | std of seeds | KL |",
+        ]
         lines.append("|" + "---|" * (len(SEEDS) + 5))
         categories = categories_of(records[0][key]["prompts"])
         methods = {
@@ -52,7 +60,10 @@ def main() -> None:
             spread = np.std([estimate.mean for estimate in each], ddof=1)
             cells = [name, *(str(e) for e in each), str(pooled), "" if scores is baseline else str(gain)]
             lines.append("| " + " | ".join([*cells, f"{spread:.1f}", f"{kl:.1f}"]) + " |")
-    lines += ["", f"Command: `python benchmarks/demo.py`. Trained at {records[0]['provenance']}; table at {provenance()}"]
+    lines += [
+        "",
+        f"Command: `python benchmarks/demo.py`. Trained at {records[0]['provenance']}.",
+    ]
     write_atomically(RESULTS / "demo.md", "\n".join(lines) + "\n")
     shutil.copy(folders[0] / "report.png", RESULTS / "demo.png")
     print("\n".join(lines))

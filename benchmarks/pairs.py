@@ -17,8 +17,8 @@ from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation import bootstrap
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import inversion_coefficients, weak_to_strong
-from noisear_rl.policy import standard_noise
 from noisear_rl.rewards import load_reward
 from noisear_rl.training import write_atomically
 
@@ -49,8 +49,8 @@ def main() -> None:
 
     start = exact(noise)
     lines = [
-        f"Exactly right in %, {CAPTIONS} held-out captions x {SAMPLES} noises, held-out detector, default denoising; the gain is "
-        "paired, with a 95 % interval over captions. Weak guidance 1.",
+        f"Exactly right in %, {CAPTIONS} held-out captions x {SAMPLES} noises, held-out detector, default denoising; "
+        "the gain is paired, with a 95 % interval over captions. Weak guidance 1.",
         "",
         "| DDIM steps | strong guidance | rounds | inversion | k | RMS shift | overall | gain |",
         "|---|---|---|---|---|---|---|---|",

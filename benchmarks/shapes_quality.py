@@ -46,7 +46,10 @@ def main() -> None:
         lines.append("| " + " | ".join(row) + " |")
         print(lines[-1], flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    lines += ["", f"Peak memory of the process: {peak:.2f} GB. Command: `python benchmarks/shapes_quality.py`. {provenance()}"]
+    lines += [
+        "",
+        f"Peak memory of the process: {peak:.2f} GB. Command: `python benchmarks/shapes_quality.py`. {provenance()}",
+    ]
     write_atomically(Path(__file__).parent / "results" / "shapes_quality.md", "\n".join(lines) + "\n")
 
 

@@ -18,8 +18,9 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARPolicy, standard_noise
+from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.rewards import WeightedReward
 
 GAUSSIAN = "Gaussian"

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import load_prompts
-from noisear_rl.policy import standard_noise
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
 from noisear_rl.training import parse_config, to_mapping, write_atomically
 

@@ -8,22 +8,21 @@ Shapes: ``B`` batch, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, `
 ``d`` model width, ``H`` heads.
 """
 
-# No postponed annotations here: the hub mixin reads the type of ``config`` from the signature.
-import dataclasses
-import math
+import dataclasses  # no postponed annotations here: the hub mixin reads the type of ``config``
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
+from noisear_rl.gaussian import kl_to_gaussian, standard_noise
+from noisear_rl.layers import attend, prediction_head, project_keys_values, sinusoidal_encoding
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
 
 ARCHITECTURES = ("paper", "reference")
@@ -95,47 +94,6 @@ class PolicySample:
     log_prob: torch.Tensor
 
 
-def sinusoidal_encoding(length: int, width: int) -> torch.Tensor:
-    """Sine on even and cosine on odd channels: ``(1, length, width)``."""
-    position = torch.arange(length, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
-    return torch.stack([(position * rate).sin(), (position * rate).cos()], -1).reshape(1, length, width)
-
-
-def _heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # (B, T, d) → (B, H, T, d/H)
-
-
-def _keys_values(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    d = layer.embed_dim
-    keys, values = F.linear(x, layer.in_proj_weight[d:], layer.in_proj_bias[d:]).chunk(2, -1)
-    return _heads(keys, layer.num_heads), _heads(values, layer.num_heads)
-
-
-def _attend(
-    layer: Any,  # nn.MultiheadAttention, which ModuleList does not tell
-    x: torch.Tensor,
-    keys_values: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """Attention of ``x (B, T, d)`` to projected keys and values, with the layer's own weights."""
-    d = layer.embed_dim
-    query = _heads(F.linear(x, layer.in_proj_weight[:d], layer.in_proj_bias[:d]), layer.num_heads)
-    dropout = layer.dropout if layer.training else 0.0
-    mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    return layer.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-def _head(width: int, out: int, blocks: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(blocks):
-        layers += [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)]
-    if not blocks:
-        layers = [nn.Linear(width, 2 * width), nn.GELU()]
-    return nn.Sequential(*layers, nn.Linear(width if blocks else 2 * width, out))
-
-
 class NoiseARPolicy(
     nn.Module,
     PyTorchModelHubMixin,
@@ -196,17 +154,15 @@ class NoiseARPolicy(
         self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
         if paper:
             self.final_norm = nn.LayerNorm(d)
-            self.prediction_head = _head(d, 2 * a if config.learn_log_variance else a, 0)
+            self.prediction_head = prediction_head(d, 2 * a if config.learn_log_variance else a, 0)
             heads = [self.prediction_head]
         else:
-            self.prediction_head_mu = _head(d, a, config.n_prediction_head)
-            self.prediction_head_logvar = _head(d, a, config.n_prediction_head)
+            self.prediction_head_mu = prediction_head(d, a, config.n_prediction_head)
+            self.prediction_head_logvar = prediction_head(d, a, config.n_prediction_head)
             heads = [self.prediction_head_mu, self.prediction_head_logvar]
         for head in heads:  # an untrained policy is N(0, I)
             for parameter in head[-1].parameters():
                 nn.init.zeros_(parameter)
-
-    # The network ---------------------------------------------------------------------------------------
 
     def _text(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> tuple[list, torch.Tensor | None]:
         """Keys and values of the text for every block, and the attention mask ``(B, 1, 1, L)``."""
@@ -217,7 +173,7 @@ class NoiseARPolicy(
         if hasattr(self, "dim_adapter"):
             text = self.dim_adapter(text)  # (B, L, d)
         mask = text_mask.bool()[:, None, None] if paper and text_mask is not None else None
-        return [_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
 
     def _decode(
         self, x: torch.Tensor, text: tuple[list, torch.Tensor | None], cache: list | None = None
@@ -230,15 +186,15 @@ class NoiseARPolicy(
         keys_values, mask = text
         for i in range(self.config.n_layers):
             normed = self.self_attn_norm[i](x)
-            own = _keys_values(self.self_attn_layers[i], normed)
+            own = project_keys_values(self.self_attn_layers[i], normed)
             if cache is not None:
                 if cache[i] is not None:
                     own = torch.cat([cache[i][0], own[0]], 2), torch.cat([cache[i][1], own[1]], 2)
                 cache[i] = own
-            update = _attend(self.self_attn_layers[i], normed, own, causal=cache is None)
+            update = attend(self.self_attn_layers[i], normed, own, causal=cache is None)
             x = (x if paper else normed) + update
             normed = self.cross_attn_norm[i](x)
-            update = _attend(self.cross_attn_layers[i], normed, keys_values[i], mask)
+            update = attend(self.cross_attn_layers[i], normed, keys_values[i], mask)
             x = (x if paper else normed) + update
             normed = self.ffn_norm[i](x)
             x = (x if paper else normed) + self.ffn_layers[i](normed)
@@ -261,8 +217,6 @@ class NoiseARPolicy(
         else:
             token = self.latent_patch_encoder(patch.to(self.pos_encoding.dtype))[:, None]
         return token + self.pos_encoding[:, position : position + 1]
-
-    # The density ---------------------------------------------------------------------------------------
 
     def distribution(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
@@ -382,8 +336,6 @@ class NoiseARPolicy(
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
 
-    # Files ---------------------------------------------------------------------------------------------
-
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]
         cls, model: Self, model_file: str, map_location: str, strict: bool
@@ -396,16 +348,3 @@ class NoiseARPolicy(
                 f"{Path(model_file)}: truncated, or not the weights of a policy with {what}: {error}"
             ) from error
         return model
-
-
-def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
-    """Closed-form KL to N(0, I) in nats, over the event: batch shape of the distribution."""
-    mean, std = distribution.base_dist.mean, distribution.base_dist.stddev
-    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
-
-
-def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """N(0, I) of ``(len(seeds), *shape)`` in which each row depends on its own seed alone."""
-    generator = torch.Generator()
-    rows: list[Any] = [torch.randn(*shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
-    return torch.stack(rows) if rows else torch.zeros(0, *shape)

@@ -10,8 +10,9 @@ from noisear_rl.algos import nll, reinforce
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.denoisers import load_denoiser
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import PairsConfig, build_pairs, load_pairs, weak_to_strong
-from noisear_rl.policy import NoiseARConfig, standard_noise
+from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import REWARDS
 from noisear_rl.training import load_policy
 

@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from noisear_rl.denoisers.shapes.architecture import SCHEDULE
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import PairsConfig, build_pairs, inversion_coefficients, load_pairs, weak_to_strong
-from noisear_rl.policy import standard_noise
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from noisear_rl.policy import ARCHITECTURES, NoiseARConfig, NoiseARPolicy, kl_to_gaussian, standard_noise
+from noisear_rl.gaussian import kl_to_gaussian, standard_noise
+from noisear_rl.policy import ARCHITECTURES, NoiseARConfig, NoiseARPolicy
 from noisear_rl.training import load_policy
 from tests.conftest import random_policy
 

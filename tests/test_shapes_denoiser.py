@@ -12,7 +12,7 @@ from noisear_rl.denoisers.shapes.captions import CaptionTensors, balanced_captio
 from noisear_rl.denoisers.shapes.detectors import connected_components, load_detector
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
 from noisear_rl.evaluation import GAUSSIAN, evaluate
-from noisear_rl.policy import standard_noise
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]

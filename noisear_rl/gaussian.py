@@ -1,0 +1,21 @@
+"""The Gaussian prior: seeded draws, and the distance from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributions import Independent
+
+
+def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
+    """Closed-form KL to N(0, I) in nats, over the event: batch shape of the distribution."""
+    mean, std = distribution.base_dist.mean, distribution.base_dist.stddev
+    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+
+
+def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """N(0, I) of ``(len(seeds), *shape)`` in which each row depends on its own seed alone."""
+    generator = torch.Generator()
+    rows = [torch.randn(*shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows) if rows else torch.zeros(0, *shape)

@@ -1,0 +1,57 @@
+"""Layers of the policy: attention whose keys and values can be kept, position encodings, prediction heads.
+
+Shapes: ``B`` batch, ``T`` tokens, ``d`` width, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoidal_encoding(length: int, width: int) -> torch.Tensor:
+    """Sine on even and cosine on odd channels: ``(1, length, width)``."""
+    position = torch.arange(length, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+    return torch.stack([(position * rate).sin(), (position * rate).cos()], -1).reshape(1, length, width)
+
+
+def split_heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """``(B, T, d)`` → ``(B, H, T, d/H)``."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def project_keys_values(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``(B, H, T, d/H)`` of ``x (B, T, d)`` by the weights of a ``MultiheadAttention``."""
+    d = layer.embed_dim
+    keys, values = F.linear(x, layer.in_proj_weight[d:], layer.in_proj_bias[d:]).chunk(2, -1)
+    return split_heads(keys, layer.num_heads), split_heads(values, layer.num_heads)
+
+
+def attend(
+    layer: Any,  # nn.MultiheadAttention, which ModuleList does not tell
+    x: torch.Tensor,
+    keys_values: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Attention of ``x (B, T, d)`` to projected keys and values, with the layer's own weights."""
+    d = layer.embed_dim
+    query = split_heads(F.linear(x, layer.in_proj_weight[:d], layer.in_proj_bias[:d]), layer.num_heads)
+    dropout = layer.dropout if layer.training else 0.0
+    mixed = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return layer.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def prediction_head(width: int, out: int, blocks: int) -> nn.Sequential:
+    """Two linear layers, or ``blocks`` pairs of them and one more (the reference's ablation)."""
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers += [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)]
+    if not blocks:
+        layers = [nn.Linear(width, 2 * width), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(width if blocks else 2 * width, out))
