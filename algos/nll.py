@@ -116,7 +116,6 @@ def train(config: NLLConfig) -> NoiseARPolicy:
         loss = values["losses/nll"] + config.reconstruction_weight * values["losses/reconstruction"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        run.average_gradients(policy)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()

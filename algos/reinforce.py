@@ -105,7 +105,6 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     policy.eval()
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
-    reward_ema: torch.Tensor | None = None
     began = time.time() - counters.seconds
 
     bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
@@ -128,9 +127,10 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
 
         # Advantages in standard deviations of this update's rewards.
-        advantages = group_advantages(reward, groups.to(run.device), config.baseline, reward_ema)
+        advantages = group_advantages(reward, groups.to(run.device), config.baseline, counters.reward_ema)
         advantages = advantages / (advantages.std() + 1e-8)
-        reward_ema = reward.mean() if reward_ema is None else 0.9 * reward_ema + 0.1 * reward.mean()
+        average = reward.mean().item()
+        counters.reward_ema = average if counters.reward_ema is None else 0.9 * counters.reward_ema + 0.1 * average
 
         # Gradient.
         distribution = policy.distribution(patches, text, mask)
@@ -139,7 +139,6 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         policy_loss = reinforce_loss(log_prob, advantages)
         optimizer.zero_grad(set_to_none=True)
         (policy_loss + config.kl_coef * kl_to_prior).backward()
-        run.average_gradients(policy)
 
         # Step.
         if config.optimizer == "natural":

@@ -92,6 +92,7 @@ def evaluate(
                 noise = standard_noise(seeds, denoiser.latent_shape)
             else:
                 text, mask = conditioning.policy_embeds, conditioning.policy_mask
+                policy.to(text.device)
                 sample = policy.sample(text, mask, seeds=seeds)
                 noise = policy.noise(sample)
             pictures = denoiser.denoise(noise, conditioning, seeds)

@@ -38,7 +38,7 @@ def reconstruction_loss(distribution: Independent, target: torch.Tensor, noise: 
 
 
 def group_advantages(
-    rewards: torch.Tensor, groups: torch.Tensor, baseline: str, ema: torch.Tensor | None = None
+    rewards: torch.Tensor, groups: torch.Tensor, baseline: str, ema: float | None = None
 ) -> torch.Tensor:
     """Rewards minus a baseline that does not depend on the episode's own actions.
 
@@ -48,7 +48,7 @@ def group_advantages(
         baseline: ``none``; ``ema`` (a running mean, given as ``ema``); ``group`` (mean of the prompt's
             episodes; biased by ``1/n``, since it includes the episode itself); ``leave_one_out`` (mean of the
             prompt's other episodes; unbiased, Kool et al. 2019).
-        ema: Scalar, for ``baseline="ema"``.
+        ema: Running mean of rewards, for ``baseline="ema"``.
 
     Returns:
         ``(B,)`` advantages in units of reward.

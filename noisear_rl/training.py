@@ -26,7 +26,6 @@ import tyro
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch import nn
 
 from noisear_rl.policy import NoiseARPolicy
 
@@ -117,11 +116,13 @@ class Counters:
         step: Updates done.
         images: Pictures denoised for training.
         seconds: Time spent.
+        reward_ema: Running mean of rewards, where an algorithm keeps one.
     """
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    reward_ema: float | None = None
 
 
 class Run:
@@ -135,6 +136,7 @@ class Run:
 
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
+        ValueError: If several processes were launched.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
@@ -144,8 +146,9 @@ class Run:
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
-        if self.accelerator.is_main_process:
-            write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+        if self.accelerator.num_processes > 1:
+            raise ValueError("training runs in one process so far: start it without a distributed launcher")
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
         self.accelerator.init_trackers("noisear-rl")
 
     @property
@@ -156,16 +159,8 @@ class Run:
     def log(self, values: dict[str, float], step: int) -> None:
         """Writes one record to TensorBoard and ``metrics.jsonl``."""
         self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def average_gradients(self, policy: nn.Module) -> None:
-        """Averages gradients over processes; nothing to do with one."""
-        if self.accelerator.num_processes > 1:
-            for parameter in policy.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -180,8 +175,6 @@ class Run:
             counters: Where the run stands.
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
-        if not self.accelerator.is_main_process:
-            return
         target = self.folder / "checkpoints" / f"step-{counters.step:06d}"
         temporary = target.with_name(f".{target.name}")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -48,9 +48,9 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["natural", "adam"])
-def test_resumed_equals_uninterrupted(tmp_path, brightness, optimizer):
-    options = {"optimizer": optimizer, "save_every": 2}
+@pytest.mark.parametrize(("optimizer", "baseline"), [("natural", "leave_one_out"), ("adam", "ema")])
+def test_resumed_equals_uninterrupted(tmp_path, brightness, optimizer, baseline):
+    options = {"optimizer": optimizer, "baseline": baseline, "save_every": 2}
     whole = reinforce.train(config(tmp_path / "a", **options))
     reinforce.train(config(tmp_path / "b", **options, updates=2))
     resumed = reinforce.train(config(tmp_path / "b", **options, resume=True))

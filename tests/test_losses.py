@@ -38,7 +38,7 @@ def test_reconstruction_reaches_mean_and_deviation():
 def test_baselines():
     rewards, groups = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0]), torch.tensor([4, 4, 4, 7, 7])
     assert group_advantages(rewards, groups, "none").tolist() == rewards.tolist()
-    assert group_advantages(rewards, groups, "ema", torch.tensor(2.0)).tolist() == [-1, 0, 1, 8, 18]
+    assert group_advantages(rewards, groups, "ema", 2.0).tolist() == [-1, 0, 1, 8, 18]
     assert group_advantages(rewards, groups, "group").tolist() == [-1, 0, 1, -5, 5]
     assert group_advantages(rewards, groups, "leave_one_out").tolist() == [-1.5, 0, 1.5, -10, 10]
     with pytest.raises(ValueError, match="at least two"):

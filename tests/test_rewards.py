@@ -1,9 +1,14 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions, hard_negative
 from noisear_rl.denoisers.shapes.world import render, sample_scenes
+from noisear_rl.evaluation import GAUSSIAN, evaluate
 from noisear_rl.rewards import WeightedReward, load_reward
 from noisear_rl.rewards.shapes import ShapesClip, ShapesExact, ShapesMatch
 
@@ -87,3 +92,23 @@ def test_bad_input():
         load_reward("shapes-match").score(images, ["a circle"])
     with pytest.raises(ValueError, match="not a caption of the shapes world"):
         load_reward("shapes-match").score(images, ["a zebra", "a circle"])
+
+
+def test_statistics_are_those_of_gaussian_noise():
+    """Measured anew on 180 training captions: within 15 % of what normalisation assumes."""
+    reward = load_reward({"shapes-match": 1.0, "shapes-clip": 1.0, "shapes-exact": 1.0})
+    prompts = [caption.text for caption in balanced_captions("train", 180)]
+    result = evaluate(load_denoiser("shapes"), reward, {GAUSSIAN: None}, prompts, 2)[GAUSSIAN]
+    for scorer, _ in reward.rewards:
+        scores = result.scores[scorer.name]
+        assert scores.mean() == pytest.approx(scorer.statistics[0], rel=0.15)
+        assert scores.std() == pytest.approx(scorer.statistics[1], rel=0.15)
+
+
+def test_readme_numbers_come_from_the_results():
+    root = Path(__file__).parents[1]
+    results = (root / "benchmarks/results/demo.md").read_text()
+    rows = re.findall(r"^\| (?:the 4 trained|120 held).*", (root / "README.md").read_text(), flags=re.M)
+    assert len(rows) == 2
+    for number in re.findall(r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", " ".join(rows)):
+        assert number in results
