@@ -228,4 +228,6 @@ def load_policy(path: str | Path) -> NoiseARPolicy:
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"{path} holds no policy: expected config.json and model.safetensors")
         return NoiseARPolicy.from_pretrained(str(folder)).eval()
+    if folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():  # no Hub id looks like this
+        raise FileNotFoundError(f"{path}: no such folder; expected a checkpoint, a run folder or a Hub id (owner/name)")
     return NoiseARPolicy.from_pretrained(str(path)).eval()

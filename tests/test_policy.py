@@ -158,6 +158,8 @@ def test_bad_files(tmp_path):
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="holds no policy"):
         load_policy(empty)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_policy(tmp_path / "none")
 
 
 def test_dropout_is_active_in_train_mode_only():

@@ -1,0 +1,103 @@
+"""How much of a natural step of given KL reaches the signal, by the policy's first features?
+
+    python benchmarks/policy_features.py
+
+The reward is linear in the noise, ``R = 0.5 <u, x> + N(0, 1)`` with a random unit vector ``u`` for each of four captions, so
+progress is the policy's mean along ``u`` and nothing has to be denoised. ``tabular`` moves one free mean vector a caption:
+the bound for a policy that shares nothing. Writes ``benchmarks/results/policy_features.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from noisear_rl.algos.evaluate import provenance
+from noisear_rl.demo import HARD_CAPTIONS
+from noisear_rl.denoisers import load_denoiser
+from noisear_rl.losses import group_advantages, reinforce_loss
+from noisear_rl.natural_gradient import natural_step
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.training import write_atomically
+
+UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
+FULL_PREFIX = 10.0  # undoes the small start of the patch encoder
+VARIANTS = {
+    "learned positions, small prefix (default)": ("learned", 1.0),
+    "sinusoidal positions, small prefix": ("sinusoidal", 1.0),
+    "learned positions, full-size prefix": ("learned", FULL_PREFIX),
+    "sinusoidal positions, full-size prefix": ("sinusoidal", FULL_PREFIX),
+}
+
+
+def signal(seed: int) -> torch.Tensor:
+    """Unit vectors ``(captions, 256)``."""
+    directions = torch.randn(len(HARD_CAPTIONS), 256, generator=torch.Generator().manual_seed(seed))
+    return directions / directions.norm(dim=1, keepdim=True)
+
+
+def advantages(noise: torch.Tensor, groups: torch.Tensor, seed: int, update: int) -> torch.Tensor:
+    """Standardised advantages ``(B,)`` of noises ``(B, 256)``."""
+    generator = torch.Generator().manual_seed(10_000 * seed + update)
+    rewards = 0.5 * (noise * signal(seed)[groups]).sum(1) + torch.randn(len(noise), generator=generator)
+    centred = group_advantages(rewards, groups, "leave_one_out")
+    return centred / centred.std()
+
+
+def tabular(seed: int, groups: torch.Tensor) -> tuple[float, float]:
+    """Progress along the signal and KL of one free mean a caption."""
+    means = torch.zeros(len(HARD_CAPTIONS), 256)
+    for update in range(UPDATES):
+        noise = torch.randn(len(groups), 256, generator=torch.Generator().manual_seed(77 + 1000 * seed + update))
+        weights = advantages(means[groups] + noise, groups, seed, update)
+        gradient = torch.zeros_like(means).index_add_(0, groups, weights[:, None] * noise)
+        means += gradient * (2 * KL / gradient.square().sum(1).mean()).sqrt()
+    return (means * signal(seed)).sum(1).mean().item(), 0.5 * means.square().sum(1).mean().item()
+
+
+def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, conditioning) -> tuple[float, float]:
+    """The same for a policy network."""
+    torch.manual_seed(seed)
+    policy = NoiseARPolicy(NoiseARConfig(learn_log_variance=False, positions=positions)).eval()
+    with torch.no_grad():
+        policy.latent_patch_encoder.weight.mul_(prefix)
+    text, mask = conditioning.policy_embeds, conditioning.policy_mask
+    for update in range(UPDATES):
+        first = 1_000_000 * seed + 1000 * update
+        patches = policy.sample(text, mask, seeds=range(first, first + len(groups))).patches
+        weights = advantages(patches.flatten(1), groups, seed, update)
+        policy.zero_grad()
+        reinforce_loss(policy.log_prob(patches, text, mask), weights).backward()
+        natural_step(policy, patches, text, mask, max_kl=KL)
+    patches = policy.sample(text, mask, seeds=range(50_000, 50_000 + len(groups))).patches
+    means = policy.distribution(patches, text, mask).base_dist.mean.flatten(1).detach()
+    return (means * signal(seed)[groups]).sum(1).mean().item(), 0.5 * means.square().sum(1).mean().item()
+
+
+def main() -> None:
+    """Runs every variant with every seed and writes the table."""
+    groups = torch.arange(len(HARD_CAPTIONS)).repeat_interleave(SAMPLES)
+    conditioning = load_denoiser("shapes").encode([HARD_CAPTIONS[g] for g in groups])
+    results = {"tabular": [tabular(seed, groups) for seed in SEEDS]}
+    for name, (positions, prefix) in tqdm(VARIANTS.items(), desc="variants"):
+        results[name] = [network(positions, prefix, seed, groups, conditioning) for seed in SEEDS]
+    lines = [
+        f"Mean of the noise along the signal after {UPDATES} natural steps of {KL} nats on {len(HARD_CAPTIONS)} captions x "
+        f"{SAMPLES} samples; mean over {len(SEEDS)} seeds and their standard deviation.",
+        "",
+        "| policy | along the signal | std of seeds | KL to N(0, I) |",
+        "|---|---|---|---|",
+    ]
+    for name, values in results.items():
+        progress, kl = np.array(values).T
+        lines.append(f"| {name} | {progress.mean():.2f} | {progress.std(ddof=1):.2f} | {kl.mean():.1f} |")
+    lines += ["", f"Command: `python benchmarks/policy_features.py`. {provenance()}"]
+    write_atomically(Path(__file__).parent / "results" / "policy_features.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
