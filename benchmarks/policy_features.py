@@ -2,9 +2,9 @@
 
     python benchmarks/policy_features.py
 
-The reward is linear in the noise, ``R = 0.5 <u, x> + N(0, 1)`` with a random unit vector ``u`` for each of four captions, so
-progress is the policy's mean along ``u`` and nothing has to be denoised. ``tabular`` moves one free mean vector a caption:
-the bound for a policy that shares nothing. Writes ``benchmarks/results/policy_features.md``.
+The reward is linear in the noise, ``R = 0.5 <u, x> + N(0, 1)`` with a random unit vector ``u`` for each of four
+captions, so progress is the policy's mean along ``u`` and nothing has to be denoised. ``tabular`` moves one free mean
+vector a caption: the bound for a policy that shares nothing. Writes ``benchmarks/results/policy_features.md``.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def main() -> None:
     for name, (positions, prefix) in tqdm(VARIANTS.items(), desc="variants"):
         results[name] = [network(positions, prefix, seed, groups, conditioning) for seed in SEEDS]
     lines = [
-        f"Mean of the noise along the signal after {UPDATES} natural steps of {KL} nats on {len(HARD_CAPTIONS)} captions x "
-        f"{SAMPLES} samples; mean over {len(SEEDS)} seeds and their standard deviation.",
+        f"Mean of the noise along the signal after {UPDATES} natural steps of {KL} nats on {len(HARD_CAPTIONS)} "
+        f"captions x {SAMPLES} samples; mean over {len(SEEDS)} seeds and their standard deviation.",
         "",
         "| policy | along the signal | std of seeds | KL to N(0, I) |",
         "|---|---|---|---|",
