@@ -29,6 +29,18 @@ def test_plain_diffusers_loads_it_and_makes_the_same_images(shapes):
     assert images.shape == (3, 3, 64, 64) and images.dtype == torch.float32
 
 
+def test_a_pipeline_folder_is_a_denoiser(shapes):
+    """As a user's own SDXL: the scheduler, steps and guidance of the ``sdxl`` preset, and 16 patches."""
+    folder = load_denoiser(str(ASSETS / "pipeline"), num_inference_steps=6, dtype="float32")
+    assert folder.patch_size == 2 and folder.guidance_scale == 5.5
+    assert type(folder.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    noise, conditioning = standard_noise(range(3), (4, 8, 8)), folder.encode(PROMPTS)
+    images = folder.denoise(noise, conditioning)
+    assert images.isfinite().all()
+    assert not torch.allclose(images, shapes.denoise(noise, conditioning), atol=1e-2)
+    torch.testing.assert_close(folder.denoise(noise[1:2], conditioning[[1]]), images[1:2], rtol=0, atol=1e-4)
+
+
 def test_assets_are_small_and_described():
     files = [file for file in ASSETS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25e6

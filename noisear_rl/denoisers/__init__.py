@@ -115,7 +115,7 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
 
     Args:
         name: ``shapes`` (embedded), ``sdxl``, ``dreamshaper``, ``hunyuan-dit``, or the folder of a diffusers
-            SDXL pipeline.
+            SDXL pipeline, which gets ``sdxl``'s scheduler, steps and guidance.
         **options: Overrides for the preset: ``num_inference_steps``, ``guidance_scale``, ``device``,
             ``dtype`` (``auto``, ``float32``, ``bfloat16``, ``float16``), ``micro_batch_size``.
 

@@ -33,7 +33,7 @@ class Preset:
         path: Folder or Hub id.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
-        patch_size: Patch side that gives 16 patches.
+        patch_size: Patch side; ``None`` for the one that gives 16 patches.
         scheduler: ``"dpm"`` replaces the scheduler by DPMSolverMultistep, ``None`` keeps the pipeline's.
         load: Keyword arguments for ``from_pretrained``.
     """
@@ -41,7 +41,7 @@ class Preset:
     path: str
     num_inference_steps: int
     guidance_scale: float
-    patch_size: int
+    patch_size: int | None
     scheduler: str | None = "dpm"
     load: tuple[tuple[str, Any], ...] = ()
 
@@ -60,7 +60,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     if name in PRESETS:
         preset = PRESETS[name]
     elif Path(name).is_dir():
-        preset = Preset(name, 50, 5.5, 32)
+        preset = Preset(name, 50, 5.5, None)
     else:
         raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
     fields = {
@@ -83,7 +83,8 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     options.setdefault("num_inference_steps", preset.num_inference_steps)
     options.setdefault("guidance_scale", preset.guidance_scale)
-    return DiffusionPipelineDenoiser(pipeline, name=name, patch_size=preset.patch_size, **options)
+    patch_size = preset.patch_size or max(1, pipeline.unet.config.sample_size // 4)
+    return DiffusionPipelineDenoiser(pipeline, name=name, patch_size=patch_size, **options)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from noisear_rl.denoisers.shapes.export import export
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
 
 STEPS = {"vae": 2400, "clip": 1600, "unet": 3000, "train_detector": 1200, "held_out_detector": 800}
+PICTURES = 65536  # that the UNet learns from
 # How often each category of captions is drawn for the UNet: more often where more must be bound together.
 SHARES = {"single_object": 1, "colors": 1, "two_object": 2, "counting": 3, "position": 4, "color_attr": 4}
 
@@ -170,8 +171,8 @@ def train_clip(**options) -> CLIPModel:
     return fit("clip", clip, step, learning_rate=1e-3, **options)
 
 
-def latent_shards(vae: AutoencoderKL, folder: Path, seed: int, size: int = 65536) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes ``size`` pictures once: normalised latents ``(size, 4, 8, 8)`` and caption indices ``(size,)``."""
+def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes ``PICTURES`` pictures once: normalised latents ``(PICTURES, 4, 8, 8)`` and caption indices."""
     path = folder / "latents.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -182,7 +183,7 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int, size: int = 65536
     mean, std = (torch.tensor(getattr(vae.config, key)).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
     weights = np.array([SHARES[category] for category in CATEGORIES], dtype=float)
     rng, latents, indices = np.random.default_rng([seed, 1]), [], []
-    for _ in tqdm(range(size // 256), desc="latents", mininterval=5):
+    for _ in tqdm(range(PICTURES // 256), desc="latents", mininterval=5):
         chosen = []
         for category in rng.choice(len(CATEGORIES), size=256, p=weights / weights.sum()):
             pool = pools[category]
