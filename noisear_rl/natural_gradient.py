@@ -38,6 +38,11 @@ def conjugate_gradient(
     return x
 
 
+def _split(vector: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Views of a vector ``(P,)`` in the parameters' shapes."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)]
+
+
 def fisher_product(
     policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, damping: float
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -57,7 +62,7 @@ def fisher_product(
     backward = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, materialize_grads=True)
 
     def product(vector: torch.Tensor) -> torch.Tensor:
-        parts = [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)]
+        parts = _split(vector, parameters)
         forward = torch.autograd.grad(backward, dummy, parts, retain_graph=True)  # J v
         weighted = [m * u / len(patches) for m, u in zip(metric, forward, strict=True)]
         back = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
@@ -68,8 +73,8 @@ def fisher_product(
 
 def _assign(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
     """Copies a vector ``(P,)`` into parameters; torch's own function would make them views of it."""
-    for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(values.view_as(parameter))
+    for parameter, values in zip(parameters, _split(vector, parameters), strict=True):
+        parameter.copy_(values)
 
 
 def natural_step(

@@ -1,4 +1,4 @@
-"""Writes the trained parts as a diffusers folder and judges, and the card that says where they come from."""
+"""Writes the trained parts as a diffusers folder and judges, and the card's table of how they were trained."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from transformers import CLIPModel, CLIPTextModelWithProjection
 
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.detectors import Detector
-
-LICENSE = "apache-2.0"
 
 
 def export(
