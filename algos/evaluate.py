@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers import EMBEDDED, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, parse_caption
 from noisear_rl.envs.noise_task import load_prompts
 from noisear_rl.evaluation import GAUSSIAN, MethodScores, evaluate, table
@@ -100,7 +100,7 @@ def run(config: EvaluateConfig) -> str:
             raise ValueError(f"policies must be distinct NAME=PATH items, got {item!r}")
         policies[name] = load_policy(path)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
-    if config.denoiser == "shapes" and config.prompts in SPLITS:
+    if config.denoiser in EMBEDDED and config.prompts in SPLITS:
         prompts = [caption.text for caption in balanced_captions(config.prompts, config.num_prompts)]
     else:
         prompts = load_prompts(config.prompts, denoiser.name)

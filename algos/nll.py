@@ -10,7 +10,6 @@ with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from noisear_rl.losses import nll_loss, reconstruction_loss
 from noisear_rl.pairs import load_pairs
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.shards import read_manifest
 from noisear_rl.training import Counters, Run, parse_config
 
 
@@ -69,7 +69,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
     # Data: targets as patches, and one text embedding for every distinct prompt.
     pairs = load_pairs(config.pairs)
-    made_for = json.loads((config.pairs / "manifest.json").read_text())["denoiser"]
+    made_for = read_manifest(config.pairs)["denoiser"]
     if made_for != config.denoiser:
         raise ValueError(f"{config.pairs} was made for denoiser {made_for!r}, not {config.denoiser!r}")
     denoiser = load_denoiser(config.denoiser)

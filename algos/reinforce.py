@@ -15,20 +15,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-import gymnasium
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
-from noisear_rl.envs import NoiseVectorEnv
+from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.losses import group_advantages, reinforce_loss
-from noisear_rl.natural_gradient import natural_step
+from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.training import Counters, Run, load_policy, parse_config
+from noisear_rl.training import Counters, Run, load_policy, parse_config, take_turns
 
 
 @dataclass
@@ -43,8 +41,8 @@ class ReinforceConfig:
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
-    policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(learn_log_variance=False))
-    """Sizes of a fresh policy; the log-variance is fixed by default, since learning it spends KL on noise."""
+    policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
+    """A fresh policy, in the environment's sizes. Its log-variance is fixed: learning it spends KL on noise."""
     output_dir: Path = Path("runs/reinforce")
     """Run folder."""
     updates: int = 100
@@ -56,13 +54,15 @@ class ReinforceConfig:
     baseline: str = "leave_one_out"
     """`none`, `ema`, `group` or `leave_one_out`."""
     optimizer: str = "natural"
-    """`natural` (a step of `kl_per_update` nats) or `adam` (at `learning_rate`)."""
+    """`natural` (a step of `kl_per_update`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
     kl_per_update: float = 1.0
-    """Size of a natural step in nats a whole noise."""
+    """Size of a step in nats a whole noise."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
     cg_iterations: int = 8
     """Conjugate-gradient iterations a natural step."""
+    fisher_episodes: int = 128
+    """Episodes that the Fisher matrix is measured on; a step costs about as much as 25 passes over them."""
     learning_rate: float = 2e-4
     """Adam's learning rate."""
     max_grad_norm: float = 1.0
@@ -81,39 +81,37 @@ class ReinforceConfig:
 
 def train(config: ReinforceConfig) -> NoiseARPolicy:
     """Improves a policy and returns it in eval mode; see the module's docstring."""
-    if config.optimizer not in ("natural", "adam"):
-        raise ValueError(f"unknown optimizer {config.optimizer!r}; expected 'natural' or 'adam'")
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
     # Environment: all episodes of an update at once.
     batch = config.prompts_per_update * config.samples_per_prompt
-    made = gymnasium.make_vec(
-        config.env_id,
-        num_envs=batch,
-        vectorization_mode="vector_entry_point",
-        prompts=config.prompts,
-        reward=config.reward,
-    )
-    envs = cast(NoiseVectorEnv, made.unwrapped)
+    envs = make_vector_env(config.env_id, batch, prompts=config.prompts, reward=config.reward)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
     groups = torch.arange(batch) % n_prompts
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
-    policy = (load_policy(config.init_from) if config.init_from else NoiseARPolicy(config.policy)).to(run.device)
-    policy.eval()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    fresh = NoiseARPolicy(task.policy_config(config.policy))
+    policy = (load_policy(config.init_from) if config.init_from else fresh).to(run.device).eval()
+    task.check_policy(policy.config)
+    optimizer = PolicyOptimizer(
+        policy,
+        config.optimizer,
+        kl_per_step=config.kl_per_update,
+        learning_rate=config.learning_rate,
+        damping=config.damping,
+        cg_iterations=config.cg_iterations,
+        fisher_episodes=config.fisher_episodes,
+        max_grad_norm=config.max_grad_norm,
+    )
     counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
     began = time.time() - counters.seconds
 
     bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
     for update in bar:
-        # Prompts take turns in an order that changes every round.
-        turn, offset = divmod(update * n_prompts, len(task.prompts))
-        rounds = [np.random.default_rng([config.seed, 1, turn + i]) for i in (0, 1)]
-        order = np.concatenate([rng.permutation(len(task.prompts)) for rng in rounds])
-        prompts = [task.prompts[order[offset + int(g)]] for g in groups]
+        turns = take_turns(task.prompts, n_prompts, update, config.seed)
+        prompts = [turns[g] for g in groups.tolist()]
 
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
         seeds = np.random.default_rng([config.seed, 2, update]).integers(2**62, size=batch)
@@ -137,26 +135,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         log_prob = distribution.log_prob(patches)  # (B, N)
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
         policy_loss = reinforce_loss(log_prob, advantages)
-        optimizer.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)
         (policy_loss + config.kl_coef * kl_to_prior).backward()
 
         # Step.
-        if config.optimizer == "natural":
-            kl = natural_step(
-                policy,
-                patches,
-                text,
-                mask,
-                max_kl=config.kl_per_update,
-                damping=config.damping,
-                iterations=config.cg_iterations,
-            )
-        else:
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            optimizer.step()
-            with torch.no_grad():
-                after = policy.distribution(patches, text, mask)
-                kl = torch.distributions.kl_divergence(distribution, after).sum(1).mean().item()
+        kl = optimizer.step(patches, text, mask)
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch

@@ -61,7 +61,7 @@ def tabular(seed: int, groups: torch.Tensor) -> tuple[float, float]:
 def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, conditioning) -> tuple[float, float]:
     """The same for a policy network."""
     torch.manual_seed(seed)
-    policy = NoiseARPolicy(NoiseARConfig(learn_log_variance=False, positions=positions)).eval()
+    policy = NoiseARPolicy(NoiseARConfig(log_variance="fixed", positions=positions)).eval()
     with torch.no_grad():
         policy.latent_patch_encoder.weight.mul_(prefix)
     text, mask = conditioning.policy_embeds, conditioning.policy_mask

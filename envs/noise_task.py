@@ -6,7 +6,7 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``L`` text tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
+from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser
 from noisear_rl.patches import sequence_shape, unpatchify
+from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
@@ -75,7 +76,7 @@ class NoiseTask:
         self.denoiser = denoiser
         self.prompts = load_prompts(prompts, denoiser.name)
         if reward is None:
-            if denoiser.name != "shapes":
+            if denoiser.name not in EMBEDDED:
                 raise ValueError(f"denoiser {denoiser.name!r} has no default reward; name one: reward=...")
             reward = "shapes-match"
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward)
@@ -91,6 +92,24 @@ class NoiseTask:
                 "text_mask": spaces.MultiBinary(length),
             }
         )
+
+    def policy_config(self, config: NoiseARConfig) -> NoiseARConfig:
+        """The same policy in this task's sizes: latent shape, patch size, text width."""
+        shape, width = self.denoiser.latent_shape, self.denoiser.text_shape[1]
+        return replace(config, latent_shape=shape, patch_size=self.patch_size, text_dim=width)
+
+    def check_policy(self, config: NoiseARConfig) -> None:
+        """Refuses a policy of other sizes.
+
+        Raises:
+            ValueError: If latent shape, patch size or text width differ.
+        """
+        for name, own in to_sizes(self.policy_config(config)).items():
+            if own != (has := to_sizes(config)[name]):
+                raise ValueError(
+                    f"the policy was made for another denoiser or patch size: its {name} is {has}, "
+                    f"that of denoiser {self.denoiser.name!r} is {own}"
+                )
 
     def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
         """Draws an episode's prompt and denoising seed; both follow from the generator's state alone."""
@@ -136,6 +155,11 @@ class NoiseTask:
         return to_uint8(((shown + 3) / 6).clamp(0, 1))
 
 
+def to_sizes(config: NoiseARConfig) -> dict[str, Any]:
+    """What a policy and a denoiser must agree on."""
+    return {name: getattr(config, name) for name in ("latent_shape", "patch_size", "text_dim")}
+
+
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """Picture ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
     return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
@@ -151,9 +175,9 @@ def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str
     from noisear_rl.denoisers.shapes.captions import SPLITS, captions_of
 
     if prompts is None:
-        prompts = "train" if denoiser == "shapes" else EXAMPLE_PROMPTS
+        prompts = "train" if denoiser in EMBEDDED else EXAMPLE_PROMPTS
     if isinstance(prompts, str):
-        if denoiser == "shapes" and prompts in SPLITS:
+        if denoiser in EMBEDDED and prompts in SPLITS:
             return [caption.text for caption in captions_of(prompts)]
         if not Path(prompts).is_file():
             raise FileNotFoundError(f"prompts: {prompts!r} is neither a file nor (for 'shapes') one of {SPLITS}")

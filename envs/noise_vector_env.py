@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
@@ -27,6 +28,7 @@ class NoiseVectorEnv(VectorEnv):
 
     Attributes:
         images: The last pictures ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
+        denoise_seeds: Seeds of the schedulers' own noise, one a copy.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -52,6 +54,7 @@ class NoiseVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.images: torch.Tensor | None = None
+        self.denoise_seeds: list[int] = []
         self._generators: list[np.random.Generator] = []
         self._step = -1
 
@@ -69,7 +72,7 @@ class NoiseVectorEnv(VectorEnv):
         if len(prompts) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} prompts, got {len(prompts)}")
         drawn = [self.task.draw(rng, prompt) for rng, prompt in zip(self._generators, prompts, strict=True)]
-        self._prompts, self._seeds = [prompt for prompt, _ in drawn], [s for _, s in drawn]
+        self._prompts, self.denoise_seeds = [prompt for prompt, _ in drawn], [s for _, s in drawn]
         self._conditioning = self.task.denoiser.encode(self._prompts)
         self._text = self._conditioning.policy_embeds.float().cpu().numpy()
         self._mask = self._conditioning.policy_mask.cpu().numpy().astype(np.int8)
@@ -93,7 +96,7 @@ class NoiseVectorEnv(VectorEnv):
         info = self._info(prompt=np.array(self._prompts, dtype=object), clipped=clipped)
         terminated = np.full(self.num_envs, self._step == self.task.n_patches)
         if terminated[0]:
-            outcome = self.task.finish(self._patches.copy(), self._conditioning, self._prompts, self._seeds)
+            outcome = self.task.finish(self._patches.copy(), self._conditioning, self._prompts, self.denoise_seeds)
             rewards, self.images = outcome.rewards.astype(np.float64), outcome.images
             scores = {f"reward/{name}": values for name, values in outcome.components.items()}
             info |= self._info(noise=outcome.noise, **scores)
@@ -121,3 +124,12 @@ class NoiseVectorEnv(VectorEnv):
             "text": self._text.copy(),
             "text_mask": self._mask.copy(),
         }
+
+
+def make_vector_env(env_id: str, num_envs: int, **options: Any) -> NoiseVectorEnv:
+    """``gymnasium.make_vec`` of a noise environment, denoised as one batch; options that are ``None`` are left out."""
+    given = {key: value for key, value in options.items() if value is not None}
+    made = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **given)
+    if not isinstance(made.unwrapped, NoiseVectorEnv):
+        raise ValueError(f"{env_id!r} is no noise environment; expected one such as 'NoiseAR-Shapes-v0'")
+    return made.unwrapped

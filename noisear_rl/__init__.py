@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 ENVIRONMENTS = {
     "NoiseAR-Shapes-v0": "shapes",
+    "NoiseAR-ShapesTurbo-v0": "shapes-turbo",
     "NoiseAR-SDXL-v0": "sdxl",
     "NoiseAR-DreamShaper-v0": "dreamshaper",
     "NoiseAR-HunyuanDiT-v0": "hunyuan-dit",

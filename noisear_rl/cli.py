@@ -12,6 +12,10 @@ COMMANDS = {
     "pairs": ("noisear_rl.pairs", "build weak-to-strong pairs"),
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
     "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
+    "ppo": ("noisear_rl.algos.ppo", "improve a policy with PPO"),
+    "collect": ("noisear_rl.algos.collect", "collect rollouts on disk"),
+    "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
+    "reward-gradient": ("noisear_rl.algos.reward_gradient", "improve a policy by gradients through the denoiser"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies with Gaussian noise"),
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges anew"),
 }
@@ -20,7 +24,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` tells each command's options."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:17}{text}" for name, (_, text) in COMMANDS.items())
     usage = f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` tells a command's options."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)

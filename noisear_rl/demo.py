@@ -63,7 +63,7 @@ def run(config: DemoConfig) -> str:
     if (folder / "demo.json").exists():
         shutil.rmtree(folder)
     write_atomically(folder / "demo.json", json.dumps(to_mapping(config)))
-    policy_config = NoiseARConfig(learn_log_variance=False)
+    policy_config = NoiseARConfig(log_variance="fixed")
 
     print("1/4 pairs: strong guidance down, weak guidance up", flush=True)
     presets = Path(__file__).parent / "configs" / "shapes"

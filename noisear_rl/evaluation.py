@@ -10,7 +10,7 @@ Shapes: ``M`` methods, ``P`` prompts, ``S`` samples a prompt.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,41 @@ def evaluate(
         )
     bar.close()
     return results
+
+
+def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dict[str, np.ndarray]:
+    """Scores of the best of every ``count`` samples: what search without learning gets at ``count`` times the cost.
+
+    Args:
+        scores: ``(P, S)`` by scorer; ``S`` must be a multiple of ``count``.
+        count: Samples to choose from.
+        choose_by: The scorer that chooses; it should not be the one that judges.
+
+    Returns:
+        ``(P, S / count)`` by scorer.
+    """
+    index = scores[choose_by].reshape(len(scores[choose_by]), -1, count).argmax(-1)[..., None]
+    return {
+        name: np.take_along_axis(values.reshape(len(values), -1, count), index, -1)[..., 0]
+        for name, values in scores.items()
+    }
+
+
+def diversity(images: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Mean pairwise cosine distance of the pictures of each prompt.
+
+    Args:
+        images: ``(P, K, 3, H, W)`` in [0, 1], ``K`` at least 2.
+        embed: Pictures → unit vectors, such as ``ShapesClip.image_features``.
+
+    Returns:
+        ``(P,)``; 0 where all pictures look the same to ``embed``.
+    """
+    k = images.shape[1]
+    with torch.no_grad():
+        features = torch.stack([embed(part) for part in images])  # (P, K, D)
+    cosine = (features @ features.mT).sum((1, 2)) - k  # without the diagonal
+    return (1 - cosine / (k * (k - 1))).cpu().numpy()
 
 
 @dataclass

@@ -63,7 +63,7 @@ def group_advantages(
     if baseline == "ema":
         return rewards - (0.0 if ema is None else ema)
     _, index = groups.unique(return_inverse=True)
-    count = torch.zeros(int(index.max()) + 1, device=rewards.device).index_add_(0, index, torch.ones_like(rewards))
+    count = rewards.new_zeros(int(index.max()) + 1).index_add_(0, index, torch.ones_like(rewards))
     total = torch.zeros_like(count).index_add_(0, index, rewards)
     if baseline == "group":
         return rewards - (total / count)[index]
@@ -88,3 +88,53 @@ def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Te
     if advantages.shape != log_prob.shape[:1]:
         raise ValueError(f"expected advantages {tuple(log_prob.shape[:1])}, got {tuple(advantages.shape)}")
     return -(advantages.detach() * log_prob.sum(1)).mean()
+
+
+def ppo_loss(
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """Clipped surrogate of PPO (Schulman et al. 2017, equation 7); a patch is an action.
+
+    At the first step the ratio is 1, and the gradient is :func:`reinforce_loss`'s.
+
+    Args:
+        log_prob: ``(B, N)`` under the policy that learns.
+        old_log_prob: ``(B, N)`` under the policy that sampled; no gradient flows into it.
+        advantages: ``(B, N)``; no gradient flows into them.
+        clip_range: Ratios beyond ``1 ± clip_range`` gain nothing.
+
+    Returns:
+        A scalar, averaged over episodes, summed over patches.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    if not log_prob.shape == old_log_prob.shape == advantages.shape:
+        shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, advantages)]
+        raise ValueError(f"expected three tensors (B, N) of one shape, got {shapes}")
+    advantages = advantages.detach()
+    ratio = (log_prob - old_log_prob.detach()).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum(1).mean()
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016) for a reward at the end alone and ``γ = 1``.
+
+    Args:
+        rewards: ``(B,)``, given after the last patch; nothing is bootstrapped beyond it.
+        values: ``(B, N)``; column ``i`` is the value before patch ``i``.
+        gae_lambda: 1 for ``R - V_i``, 0 for one-step differences.
+
+    Returns:
+        Advantages and returns (targets of the values), ``(B, N)`` each.
+    """
+    after = torch.cat([values[:, 1:], rewards[:, None]], 1)
+    delta = after - values
+    advantages, running = torch.zeros_like(values), torch.zeros_like(rewards)
+    for i in reversed(range(values.shape[1])):
+        running = delta[:, i] + gae_lambda * running
+        advantages[:, i] = running
+    return advantages, advantages + values

@@ -1,4 +1,4 @@
-"""Natural-gradient steps for Gaussian policies: a step of a given KL, whatever the parameterisation.
+"""Steps of a policy: natural-gradient ones of a given KL, whatever the parameterisation, or Adam's.
 
 The Fisher matrix of a diagonal Gaussian policy is ``F = E[Jᵀ M J]`` with ``J`` the Jacobian of mean and log
 standard deviation by the parameters and ``M = diag(1/σ², 2)``. Products ``F v`` cost three backward passes
@@ -11,12 +11,15 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``P`` parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 from noisear_rl.policy import NoiseARPolicy
+
+OPTIMIZERS = ("natural", "adam", "adaptive_adam")
 
 
 def conjugate_gradient(
@@ -77,6 +80,12 @@ def _assign(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
         parameter.copy_(values)
 
 
+def _some(count: int, *parts: Any) -> tuple:
+    """A fixed random choice of rows: at regular intervals it would miss prompts that take turns in a batch."""
+    rows = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:count]
+    return tuple(None if part is None else part[rows] for part in parts)
+
+
 def natural_step(
     policy: NoiseARPolicy,
     patches: torch.Tensor,
@@ -109,10 +118,7 @@ def natural_step(
         raise ValueError("the gradient holds NaN or infinite values")
     if not gradient.any():
         return 0.0
-    # A fixed random choice: one at regular intervals would miss prompts that take turns in the batch.
-    rows = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:fisher_episodes]
-    patches, text = patches[rows], text[rows]
-    text_mask = None if text_mask is None else text_mask[rows]
+    patches, text, text_mask = _some(fisher_episodes, patches, text, text_mask)
     product = fisher_product(policy, patches, text, text_mask, damping)
     direction = conjugate_gradient(product, gradient, iterations)
     step = direction * (2 * max_kl / (direction @ product(direction))).sqrt()
@@ -128,3 +134,78 @@ def natural_step(
             step = step / 2
         _assign(parameters, start)
     return 0.0
+
+
+class PolicyOptimizer:
+    """Takes a step on what ``.grad`` holds, and measures how far it went.
+
+    Args:
+        policy: Whose parameters to change.
+        kind: ``natural`` (:func:`natural_step` of ``kl_per_step``), ``adam`` (at ``learning_rate``) or
+            ``adaptive_adam`` (Adam whose learning rate follows ``kl_per_step``: times 1.5 while a step is shorter
+            than half of it, divided by 1.5 while it is longer than twice).
+        kl_per_step: Nats a whole noise.
+        learning_rate: Adam's, at the start.
+        damping: Of the Fisher matrix.
+        cg_iterations: Of conjugate gradients.
+        fisher_episodes: Episodes that the metric and the KL are measured on.
+        max_grad_norm: Adam's gradients are clipped to this norm.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+
+    def __init__(
+        self,
+        policy: NoiseARPolicy,
+        kind: str = "natural",
+        *,
+        kl_per_step: float = 1.0,
+        learning_rate: float = 2e-4,
+        damping: float = 0.01,
+        cg_iterations: int = 8,
+        fisher_episodes: int = 128,
+        max_grad_norm: float = 1.0,
+    ):
+        if kind not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {kind!r}; expected one of {OPTIMIZERS}")
+        self.policy, self.kind, self.kl_per_step, self.max_grad_norm = policy, kind, kl_per_step, max_grad_norm
+        self.damping, self.cg_iterations, self.fisher_episodes = damping, cg_iterations, fisher_episodes
+        self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+
+    def step(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> float:
+        """Moves the policy; returns ``KL(old ‖ new)`` in nats a whole noise, measured on some of the episodes."""
+        if self.kind == "natural":
+            return natural_step(
+                self.policy,
+                patches,
+                text,
+                text_mask,
+                max_kl=self.kl_per_step,
+                damping=self.damping,
+                iterations=self.cg_iterations,
+                fisher_episodes=self.fisher_episodes,
+            )
+        patches, text, text_mask = _some(self.fisher_episodes, patches, text, text_mask)
+        with torch.no_grad():
+            before = self.policy.distribution(patches, text, text_mask)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not norm.isfinite():
+            raise ValueError("the gradient holds NaN or infinite values")
+        self.adam.step()
+        with torch.no_grad():
+            after = self.policy.distribution(patches, text, text_mask)
+            kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
+        if self.kind == "adaptive_adam":
+            factor = 1.5 if kl < self.kl_per_step / 2 else 1 / 1.5 if kl > self.kl_per_step * 2 else 1.0
+            for group in self.adam.param_groups:
+                group["lr"] = min(max(group["lr"] * factor, 1e-7), 1e-1)
+        return kl
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's moments and learning rate."""
+        return self.adam.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.adam.load_state_dict(state)

@@ -10,13 +10,12 @@ Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value
 from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 
@@ -24,7 +23,8 @@ from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import load_prompts
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
-from noisear_rl.training import parse_config, to_mapping, write_atomically
+from noisear_rl.shards import check_manifest, load_shards, shard_file, write_shard
+from noisear_rl.training import parse_config, to_mapping
 
 INVERSIONS = ("exact", "compat")
 
@@ -162,26 +162,20 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         "latent_shape": list(denoiser.latent_shape),
     }
     manifest.pop("output_dir")
-    path = config.output_dir / "manifest.json"
-    if path.exists() and json.loads(path.read_text()) != manifest:
-        raise ValueError(f"{config.output_dir} holds pairs of other settings: choose another output_dir")
-    write_atomically(path, json.dumps(manifest, indent=1))
+    check_manifest(config.output_dir, manifest)
     reward = load_reward(config.filter_reward) if config.filter_reward else None
     starts = range(0, config.pairs, config.shard_size)
     bar = tqdm(total=config.pairs, desc="pairs", unit="pair")
     for shard, start in enumerate(starts):
         end = min(start + config.shard_size, config.pairs)
-        file = config.output_dir / f"shard-{shard:05d}.parquet"
-        if not file.exists():
+        if not shard_file(config.output_dir, shard).exists():
             rows: dict[str, list] = {"prompt": [], "seed": [], "target": []}
             for low in range(start, end, config.batch_size):
                 indices = range(low, min(low + config.batch_size, end))
                 _append(rows, denoiser, config, reward, [prompts[i % len(prompts)] for i in indices], indices)
                 bar.update(len(indices))
             features = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
-            temporary = file.with_name(f".{file.name}")
-            Dataset.from_dict(rows, features=features).to_parquet(temporary)
-            temporary.replace(file)
+            write_shard(config.output_dir, shard, rows, features)
         else:
             bar.update(end - start)
     bar.close()
@@ -219,11 +213,7 @@ def load_pairs(folder: str | Path) -> Dataset:
         FileNotFoundError: If there are none.
         ValueError: If the filter left none.
     """
-    files = sorted(str(file) for file in Path(folder).glob("shard-*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no pairs: make some with `python -m noisear_rl.pairs`")
-    parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in files]
-    pairs = concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+    pairs = load_shards(folder, "pairs", "python -m noisear_rl.pairs")
     if not len(pairs):
         raise ValueError(f"{folder}: no pair passed the reward filter")
     return pairs

@@ -24,61 +24,11 @@ from torch.distributions import Independent, Normal, kl_divergence
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.layers import attend, prediction_head, project_keys_values, sinusoidal_encoding
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
+from noisear_rl.policy_config import NoiseARConfig
 
-ARCHITECTURES = ("paper", "reference")
+__all__ = ["NoiseARConfig", "NoiseARPolicy", "PolicySample"]
+
 LOG_VARIANCE_RANGE = (-20.0, 10.0)
-
-
-@dataclass
-class NoiseARConfig:
-    """Sizes of the policy; the defaults fit the embedded ``shapes`` denoiser.
-
-    Attributes:
-        latent_shape: ``(C, *spatial)`` of the denoiser's initial noise.
-        patch_size: Patch side along every spatial axis.
-        text_dim: Width ``D`` of the text embedding.
-        d_model: Width ``d``.
-        d_ff: Hidden width of the feed-forward layers.
-        n_heads: Attention heads.
-        n_layers: Decoder blocks.
-        n_prediction_head: Extra residual-free two-layer blocks in the heads (the reference's ablation).
-        dropout: Dropout probability, active in train mode only.
-        architecture: ``"paper"`` (pre-norm, joint head, starts as N(0, I)) or ``"reference"`` (the authors'
-            released network, same state dict).
-        positions: ``"learned"`` (starts as unit Gaussian vectors) or ``"sinusoidal"`` (the paper's default)
-            position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
-            a natural-gradient step of given KL achieves.
-        temperature: Factor on the standard deviation. The authors sample with 0.5.
-        learn_log_variance: Whether the log-variance is predicted; if not it is 0.
-    """
-
-    latent_shape: tuple[int, ...] = (4, 8, 8)
-    patch_size: int = 2
-    text_dim: int = 256
-    d_model: int = 128
-    d_ff: int = 256
-    n_heads: int = 4
-    n_layers: int = 2
-    n_prediction_head: int = 0
-    dropout: float = 0.0
-    architecture: str = "paper"
-    positions: str = "learned"
-    temperature: float = 1.0
-    learn_log_variance: bool = True
-
-    def __post_init__(self) -> None:
-        self.latent_shape = tuple(self.latent_shape)
-        sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {self.architecture!r}; expected one of {ARCHITECTURES}")
-        if self.positions not in ("sinusoidal", "learned"):
-            raise ValueError(f"positions must be 'sinusoidal' or 'learned', not {self.positions!r}")
-        if self.d_model % self.n_heads or self.d_model % 2:
-            raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.architecture == "paper" and self.n_prediction_head:
-            raise ValueError("n_prediction_head belongs to architecture='reference'")
 
 
 @dataclass
@@ -154,7 +104,10 @@ class NoiseARPolicy(
         self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
         if paper:
             self.final_norm = nn.LayerNorm(d)
-            self.prediction_head = prediction_head(d, 2 * a if config.learn_log_variance else a, 0)
+            predicted = config.log_variance == "predicted"
+            self.prediction_head = prediction_head(d, 2 * a if predicted else a, 0)
+            if config.log_variance == "shared":
+                self.log_variance = nn.Parameter(torch.zeros(n))
             heads = [self.prediction_head]
         else:
             self.prediction_head_mu = prediction_head(d, a, config.n_prediction_head)
@@ -175,10 +128,10 @@ class NoiseARPolicy(
         mask = text_mask.bool()[:, None, None] if paper and text_mask is not None else None
         return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
 
-    def _decode(
+    def _blocks(
         self, x: torch.Tensor, text: tuple[list, torch.Tensor | None], cache: list | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and heads: tokens ``(B, T, d)`` → mean and log-variance ``(B, T, A)``.
+    ) -> torch.Tensor:
+        """Tokens ``(B, T, d)`` → features ``(B, T, d)``.
 
         With a cache, ``x`` is the one next token and ``cache`` holds the keys and values of all before.
         """
@@ -198,15 +151,19 @@ class NoiseARPolicy(
             x = (x if paper else normed) + update
             normed = self.ffn_norm[i](x)
             x = (x if paper else normed) + self.ffn_layers[i](normed)
-        if not paper:
-            return self.prediction_head_mu(x), self.prediction_head_logvar(x)
-        out = self.prediction_head(self.final_norm(x))
-        if self.config.learn_log_variance:
-            mean, log_variance = out.chunk(2, -1)
-            return mean, log_variance
-        return out, torch.zeros_like(out)
+        return self.final_norm(x) if paper else x
 
-    def _gaussian(self, mean: torch.Tensor, log_variance: torch.Tensor) -> Independent:
+    def _gaussian(self, features: torch.Tensor, first: int = 0) -> Independent:
+        """Heads: features ``(B, T, d)`` of the patches from ``first`` on → their Gaussians."""
+        if self.config.architecture != "paper":
+            mean, log_variance = self.prediction_head_mu(features), self.prediction_head_logvar(features)
+        elif self.config.log_variance == "predicted":
+            mean, log_variance = self.prediction_head(features).chunk(2, -1)
+        else:
+            mean = self.prediction_head(features)
+            log_variance = torch.zeros_like(mean)
+            if self.config.log_variance == "shared":
+                log_variance = log_variance + self.log_variance[first : first + features.shape[1], None]
         std = self.config.temperature * torch.exp(0.5 * log_variance.float().clamp(*LOG_VARIANCE_RANGE))
         return Independent(Normal(mean.float(), std, validate_args=False), 1, validate_args=False)
 
@@ -240,10 +197,14 @@ class NoiseARPolicy(
             raise ValueError(f"expected patches {expected}, got {tuple(patches.shape)}")
         if not patches.isfinite().all():
             raise ValueError("patches hold NaN or infinite values")
+        return self._gaussian(self.features(patches, text, text_mask))
+
+    def features(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> torch.Tensor:
+        """What the network makes of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
         start = self.learnable_start_token_emb.expand(len(patches), 1, -1)
         past = self.latent_patch_encoder(patches[:, :-1].to(self.pos_encoding.dtype))  # (B, N-1, d)
         tokens = torch.cat([start, past], 1) + self.pos_encoding[:, : self.n_patches]
-        return self._gaussian(*self._decode(tokens, self._text(text, text_mask)))
+        return self._blocks(tokens, self._text(text, text_mask))
 
     def log_prob(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
@@ -274,7 +235,6 @@ class NoiseARPolicy(
             return kl_to_gaussian(own)
         return kl_divergence(own, other.distribution(patches, text, text_mask))
 
-    @torch.no_grad()
     def sample(
         self,
         text: torch.Tensor,
@@ -283,6 +243,7 @@ class NoiseARPolicy(
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
+        differentiable: bool = False,
     ) -> PolicySample:
         """Draws noise patch by patch (§2.4).
 
@@ -293,6 +254,7 @@ class NoiseARPolicy(
                 policy gives exactly ``standard_noise(seeds, latent_shape)``.
             generator: Source of randomness where no seeds are given; ``None`` for torch's own.
             use_cache: Keep keys and values (default), or recompute the prefix at every patch.
+            differentiable: Let gradients flow from the patches to the parameters, through every prefix.
 
         Raises:
             ValueError: If shapes or the number of seeds are wrong.
@@ -307,21 +269,23 @@ class NoiseARPolicy(
             noise = patchify(latents, self.config.patch_size).to(device)
             if len(noise) != b:
                 raise ValueError(f"{len(noise)} seeds for {b} samples")
-        prepared = self._text(text, text_mask)
-        cache: list = [None] * self.config.n_layers
-        patches = torch.zeros_like(noise)
-        log_prob = noise.new_zeros(b, self.n_patches)
-        for i in range(self.n_patches):
-            if use_cache:
-                token = self._token(patches[:, i - 1] if i else None, i, b)
-                gaussian = self._gaussian(*self._decode(token, prepared, cache)).base_dist
-                mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
-            else:
-                gaussian = self.distribution(patches, text, text_mask).base_dist
-                mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
-            patches[:, i] = mean + std * noise[:, i]
-            log_prob[:, i] = Normal(mean, std).log_prob(patches[:, i]).sum(-1)
-        return PolicySample(patches, log_prob)
+        with torch.set_grad_enabled(differentiable):
+            prepared = self._text(text, text_mask)
+            cache: list = [None] * self.config.n_layers
+            patches: list[torch.Tensor] = []
+            log_prob: list[torch.Tensor] = []
+            for i in range(self.n_patches):
+                if use_cache:
+                    token = self._token(patches[-1] if patches else None, i, b)
+                    gaussian = self._gaussian(self._blocks(token, prepared, cache), i).base_dist
+                    mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
+                else:
+                    filled = torch.stack([*patches, *noise[:, i:].unbind(1)], 1)  # what comes after is not seen
+                    gaussian = self.distribution(filled, text, text_mask).base_dist
+                    mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
+                patches.append(mean + std * noise[:, i])
+                log_prob.append(Normal(mean, std).log_prob(patches[-1]).sum(-1))
+            return PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
 
     def noise(self, sample: PolicySample) -> torch.Tensor:
         """The latents ``(B, C, *spatial)`` of a sample."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import tyro
 import yaml
@@ -100,6 +101,14 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def take_turns(items: Sequence[str], count: int, update: int, seed: int) -> list[str]:
+    """The ``count`` items whose turn it is at an update; every round has an order of its own."""
+    count = min(count, len(items))
+    turn, offset = divmod(update * count, len(items))
+    rounds = [np.random.default_rng([seed, 1, turn + i]).permutation(len(items)) for i in (0, 1)]
+    return [items[i] for i in np.concatenate(rounds)[offset : offset + count]]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file through a temporary one, so that a killed process leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,12 +126,16 @@ class Counters:
         images: Pictures denoised for training.
         seconds: Time spent.
         reward_ema: Running mean of rewards, where an algorithm keeps one.
+        best: Best held-out figure so far, where an algorithm stops early.
+        stale: Evaluations since then.
     """
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
     reward_ema: float | None = None
+    best: float | None = None
+    stale: int = 0
 
 
 class Run:

@@ -100,7 +100,7 @@ def pairs(tmp_path_factory):
 def test_nll_learns_the_shift_and_resumes(tmp_path, pairs):
     options = {
         "pairs": pairs, "epochs": 5, "batch_size": 64, "learning_rate": 1e-3, "save_every": 75,
-        "policy": NoiseARConfig(learn_log_variance=False),
+        "policy": NoiseARConfig(log_variance="fixed"),
     }  # fmt: skip
     whole = nll.train(NLLConfig(output_dir=tmp_path / "a", **options))
     logged = records(tmp_path / "a")

@@ -26,9 +26,9 @@ def test_conjugate_gradient_solves():
     )
 
 
-@pytest.mark.parametrize("learn_log_variance", [True, False])
-def test_fisher_product_is_the_hessian_of_the_kl(learn_log_variance):
-    policy = random_policy(scale=0.3, learn_log_variance=learn_log_variance, **SMALL)
+@pytest.mark.parametrize("log_variance", ["predicted", "shared", "fixed"])
+def test_fisher_product_is_the_hessian_of_the_kl(log_variance):
+    policy = random_policy(scale=0.3, log_variance=log_variance, **SMALL)
     text, patches = torch.randn(5, 3, 4), torch.randn(5, 4, 1)
     names = [name for name, p in policy.named_parameters() if p.requires_grad]
     fixed = policy.distribution(patches, text)
@@ -61,9 +61,9 @@ class _Distribution(torch.nn.Module):
         return gaussian.mean, gaussian.stddev
 
 
-@pytest.mark.parametrize("learn_log_variance", [True, False])
-def test_step_has_the_kl_it_was_asked_for_and_points_downhill(learn_log_variance):
-    policy = NoiseARPolicy(NoiseARConfig(learn_log_variance=learn_log_variance)).eval()
+@pytest.mark.parametrize("log_variance", ["predicted", "shared", "fixed"])
+def test_step_has_the_kl_it_was_asked_for_and_points_downhill(log_variance):
+    policy = NoiseARPolicy(NoiseARConfig(log_variance=log_variance)).eval()
     text = torch.randn(4, 16, 256).repeat_interleave(16, 0)
     patches = policy.sample(text, seeds=range(64)).patches
     advantages = patches[:, 3].mean(-1)  # large where patch 3 is

@@ -100,7 +100,7 @@ def test_any_rank_and_channel_count():
 
 
 def test_positions_and_fixed_variance():
-    policy = random_policy(positions="sinusoidal", learn_log_variance=False)
+    policy = random_policy(positions="sinusoidal", log_variance="fixed")
     assert "pos_encoding" not in dict(policy.named_parameters())
     assert "pos_encoding" in dict(random_policy().named_parameters())
     gaussian = policy.distribution(standard_noise(range(8), (16, 16)), TEXT).base_dist

@@ -14,7 +14,9 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
-__all__ = ["Conditioning", "Denoiser", "load_denoiser"]
+__all__ = ["EMBEDDED", "Conditioning", "Denoiser", "load_denoiser"]
+
+EMBEDDED = ("shapes", "shapes-turbo")  # need no download; their prompts are captions of the shapes world
 
 
 @dataclass
@@ -99,6 +101,10 @@ class Denoiser(Protocol):
         """Turns unit-variance noise ``(B, C, h, w)`` into images ``(B, 3, H, W)`` in [0, 1], float32."""
         ...
 
+    def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The same images with gradients to the noise, not clamped to [0, 1]."""
+        ...
+
     def predict_noise(
         self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
@@ -114,8 +120,9 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
     """Loads a denoiser by name.
 
     Args:
-        name: ``shapes`` (embedded), ``sdxl``, ``dreamshaper``, ``hunyuan-dit``, or the folder of a diffusers
-            SDXL pipeline, which gets ``sdxl``'s scheduler, steps and guidance.
+        name: ``shapes`` and its one-step student ``shapes-turbo`` (embedded), ``sdxl``, ``dreamshaper``,
+            ``hunyuan-dit``, or the folder of a diffusers SDXL pipeline, which gets ``sdxl``'s scheduler,
+            steps and guidance.
         **options: Overrides for the preset: ``num_inference_steps``, ``guidance_scale``, ``device``,
             ``dtype`` (``auto``, ``float32``, ``bfloat16``, ``float16``), ``micro_batch_size``.
 

@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from noisear_rl.denoisers import Conditioning
 from noisear_rl.denoisers.shapes import architecture as shapes_architecture
 
+LATENT_STATISTICS = ("latents_mean", "latents_std")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +43,7 @@ class Preset:
         patch_size: Patch side; ``None`` for the one that gives 16 patches.
         scheduler: ``"dpm"`` replaces the scheduler by DPMSolverMultistep, ``None`` keeps the pipeline's.
         load: Keyword arguments for ``from_pretrained``.
+        student: Folder of another UNet and scheduler for the same pipeline; ``None`` for its own.
     """
 
     path: str
@@ -44,11 +52,15 @@ class Preset:
     patch_size: int | None
     scheduler: str | None = "dpm"
     load: tuple[tuple[str, Any], ...] = ()
+    student: str | None = None
 
 
 _FP16 = (("variant", "fp16"), ("use_safetensors", True))
 PRESETS: dict[str, Preset] = {
     "shapes": Preset(str(shapes_architecture.ASSETS / "pipeline"), 4, 4.0, 2, scheduler=None),
+    "shapes-turbo": Preset(
+        str(shapes_architecture.ASSETS / "pipeline"), 1, 1.0, 2, None, student=str(shapes_architecture.ASSETS / "turbo")
+    ),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.5, 32, load=_FP16),
     "dreamshaper": Preset("Lykon/dreamshaper-xl-v2-turbo", 50, 3.5, 32, load=_FP16),
     "hunyuan-dit": Preset("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 50, 5.5, 32),
@@ -72,7 +84,11 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
         raise ValueError(f"unknown denoiser option {sorted(unknown)}; expected some of {sorted(allowed)}")
     with _quiet():
         try:
-            pipeline = DiffusionPipeline.from_pretrained(preset.path, **dict(preset.load))
+            parts = dict(preset.load)
+            if preset.student is not None:
+                parts["unet"] = UNet2DConditionModel.from_pretrained(preset.student, subfolder="unet")
+                parts["scheduler"] = DDIMScheduler.from_pretrained(preset.student, subfolder="scheduler")
+            pipeline = DiffusionPipeline.from_pretrained(preset.path, **parts)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"the weights of {name!r} ({preset.path}) could not be loaded: download them first "
@@ -260,12 +276,39 @@ class DiffusionPipelineDenoiser:
             images.append(output.images.float().clamp(0, 1))
         return torch.cat(images).clone() if images else noise.new_zeros(0, 3, self.image_size, self.image_size)
 
+    def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Like :meth:`denoise` with a deterministic scheduler, but gradients flow from images to noise.
+
+        Values of pixels beyond [0, 1] are kept, so that their gradient does not vanish. Memory grows with
+        ``B · num_inference_steps``.
+        """
+        self._check(noise, conditioning)
+        scheduler, vae = self.pipeline.scheduler, self.pipeline.vae
+        scheduler.set_timesteps(self.num_inference_steps)
+        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, timestep)
+            predicted = self._predict_noise(scaled, timestep, conditioning, max(1.0, self.guidance_scale))
+            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        latents = latents / vae.config.scaling_factor
+        if getattr(vae.config, "latents_mean", None) is not None:
+            mean, std = (torch.tensor(getattr(vae.config, key)).view(1, -1, 1, 1) for key in LATENT_STATISTICS)
+            latents = latents * std.to(latents) + mean.to(latents)
+        with self._autocast():
+            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5
+
     @torch.inference_mode()
     def predict_noise(
         self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
         """Guided prediction ``ε_u + g·(ε_c − ε_u)`` at one timestep: ``(B, C, h, w)`` float32."""
         self._check(latents, conditioning)
+        return self._predict_noise(latents, timestep, conditioning, guidance_scale).clone()
+
+    def _predict_noise(
+        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
         guided = guidance_scale != 1
         size = (self.image_size, self.image_size)
         inputs = conditioning.inputs
@@ -289,7 +332,7 @@ class DiffusionPipelineDenoiser:
                         added_cond_kwargs=added,
                     ).sample.float()
                 )
-        return (outputs[0] + guidance_scale * (outputs[1] - outputs[0]) if guided else outputs[0]).clone()
+        return outputs[0] + guidance_scale * (outputs[1] - outputs[0]) if guided else outputs[0]
 
     def ddim_schedule(self, num_inference_steps: int) -> DDIMScheduler:
         """A DDIM scheduler on the model's own noise schedule, its timesteps set."""

@@ -39,14 +39,14 @@ class ShapesMatch:
         self.assignments = torch.tensor(list(orders))  # (P, K)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)`` in [-0.4, 1].
+        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)`` in [-0.4, 1]. Differentiable but for *exact*.
 
         Raises:
             ValueError: If a prompt is not a caption of the shapes world.
         """
         captions = CaptionTensors.from_captions([parse_caption(prompt) for prompt in prompts])
         found = self.detector.candidates(images)
-        right = matches(self.detector.detect(images), captions).diagonal().float()
+        right = matches(self.detector.decide(found), captions).diagonal().float()
         wanted = captions.shape >= 0  # (B, K)
         by_shape = found.shape.gather(2, captions.shape.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))
         by_color = found.color.gather(2, captions.color.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))

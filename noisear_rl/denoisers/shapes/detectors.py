@@ -161,7 +161,10 @@ class CenterDetector(Detector):
 
     @torch.no_grad()
     def detect(self, images: torch.Tensor) -> Scenes:
-        found = self.candidates(images)
+        return self.decide(self.candidates(images))
+
+    def decide(self, found: Candidates) -> Scenes:
+        """The candidates that pass the threshold, each as its likeliest shape and colour."""
         absent = found.confidence <= self.threshold
         return Scenes(
             found.shape.argmax(-1).masked_fill(absent, -1),

@@ -30,6 +30,7 @@ from transformers import CLIPModel
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import (
     CATEGORIES,
+    Caption,
     CaptionTensors,
     balanced_captions,
     captions_of,
@@ -39,7 +40,7 @@ from noisear_rl.denoisers.shapes.detectors import CenterDetector, CoreDetector, 
 from noisear_rl.denoisers.shapes.export import export
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
 
-STEPS = {"vae": 2400, "clip": 1600, "unet": 3000, "train_detector": 1200, "held_out_detector": 800}
+STEPS = {"vae": 2400, "clip": 1600, "unet": 3000, "turbo": 2000, "train_detector": 1200, "held_out_detector": 800}
 PICTURES = 65536  # that the UNet learns from
 # How often each category of captions is drawn for the UNet: more often where more must be bound together.
 SHARES = {"single_object": 1, "colors": 1, "two_object": 2, "counting": 3, "position": 4, "color_attr": 4}
@@ -171,6 +172,18 @@ def train_clip(**options) -> CLIPModel:
     return fit("clip", clip, step, learning_rate=1e-3, **options)
 
 
+def draw_captions(rng: np.random.Generator, count: int) -> list[Caption]:
+    """Draws training captions by :data:`SHARES`; plain and coloured ones come equally often."""
+    weights = np.array([SHARES[category] for category in CATEGORIES], dtype=float)
+    chosen = []
+    for category in rng.choice(len(CATEGORIES), size=count, p=weights / weights.sum()):
+        pool = list(captions_of("train", CATEGORIES[category]))
+        plain = [c for c in pool[:64] if not c.objects[0].color]  # there are far more coloured ones
+        pool = plain if plain and rng.random() < 0.5 else pool
+        chosen.append(pool[rng.integers(len(pool))])
+    return chosen
+
+
 def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes ``PICTURES`` pictures once: normalised latents ``(PICTURES, 4, 8, 8)`` and caption indices."""
     path = folder / "latents.pt"
@@ -179,18 +192,10 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Te
         return saved["latents"].float(), saved["captions"]
     captions = captions_of("train")
     index = {caption.text: i for i, caption in enumerate(captions)}
-    pools = [captions_of("train", category) for category in CATEGORIES]
     mean, std = (torch.tensor(getattr(vae.config, key)).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
-    weights = np.array([SHARES[category] for category in CATEGORIES], dtype=float)
     rng, latents, indices = np.random.default_rng([seed, 1]), [], []
     for _ in tqdm(range(PICTURES // 256), desc="latents", mininterval=5):
-        chosen = []
-        for category in rng.choice(len(CATEGORIES), size=256, p=weights / weights.sum()):
-            pool = pools[category]
-            # Plain and coloured captions come equally often, although there are far more coloured ones.
-            plain = [c for c in pool[:64] if not c.objects[0].color]
-            pool = plain if plain and rng.random() < 0.5 else pool
-            chosen.append(pool[rng.integers(len(pool))])
+        chosen = draw_captions(rng, 256)
         images = render(sample_scenes(chosen, rng), rng) * 2 - 1
         with torch.inference_mode(), autocast():
             latents.append(((vae.encode(images).latent_dist.mean.float() - mean) / std).half())

@@ -1,0 +1,155 @@
+"""Collects rollouts: K noises a prompt from a policy, denoised, scored, on disk for offline algorithms.
+
+    python algos/collect.py --config configs/shapes/collect.yaml --policy runs/nll --output-dir runs/rollouts
+    accelerate launch --num-processes 4 algos/collect.py --output-dir runs/rollouts    # the same rollouts
+
+Shard ``s`` depends on ``(seed, s)`` alone. Shards are shared out over processes; an interrupted command, started
+again, goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.envs import make_vector_env
+from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.rollouts import load_rollouts, policy_sha256, rollout_features, rollout_manifest
+from noisear_rl.shards import check_manifest, shard_file, write_shard
+from noisear_rl.training import load_policy, parse_config
+
+
+@dataclass
+class CollectConfig:
+    """Options of collection."""
+
+    env_id: str = "NoiseAR-Shapes-v0"
+    """Gymnasium id."""
+    reward: str | None = None
+    """Scorer; unset for the environment's default."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
+    policy: str | None = None
+    """Checkpoint, run folder or Hub id that draws the noise; unset for Gaussian noise."""
+    output_dir: Path = Path("runs/rollouts")
+    """Where shards and the manifest go."""
+    num_prompts: int = 256
+    """How many of the prompts, a random choice; all if there are fewer."""
+    samples_per_prompt: int = 16
+    """Noises a prompt: K."""
+    prompts_per_shard: int = 16
+    """Prompts whose rollouts are denoised together and make a file."""
+    save_images: bool = False
+    """Also store the pictures, as PNG."""
+    seed: int = 0
+    """Seed of prompts and noise."""
+
+
+def collect(config: CollectConfig) -> None:
+    """Writes rollouts; see the module's docstring and :mod:`noisear_rl.rollouts`.
+
+    Raises:
+        ValueError: If the folder holds rollouts of other settings, or the policy does not fit the environment.
+    """
+    if min(config.num_prompts, config.samples_per_prompt, config.prompts_per_shard) < 1:
+        raise ValueError("num_prompts, samples_per_prompt and prompts_per_shard must be at least 1")
+    state, k = PartialState(), config.samples_per_prompt
+    batch = config.prompts_per_shard * k
+    envs = make_vector_env(config.env_id, batch, prompts=config.prompts, reward=config.reward)
+    task = envs.task
+
+    # Policy: an untrained one is Gaussian noise.
+    fresh = NoiseARPolicy(task.policy_config(NoiseARConfig(log_variance="fixed")))
+    policy = (load_policy(config.policy) if config.policy else fresh).to(state.device).eval()
+    task.check_policy(policy.config)
+
+    # Prompts and manifest.
+    prompts = list(dict.fromkeys(task.prompts))
+    order = np.random.default_rng([config.seed, 0]).permutation(len(prompts))
+    prompts = [prompts[i] for i in order[: config.num_prompts]]
+    manifest = rollout_manifest(task) | {
+        "seed": config.seed,
+        "env_id": config.env_id,
+        "policy": config.policy or "gaussian",
+        "policy_sha256": policy_sha256(policy) if config.policy else "gaussian",
+        "samples_per_prompt": k,
+        "prompts_per_shard": config.prompts_per_shard,
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "rollouts": len(prompts) * k,
+        "save_images": config.save_images,
+    }
+    check_manifest(config.output_dir, manifest)
+    features = rollout_features([reward.name for reward, _ in task.reward.rewards], config.save_images)
+
+    starts = range(0, len(prompts), config.prompts_per_shard)
+    bar = tqdm(total=len(prompts) * k, desc="collect", unit="image", disable=not state.is_main_process)
+    for shard, start in enumerate(starts):
+        chosen = prompts[start : start + config.prompts_per_shard]
+        bar.update(len(chosen) * k)
+        if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
+            continue
+        repeated = [prompt for prompt in chosen for _ in range(k)]
+        padded = repeated + repeated[:1] * (batch - len(repeated))  # the last shard may be short
+
+        # Rollout. Noise is rounded to float16 first: what is denoised, scored and stored is one and the same.
+        rng = np.random.default_rng([config.seed, 1, shard])
+        seeds, denoise_seeds = rng.integers(2**62, size=batch), rng.integers(2**31, size=batch)
+        observation, _ = envs.reset(seed=denoise_seeds.tolist(), options={"prompts": padded})
+        text = torch.from_numpy(observation["text"]).to(state.device)  # (B, L, D)
+        mask = torch.from_numpy(observation["text_mask"]).bool().to(state.device)  # (B, L)
+        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.half().float().cpu().numpy()
+        for patch in range(task.n_patches):
+            observation, rewards, *_, info = envs.step(actions[:, patch])
+        patches = torch.from_numpy(observation["patches"]).to(state.device)  # (B, N, A)
+        with torch.no_grad():
+            log_prob = policy.log_prob(patches, text, mask).cpu().numpy()  # (B, N)
+
+        rows = {
+            "prompt": padded,
+            "seed": seeds.tolist(),
+            "denoise_seed": envs.denoise_seeds,
+            "noise": list(info["noise"].reshape(batch, -1).astype(np.float16)),
+            "log_prob": list(log_prob),
+            "reward": rewards.tolist(),
+        }
+        rows |= {key: info[key].tolist() for key in info if key.startswith("reward/")}
+        if config.save_images and envs.images is not None:
+            rows["image"] = [{"bytes": _png(image), "path": None} for image in envs.images]
+        write_shard(config.output_dir, shard, {key: part[: len(repeated)] for key, part in rows.items()}, features)
+    bar.close()
+    envs.close()
+    state.wait_for_everyone()
+
+
+def _png(image: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(to_uint8(image)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(CollectConfig, argv, __doc__)
+    collect(config)
+    rollouts = load_rollouts(config.output_dir)
+    rewards = rollouts.rewards.reshape(-1, config.samples_per_prompt)  # rows of a prompt lie together
+    spread = (rewards.max(1) - rewards.min(1)).mean()
+    print(
+        f"{rewards.size} rollouts of {len(rewards)} prompts in {config.output_dir}; reward {rewards.mean():.3f}, "
+        f"best of a prompt {rewards.max(1).mean():.3f}, best minus worst {spread:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

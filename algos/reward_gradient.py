@@ -1,0 +1,161 @@
+"""Reward gradients: the pathwise estimator, through a few-step denoiser and a differentiable reward.
+
+    ∇J = E_ε [ ∇_x R(denoise(x), text) · dx/dθ ],   x_i = μ_i(x_<i, text) + σ_i ε_i
+
+An upper anchor for the algorithms that see rewards alone: a gradient says in which direction to move every
+element of the noise, a scalar does not. Needs a differentiable scorer and white-box access to the denoiser, so its
+results are never to be mixed with the others'. Drift is held back by a KL to N(0, I) or by ReNO's norm term
+``½‖x‖² - (d - 1)·log‖x‖`` (Eyring et al. 2024, arXiv 2406.04312), which keeps the norm where a Gaussian's is.
+
+    python algos/reward_gradient.py --config configs/shapes/reward_gradient.yaml
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from noisear_rl.envs.noise_task import NoiseTask
+from noisear_rl.gaussian import kl_to_gaussian
+from noisear_rl.natural_gradient import PolicyOptimizer
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.training import Counters, Run, load_policy, parse_config, take_turns
+
+
+@dataclass
+class RewardGradientConfig:
+    """Options of training by reward gradients."""
+
+    denoiser: str = "shapes-turbo"
+    """Denoiser's name or folder; memory grows with its steps."""
+    reward: str | None = None
+    """Differentiable scorer; unset for the denoiser's default."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts, a text file, or a split of `shapes`; unset for the training captions."""
+    init_from: str | None = None
+    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
+    """A fresh policy, in the denoiser's sizes. A learned variance would collapse: one good noise is enough."""
+    output_dir: Path = Path("runs/reward-gradient")
+    """Run folder."""
+    updates: int = 500
+    """Updates of the policy."""
+    prompts_per_update: int = 128
+    """Prompts an update; they take turns."""
+    samples_per_prompt: int = 1
+    """Noises a prompt and update."""
+    optimizer: str = "adam"
+    """`adam` (at `learning_rate`), `natural` (steps of `kl_per_update`) or `adaptive_adam`."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate."""
+    kl_per_update: float = 0.5
+    """Size of a natural step in nats a whole noise."""
+    max_grad_norm: float = 1.0
+    """Adam's gradients are clipped to this norm."""
+    max_noise_gradient: float = 1.0
+    """Each image's gradient by its noise is clipped to this norm: a few are huge where objects appear or vanish."""
+    kl_coef: float = 0.002
+    """Weight of the KL to N(0, I), in reward a nat."""
+    norm_coef: float = 0.0
+    """Weight of ReNO's norm term."""
+    seed: int = 0
+    """Seed of initialisation, prompts and noise."""
+    save_every: int = 100
+    """Updates between checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+
+def train(config: RewardGradientConfig) -> NoiseARPolicy:
+    """Improves a policy and returns it in eval mode; see the module's docstring."""
+    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
+    task = NoiseTask(config.denoiser, config.reward, config.prompts)
+    batch = config.prompts_per_update * config.samples_per_prompt
+
+    torch.manual_seed(config.seed)
+    fresh = NoiseARPolicy(task.policy_config(config.policy))
+    policy = (load_policy(config.init_from) if config.init_from else fresh).to(run.device).eval()
+    task.check_policy(policy.config)
+    optimizer = PolicyOptimizer(
+        policy,
+        config.optimizer,
+        kl_per_step=config.kl_per_update,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+    )
+    counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
+    began = time.time() - counters.seconds
+
+    bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="gradient")
+    for update in bar:
+        turns = take_turns(task.prompts, config.prompts_per_update, update, config.seed)
+        prompts = [turns[i % len(turns)] for i in range(batch)]
+        conditioning = task.denoiser.encode(prompts)
+        text, mask = conditioning.policy_embeds.to(run.device), conditioning.policy_mask.to(run.device)
+        seeds = np.random.default_rng([config.seed, 2, update]).integers(2**62, size=batch)
+
+        # Gradient of the reward by the noise: the part through the denoiser, which needs no policy.
+        sample = policy.sample(text, mask, seeds=seeds.tolist(), differentiable=True)
+        noise = policy.noise(sample)  # (B, C, h, w)
+        leaf = noise.detach().requires_grad_()
+        images = task.denoiser.denoise_differentiably(leaf, conditioning)
+        reward = task.reward.score(images.clamp(0, 1), prompts)  # (B,)
+        (gradient,) = torch.autograd.grad(reward.sum(), leaf)
+        length = gradient.flatten(1).norm(dim=1)
+        if not length.isfinite().all():
+            raise ValueError("the reward's gradient holds NaN or infinite values: is every scorer differentiable?")
+        gradient = (
+            gradient * (config.max_noise_gradient / length.clamp(min=config.max_noise_gradient))[:, None, None, None]
+        )
+
+        # From the noise to the parameters, through the mean, the variance and every prefix.
+        norm = noise.flatten(1).norm(dim=1)
+        reno = (0.5 * norm.square() - (noise[0].numel() - 1) * norm.log()).mean()
+        distribution = policy.distribution(sample.patches, text, mask)
+        kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
+        surrogate = -(gradient * noise).flatten(1).sum(1).mean()
+        policy.zero_grad(set_to_none=True)
+        (surrogate + config.kl_coef * kl_to_prior + config.norm_coef * reno).backward()
+        kl = optimizer.step(sample.patches.detach(), text, mask)
+
+        # Records and checkpoints.
+        counters.step, counters.images = update + 1, counters.images + batch
+        counters.seconds = time.time() - began
+        gaussian = distribution.base_dist
+        record = {
+            "charts/episodic_return": reward.mean().item(),
+            "charts/images": counters.images,
+            "charts/SPS": counters.images * task.n_patches / counters.seconds,
+            "losses/noise_gradient": length.mean().item(),
+            "losses/clipfrac": (length > config.max_noise_gradient).float().mean().item(),
+            "losses/approx_kl": kl,
+            "policy/mean_abs": gaussian.mean.abs().mean().item(),
+            "policy/std": gaussian.stddev.mean().item(),
+            "policy/noise_norm": norm.mean().item(),
+            "policy/kl_to_gaussian": kl_to_prior.item(),
+        }
+        run.log(record, counters.step)
+        bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
+        if counters.step % config.save_every == 0 or counters.step == config.updates:
+            run.save(policy, counters, optimizer=optimizer)
+    run.close()
+    return policy
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(RewardGradientConfig, argv, __doc__)
+    train(config)
+    print(f"policy: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Sizes and variants of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from noisear_rl.patches import sequence_shape
+
+ARCHITECTURES = ("paper", "reference")
+LOG_VARIANCES = ("predicted", "shared", "fixed")
+
+
+@dataclass
+class NoiseARConfig:
+    """Sizes of the policy; the defaults fit the embedded ``shapes`` denoiser.
+
+    Attributes:
+        latent_shape: ``(C, *spatial)`` of the denoiser's initial noise.
+        patch_size: Patch side along every spatial axis.
+        text_dim: Width ``D`` of the text embedding.
+        d_model: Width ``d``.
+        d_ff: Hidden width of the feed-forward layers.
+        n_heads: Attention heads.
+        n_layers: Decoder blocks.
+        n_prediction_head: Extra residual-free two-layer blocks in the heads (the reference's ablation).
+        dropout: Dropout probability, active in train mode only.
+        architecture: ``"paper"`` (pre-norm, joint head, starts as N(0, I)) or ``"reference"`` (the authors'
+            released network, same state dict).
+        positions: ``"learned"`` (starts as unit Gaussian vectors) or ``"sinusoidal"`` (the paper's default)
+            position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
+            a natural-gradient step of given KL achieves.
+        temperature: Factor on the standard deviation. The authors sample with 0.5.
+        log_variance: ``"predicted"`` beside the mean (the paper's), ``"shared"`` (one learned number a patch
+            position, whatever prefix and text, as PPO for continuous control has it) or ``"fixed"`` (0).
+    """
+
+    latent_shape: tuple[int, ...] = (4, 8, 8)
+    patch_size: int = 2
+    text_dim: int = 256
+    d_model: int = 128
+    d_ff: int = 256
+    n_heads: int = 4
+    n_layers: int = 2
+    n_prediction_head: int = 0
+    dropout: float = 0.0
+    architecture: str = "paper"
+    positions: str = "learned"
+    temperature: float = 1.0
+    log_variance: str = "predicted"
+
+    def __post_init__(self) -> None:
+        self.latent_shape = tuple(self.latent_shape)
+        sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.architecture!r}; expected one of {ARCHITECTURES}")
+        if self.positions not in ("sinusoidal", "learned"):
+            raise ValueError(f"positions must be 'sinusoidal' or 'learned', not {self.positions!r}")
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.architecture == "paper" and self.n_prediction_head:
+            raise ValueError("n_prediction_head belongs to architecture='reference'")
+        if self.log_variance not in LOG_VARIANCES:
+            raise ValueError(f"unknown log_variance {self.log_variance!r}; expected one of {LOG_VARIANCES}")
+        if self.architecture == "reference" and self.log_variance != "predicted":
+            raise ValueError("architecture='reference' predicts its log-variance")
