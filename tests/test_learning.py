@@ -78,7 +78,11 @@ def test_adam_learns_too(tmp_path, optimizer):
     assert progress > 0.5, records
 
 
-@pytest.mark.parametrize(("sizes", "prompts", "limit"), [(SMALL, 128, 2.0), (LARGE, 512, 3.0)], ids=["16", "4096"])
+@pytest.mark.parametrize(
+    ("sizes", "prompts", "limit"),
+    [(SMALL, 128, 2.0), pytest.param(LARGE, 512, 3.0, marks=pytest.mark.slow)],
+    ids=["16", "4096"],
+)
 def test_dpo_on_rollouts_solves_the_bandit(tmp_path, sizes, prompts, limit):
     """Four rounds of collecting and training, each at most a few nats from where it began."""
     names = tuple(f"prompt {i}" for i in range(prompts))

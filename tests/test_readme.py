@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from noisear_rl.algos.collect import CollectConfig
+from noisear_rl.algos.dpo import DPOConfig
 from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.pairs import PairsConfig
 from noisear_rl.training import parse_config
@@ -18,6 +21,9 @@ CONFIGS = {
     "noisear_rl.pairs": PairsConfig,
     "algos/nll.py": NLLConfig,
     "algos/reinforce.py": ReinforceConfig,
+    "algos/ppo.py": PPOConfig,
+    "algos/collect.py": CollectConfig,
+    "algos/dpo.py": DPOConfig,
     "algos/evaluate.py": EvaluateConfig,
 }
 

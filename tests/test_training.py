@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from noisear_rl import cli
+from noisear_rl.algos.collect import CollectConfig
+from noisear_rl.algos.dpo import DPOConfig
 from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.pairs import PairsConfig
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.training import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
@@ -63,7 +67,16 @@ def test_help_comes_from_docstrings(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "cls"), [("shapes/pairs", PairsConfig), ("shapes/nll", NLLConfig), ("shapes/reinforce", ReinforceConfig)]
+    ("name", "cls"),
+    [
+        ("shapes/pairs", PairsConfig),
+        ("shapes/nll", NLLConfig),
+        ("shapes/reinforce", ReinforceConfig),
+        ("shapes/ppo", PPOConfig),
+        ("shapes/dpo", DPOConfig),
+        ("shapes/collect", CollectConfig),
+        ("shapes/reward_gradient", RewardGradientConfig),
+    ],
 )
 def test_presets_parse(name, cls):
     assert isinstance(load_yaml(cls, CONFIGS / f"{name}.yaml"), cls)
@@ -71,7 +84,8 @@ def test_presets_parse(name, cls):
 
 def test_every_preset_is_tested():
     assert {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")} == {
-        "shapes/pairs.yaml", "shapes/nll.yaml", "shapes/reinforce.yaml",
+        "shapes/pairs.yaml", "shapes/nll.yaml", "shapes/reinforce.yaml", "shapes/ppo.yaml",
+        "shapes/dpo.yaml", "shapes/collect.yaml", "shapes/reward_gradient.yaml",
     }  # fmt: skip
 
 
