@@ -5,7 +5,8 @@ import torch
 from torch.distributions import Normal
 
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
-from noisear_rl.policy import ARCHITECTURES, NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy_config import ARCHITECTURES
 from noisear_rl.training import load_policy
 from tests.conftest import random_policy
 
