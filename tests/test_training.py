@@ -164,4 +164,11 @@ def test_every_option_has_a_docstring():
 
 
 def test_counters_are_plain():
-    assert dataclasses.asdict(Counters()) == {"step": 0, "images": 0, "seconds": 0.0, "reward_ema": None, "best": None, "stale": 0}
+    assert dataclasses.asdict(Counters()) == {
+        "step": 0,
+        "images": 0,
+        "seconds": 0.0,
+        "reward_ema": None,
+        "best": None,
+        "stale": 0,
+    }
