@@ -11,10 +11,12 @@ from gymnasium.error import NameNotFound, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 import noisear_rl
+from noisear_rl.denoisers import EMBEDDED
 from noisear_rl.envs import NoiseEnv, NoiseVectorEnv
 from noisear_rl.rewards import load_reward
 
 ID = "NoiseAR-Shapes-v0"
+EMBEDDED_IDS = [ID, "NoiseAR-ShapesTurbo-v0"]
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 
 
@@ -27,8 +29,9 @@ def episode(env, seed, actions=None):
     return observation, reward, terminated, truncated, info
 
 
-def test_gymnasium_checker():
-    env = gymnasium.make(ID).unwrapped
+@pytest.mark.parametrize("env_id", EMBEDDED_IDS)
+def test_gymnasium_checker(env_id):
+    env = gymnasium.make(env_id).unwrapped
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # Text embeddings have no bounds, and actions are in units of the Gaussian's standard deviation.
@@ -36,9 +39,10 @@ def test_gymnasium_checker():
         check_env(env, skip_render_check=False)
 
 
-def test_stable_baselines3_checker():
+@pytest.mark.parametrize("env_id", EMBEDDED_IDS)
+def test_stable_baselines3_checker(env_id):
     checker = pytest.importorskip("stable_baselines3.common.env_checker")
-    checker.check_env(gymnasium.make(ID), warn=False)
+    checker.check_env(gymnasium.make(env_id), warn=False)
 
 
 def test_make_by_module_prefix_and_spec_serialises():
@@ -160,7 +164,9 @@ def test_unknown_id_and_missing_weights(monkeypatch):
     with pytest.raises(NameNotFound):
         gymnasium.make("NoiseAR-Shape-v0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in set(noisear_rl.ENVIRONMENTS) - {ID}:
+    needs_weights = [name for name, denoiser in noisear_rl.ENVIRONMENTS.items() if denoiser not in EMBEDDED]
+    assert len(needs_weights) == 3
+    for name in needs_weights:
         with pytest.raises(FileNotFoundError, match="download them first"):
             gymnasium.make(name, reward="shapes-match")
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from noisear_rl.denoisers.shapes.architecture import ASSETS, TEXT_TOKENS
+from noisear_rl.denoisers.shapes.architecture import ASSETS, TEXT_TOKENS, load_clip
 from noisear_rl.denoisers.shapes.captions import MAX_OBJECTS, CaptionTensors, parse_caption
 from noisear_rl.denoisers.shapes.detectors import MAX_DETECTIONS, CenterDetector, load_detector
 from noisear_rl.denoisers.shapes.world import matches, relation_margin
@@ -74,7 +74,7 @@ class ShapesClip:
     statistics = (16.9, 4.3)
 
     def __init__(self) -> None:
-        self.clip = CLIPModel.from_pretrained(ASSETS / "clip").float().eval().requires_grad_(False)
+        self.clip = load_clip()
         self.tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
         self._text: dict[str, torch.Tensor] = {}
 

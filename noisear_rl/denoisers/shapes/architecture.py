@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -146,6 +147,19 @@ def build_clip() -> CLIPModel:
     )
     text = CLIPTextConfig(**_text_config(build_tokenizer()))
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
+
+
+def load_clip(assets: Path = ASSETS) -> CLIPModel:
+    """The trained CLIP in float32, frozen.
+
+    Its text tower is the pipeline's first text encoder and stored there alone; rounded to float16 like the rest.
+    """
+    clip = CLIPModel(CLIPConfig.from_pretrained(assets / "clip"))
+    state = load_file(assets / "clip" / "model.safetensors")
+    for name, value in load_file(assets / "pipeline" / "text_encoder" / "model.safetensors").items():
+        state[f"text_model.{name.removeprefix('text_model.')}"] = value.half()
+    clip.load_state_dict(state)
+    return clip.float().eval().requires_grad_(False)
 
 
 def build_text_encoders(clip: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

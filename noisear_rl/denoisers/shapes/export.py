@@ -52,7 +52,9 @@ def export(
     # The text encoders stay float32: transformers loads what is stored, diffusers loads float32.
     vae.half(), unet.half()
     pipeline.save_pretrained(assets / "pipeline", safe_serialization=True)
-    clip.half().save_pretrained(assets / "clip")
+    # The text tower is the first text encoder, saved above; see architecture.load_clip.
+    state = {k: v for k, v in clip.half().state_dict().items() if not k.startswith("text_model.")}
+    clip.save_pretrained(assets / "clip", state_dict=state)
     train_detector.save(assets / "train_detector")
     held_out_detector.save(assets / "held_out_detector")
     rows = []
