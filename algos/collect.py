@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.envs import make_vector_env
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rollouts import load_rollouts, policy_sha256, rollout_features, rollout_manifest
 from noisear_rl.shards import check_manifest, shard_file, write_shard
-from noisear_rl.training import load_policy, parse_config
+from noisear_rl.training import initial_policy, parse_config
 
 
 @dataclass
@@ -70,8 +70,8 @@ def collect(config: CollectConfig) -> None:
     task = envs.task
 
     # Policy: an untrained one is Gaussian noise.
-    fresh = NoiseARPolicy(task.policy_config(NoiseARConfig(log_variance="fixed")))
-    policy = (load_policy(config.policy) if config.policy else fresh).to(state.device).eval()
+    gaussian = NoiseARConfig(log_variance="fixed").resized(task.policy_sizes)
+    policy = initial_policy(config.policy, gaussian).to(state.device)
     task.check_policy(policy.config)
 
     # Prompts and manifest.

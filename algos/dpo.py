@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, kl_divergence
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
@@ -34,7 +34,7 @@ from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.preference_losses import PairLogProbs, Strength, check_losses, preference_loss
 from noisear_rl.rewards import REWARDS
 from noisear_rl.rollouts import load_rollouts, preference_pairs
-from noisear_rl.training import Counters, Run, load_policy, parse_config
+from noisear_rl.training import Counters, Run, initial_policy, parse_config
 
 if TYPE_CHECKING:
     import trl
@@ -146,8 +146,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     # Data: every rollout's patches, and one text embedding for every prompt.
     rollouts = load_rollouts(config.rollouts)
     torch.manual_seed(config.seed)
-    fresh = NoiseARPolicy(rollouts.policy_config(config.policy))
-    policy = load_policy(config.init_from) if config.init_from else fresh
+    policy = initial_policy(config.init_from, config.policy.resized(rollouts.policy_sizes))
     rollouts.check_policy(policy.config)
     pairs = preference_pairs(rollouts, config.threshold, config.strategy, config.seed)
     print(pairs, flush=True)
@@ -167,7 +166,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         raise ValueError(f"{len(pairs)} pairs are too few to hold some out: collect more prompts or lower threshold")
 
     # Policy in eval mode: no dropout, so that log-ratios to the frozen reference start at exactly 0.
-    policy = policy.to(run.device).eval()
+    policy = policy.to(run.device)
     reference = copy.deepcopy(policy) if config.reference == "initial" else NoiseARPolicy(policy.config).to(run.device)
     reference.eval().requires_grad_(False)
     optimizer = PolicyOptimizer(
@@ -184,13 +183,15 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     updates_per_epoch = -(-len(train_pairs) // config.batch_size)
     updates = config.epochs * updates_per_epoch
 
-    def score(chosen_pairs: np.ndarray) -> tuple[PairLogProbs, tuple]:
+    def score(chosen_pairs: np.ndarray) -> tuple[PairLogProbs, tuple, Independent, Independent]:
         rows = np.concatenate([pairs.chosen[chosen_pairs], pairs.rejected[chosen_pairs]])
         text = conditioning[prompt_of[rows].tolist()]
         batch = patches[rows].float().to(run.device), text.policy_embeds, text.policy_mask
+        own = policy.distribution(*batch)
         with torch.no_grad():
-            frozen = reference.log_prob(*batch).chunk(2)
-        return PairLogProbs(*policy.log_prob(*batch).chunk(2), *frozen), batch
+            frozen = reference.distribution(*batch)
+        log_probs = [density.log_prob(batch[0]).chunk(2) for density in (own, frozen)]
+        return PairLogProbs(*log_probs[0], *log_probs[1]), batch, own, frozen
 
     def metrics(scored: PairLogProbs) -> dict[str, float]:
         chosen, rejected = config.beta * scored.chosen_ratio, config.beta * scored.rejected_ratio
@@ -210,10 +211,9 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         # A loss that sorts a batch (aot) needs all pairs at once; log-probabilities need not be.
         scored, drifts = [], []
         for chunk in np.array_split(held_out_pairs, -(-len(held_out_pairs) // 256)):
-            part, batch = score(chunk)
+            part, _, own, frozen = score(chunk)
             scored.append(dataclasses.astuple(part))
-            own = policy.distribution(*batch)
-            drifts.append(torch.stack([kl_to_gaussian(own), kl_divergence(own, reference.distribution(*batch))]))
+            drifts.append(torch.stack([kl_to_gaussian(own), kl_divergence(own, frozen)]))
         together = PairLogProbs(*(torch.cat(part) for part in zip(*scored, strict=True)))
         to_gaussian, to_reference = torch.cat(drifts, 1).sum(2).mean(1).tolist()
         drift = {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
@@ -225,7 +225,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
             break
         epoch, index = divmod(update, updates_per_epoch)
         order = np.random.default_rng([config.seed, 4, epoch]).permutation(train_pairs)
-        scored, batch = score(order[index * config.batch_size : (index + 1) * config.batch_size])
+        scored, batch, *_ = score(order[index * config.batch_size : (index + 1) * config.batch_size])
         loss = preference_loss(scored, config.loss_type, weights, strength)
         policy.zero_grad(set_to_none=True)
         loss.backward()
@@ -256,8 +256,8 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
 
 def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     """``rounds`` times: train, then collect with what was trained. Round ``i`` lies in ``output_dir/round-i``."""
-    manifest = load_rollouts(config.rollouts).manifest
-    prompts = tuple(dict.fromkeys(load_rollouts(config.rollouts).prompts))
+    first = load_rollouts(config.rollouts)
+    manifest, prompts = first.manifest, tuple(dict.fromkeys(first.prompts))
     policy, rollouts, start = None, config.rollouts, config.init_from
     for number in range(config.rounds):
         folder = config.output_dir / f"round-{number}"

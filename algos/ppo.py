@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.losses import generalized_advantages, group_advantages, ppo_loss
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.training import Counters, Run, load_policy, parse_config, take_turns
+from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
 
 
 @dataclass
@@ -113,8 +114,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
-    fresh = NoiseARPolicy(task.policy_config(config.policy))
-    policy = (load_policy(config.init_from) if config.init_from else fresh).to(run.device).eval()
+    policy = initial_policy(config.init_from, config.policy.resized(task.policy_sizes)).to(run.device)
     task.check_policy(policy.config)
     reference = copy.deepcopy(policy).requires_grad_(False)
     steps = config.epochs * config.minibatches
@@ -130,7 +130,9 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     )
     critic = NoiseARCritic(policy.config).to(run.device).eval()
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate)
-    parts = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    parts: dict[str, Any] = {"optimizer": optimizer}
+    if config.advantage == "gae":  # else it is never trained
+        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 

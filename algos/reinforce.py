@@ -26,7 +26,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.losses import group_advantages, reinforce_loss
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.training import Counters, Run, load_policy, parse_config, take_turns
+from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
 
 
 @dataclass
@@ -92,8 +92,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
-    fresh = NoiseARPolicy(task.policy_config(config.policy))
-    policy = (load_policy(config.init_from) if config.init_from else fresh).to(run.device).eval()
+    policy = initial_policy(config.init_from, config.policy.resized(task.policy_sizes)).to(run.device)
     task.check_policy(policy.config)
     optimizer = PolicyOptimizer(
         policy,

@@ -6,7 +6,7 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``L`` text tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,11 @@ class NoiseTask:
             }
         )
 
-    def policy_config(self, config: NoiseARConfig) -> NoiseARConfig:
-        """The same policy in this task's sizes: latent shape, patch size, text width."""
-        shape, width = self.denoiser.latent_shape, self.denoiser.text_shape[1]
-        return replace(config, latent_shape=shape, patch_size=self.patch_size, text_dim=width)
+    @property
+    def policy_sizes(self) -> dict[str, Any]:
+        """What a policy must agree on with this task."""
+        shape, width = tuple(self.denoiser.latent_shape), self.denoiser.text_shape[1]
+        return {"latent_shape": shape, "patch_size": self.patch_size, "text_dim": width}
 
     def check_policy(self, config: NoiseARConfig) -> None:
         """Refuses a policy of other sizes.
@@ -104,12 +105,11 @@ class NoiseTask:
         Raises:
             ValueError: If latent shape, patch size or text width differ.
         """
-        for name, own in to_sizes(self.policy_config(config)).items():
-            if own != (has := to_sizes(config)[name]):
-                raise ValueError(
-                    f"the policy was made for another denoiser or patch size: its {name} is {has}, "
-                    f"that of denoiser {self.denoiser.name!r} is {own}"
-                )
+        if name := config.size_mismatch(self.policy_sizes):
+            raise ValueError(
+                f"the policy was made for another denoiser or patch size: its {name} is {getattr(config, name)}, "
+                f"that of denoiser {self.denoiser.name!r} is {self.policy_sizes[name]}"
+            )
 
     def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
         """Draws an episode's prompt and denoising seed; both follow from the generator's state alone."""
@@ -153,11 +153,6 @@ class NoiseTask:
             latent = latent[:1].expand(3, -1, -1)
         shown = torch.nn.functional.interpolate(latent[None, :3], size=(size, size))[0]
         return to_uint8(((shown + 3) / 6).clamp(0, 1))
-
-
-def to_sizes(config: NoiseARConfig) -> dict[str, Any]:
-    """What a policy and a denoiser must agree on."""
-    return {name: getattr(config, name) for name in ("latent_shape", "patch_size", "text_dim")}
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:

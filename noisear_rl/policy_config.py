@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from noisear_rl.patches import sequence_shape
 
 ARCHITECTURES = ("paper", "reference")
 LOG_VARIANCES = ("predicted", "shared", "fixed")
+SIZES = ("latent_shape", "patch_size", "text_dim")  # what a policy and a denoiser must agree on
 
 
 @dataclass
@@ -65,3 +68,21 @@ class NoiseARConfig:
             raise ValueError(f"unknown log_variance {self.log_variance!r}; expected one of {LOG_VARIANCES}")
         if self.architecture == "reference" and self.log_variance != "predicted":
             raise ValueError("architecture='reference' predicts its log-variance")
+
+    def resized(self, sizes: Mapping[str, Any]) -> NoiseARConfig:
+        """The same policy in a denoiser's sizes, the keys of which are :data:`SIZES`.
+
+        Raises:
+            ValueError: If a size was set, and to another value; one left at its default gives way.
+        """
+        for field in fields(self):
+            if field.name in sizes and getattr(self, field.name) not in (field.default, sizes[field.name]):
+                raise ValueError(
+                    f"the policy's {field.name} is {getattr(self, field.name)}, the denoiser's {sizes[field.name]}: "
+                    "was it meant for another denoiser? Leave it out to get the denoiser's"
+                )
+        return replace(self, **sizes)
+
+    def size_mismatch(self, sizes: Mapping[str, Any]) -> str | None:
+        """The first of the sizes that differs from the policy's own; ``None`` if all agree."""
+        return next((name for name in SIZES if getattr(self, name) != sizes[name]), None)

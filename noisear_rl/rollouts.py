@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,11 @@ class Rollouts:
         latents = torch.from_numpy(noise).unflatten(1, self.manifest["latent_shape"])
         return patchify(latents, self.manifest["patch_size"])
 
-    def policy_config(self, config: NoiseARConfig) -> NoiseARConfig:
-        """The same policy in the sizes of these rollouts."""
-        sizes = {"latent_shape": tuple(self.manifest["latent_shape"]), "patch_size": self.manifest["patch_size"]}
-        return replace(config, **sizes, text_dim=self.manifest["text_shape"][1])
+    @property
+    def policy_sizes(self) -> dict[str, Any]:
+        """What a policy must agree on with these rollouts."""
+        shape, width = tuple(self.manifest["latent_shape"]), self.manifest["text_shape"][1]
+        return {"latent_shape": shape, "patch_size": self.manifest["patch_size"], "text_dim": width}
 
     def check_policy(self, config: NoiseARConfig) -> None:
         """Refuses a policy that these rollouts do not fit.
@@ -100,13 +101,12 @@ class Rollouts:
         Raises:
             ValueError: If latent shape, patch size or text width differ.
         """
-        wanted = self.policy_config(config)
-        for name in ("latent_shape", "patch_size", "text_dim"):
-            if (own := getattr(wanted, name)) != (has := getattr(config, name)):
-                raise ValueError(
-                    f"these rollouts (denoiser {self.manifest['denoiser']!r}) have {name} {own}, the policy has {has}: "
-                    "collect rollouts with this policy's denoiser and patch size, or use another policy"
-                )
+        if name := config.size_mismatch(self.policy_sizes):
+            raise ValueError(
+                f"these rollouts (denoiser {self.manifest['denoiser']!r}) have {name} {self.policy_sizes[name]}, the "
+                f"policy has {getattr(config, name)}: collect rollouts with this policy's denoiser and patch size, or "
+                "use another policy"
+            )
 
 
 def load_rollouts(folder: str | Path) -> Rollouts:

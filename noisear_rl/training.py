@@ -28,7 +28,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 
 Config = TypeVar("Config")
 
@@ -244,3 +244,8 @@ def load_policy(path: str | Path) -> NoiseARPolicy:
     if folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():  # no Hub id looks like this
         raise FileNotFoundError(f"{path}: no such folder; expected a checkpoint, a run folder or a Hub id (owner/name)")
     return NoiseARPolicy.from_pretrained(str(path)).eval()
+
+
+def initial_policy(path: str | None, config: NoiseARConfig) -> NoiseARPolicy:
+    """What training starts from, in eval mode: :func:`load_policy` where a path is given, else a fresh policy."""
+    return load_policy(path) if path else NoiseARPolicy(config).eval()

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, load_pipeline_denoiser
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import captions_of
-from noisear_rl.denoisers.shapes.train import autocast, draw_captions, fit
+from noisear_rl.denoisers.shapes.train import autocast, draw_captions, fit, save_tensors
 from noisear_rl.gaussian import standard_noise
 
 SHARD = 4096  # targets in a file
@@ -58,8 +58,7 @@ def teacher_targets(
                     )
                 latents.append(output.images.half())
             shard = {"latents": torch.cat(latents), "captions": torch.tensor([index[text] for text in chosen])}
-            torch.save(shard, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            save_tensors(shard, path)
         shards.append(torch.load(path, weights_only=True))
     return torch.cat([s["latents"] for s in shards]), torch.cat([s["captions"] for s in shards])
 

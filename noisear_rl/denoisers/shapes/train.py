@@ -49,6 +49,12 @@ Step = Callable[[int, np.random.Generator], torch.Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def save_tensors(state: dict, path: Path) -> None:
+    """``torch.save`` that leaves the old file or the whole new one."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
 def fit(
     name: str,
     model: Model,
@@ -114,8 +120,7 @@ def fit(
                 "step": i + 1,
                 "seconds": time.time() - began,
             }
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            save_tensors(state, path)
     ema.copy_to(model.parameters())
     return model.eval().requires_grad_(False)
 
@@ -201,7 +206,7 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Te
             latents.append(((vae.encode(images).latent_dist.mean.float() - mean) / std).half())
         indices += [index[c.text] for c in chosen]
     saved = {"latents": torch.cat(latents), "captions": torch.tensor(indices)}
-    torch.save(saved, path)
+    save_tensors(saved, path)
     return saved["latents"].float(), saved["captions"]
 
 
