@@ -1,10 +1,12 @@
-"""Pretraining on weak-to-strong pairs: negative log-likelihood plus reconstruction (NoiseAR §2.3).
+"""Pretraining on pairs: negative log-likelihood plus reconstruction (NoiseAR §2.3).
 
     loss = -log p(x' | text) / (N·A)  +  w · mean (x̂ - x')²,   x̂ = μ + σ·ε
 
 with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, cosine decay (appendix E.1.2).
+Pairs of kind ``signal_leak`` say what the target's mean is and how much noise comes on top of it: the prefix is
+drawn anew at every update, and the expectation over a patch's own noise is taken in closed form.
 
-    python -m noisear_rl.pairs --output-dir runs/pairs
+    python -m noisear_rl.pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
     python algos/nll.py --config configs/shapes/nll.yaml --pairs runs/pairs
 """
 
@@ -26,7 +28,7 @@ from noisear_rl.pairs import load_pairs
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.shards import read_manifest
-from noisear_rl.training import Counters, Run, parse_config
+from noisear_rl.training import Counters, Run, initial_policy, parse_config
 
 
 @dataclass
@@ -35,6 +37,8 @@ class NLLConfig:
 
     pairs: Path = Path("runs/pairs")
     """Folder that `python -m noisear_rl.pairs` wrote."""
+    init_from: str | None = None
+    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     output_dir: Path = Path("runs/nll")
     """Run folder."""
     denoiser: str = "shapes"
@@ -69,9 +73,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
     # Data: targets as patches, and one text embedding for every distinct prompt.
     pairs = load_pairs(config.pairs)
-    made_for = read_manifest(config.pairs)["denoiser"]
-    if made_for != config.denoiser:
-        raise ValueError(f"{config.pairs} was made for denoiser {made_for!r}, not {config.denoiser!r}")
+    manifest = read_manifest(config.pairs)
+    if manifest["denoiser"] != config.denoiser:
+        raise ValueError(f"{config.pairs} was made for denoiser {manifest['denoiser']!r}, not {config.denoiser!r}")
+    noise_scale = manifest["noise_scale"]  # 0 where the targets hold their own noise
     denoiser = load_denoiser(config.denoiser)
     prompts = list(dict.fromkeys(pairs["prompt"]))
     conditioning = denoiser.encode(prompts).to(run.device)
@@ -84,7 +89,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
     # Policy and optimiser.
     torch.manual_seed(config.seed)
-    policy = NoiseARPolicy(config.policy).to(run.device)
+    policy = initial_policy(config.init_from, config.policy).to(run.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = max(1, len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
@@ -95,10 +100,11 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     def losses(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         target = targets[rows].to(run.device)
         text = conditioning[text_row[rows].tolist()]
-        distribution = policy.distribution(target, text.policy_embeds, text.policy_mask)
         noise = torch.from_numpy(rng.standard_normal(target.shape)).to(target)
+        prefix = target + noise_scale * torch.from_numpy(rng.standard_normal(target.shape)).to(target)
+        distribution = policy.distribution(prefix, text.policy_embeds, text.policy_mask)
         return {
-            "losses/nll": nll_loss(distribution, target),
+            "losses/nll": nll_loss(distribution, target, noise_scale),
             "losses/reconstruction": reconstruction_loss(distribution, target, noise),
             "policy/kl_to_gaussian": kl_to_gaussian(distribution).sum(1).mean().detach(),
         }

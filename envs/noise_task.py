@@ -20,6 +20,7 @@ from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
+BALANCED = 3000
 EXAMPLE_PROMPTS = (
     "a red cube on top of a blue sphere",
     "three apples on a wooden table",
@@ -51,8 +52,9 @@ class NoiseTask:
     Args:
         denoiser: Name or object.
         reward: Name, weights by name, or object; ``None`` for the denoiser's default.
-        prompts: Prompts; a text file with one a line; for ``shapes`` also a split's name. ``None`` for the
-            training captions (``shapes``) or a few examples (others).
+        prompts: Prompts; a text file with one a line; for ``shapes`` also a split's name (``train``, ``held_out``),
+            or ``train-balanced``: 3,000 of its captions with equal shares of the categories, small ones repeated.
+            ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
@@ -167,13 +169,15 @@ def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str
         ValueError: If there is no prompt, or one is empty.
         FileNotFoundError: If a string is neither a split nor a file.
     """
-    from noisear_rl.denoisers.shapes.captions import SPLITS, captions_of
+    from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, captions_of
 
     if prompts is None:
         prompts = "train" if denoiser in EMBEDDED else EXAMPLE_PROMPTS
     if isinstance(prompts, str):
         if denoiser in EMBEDDED and prompts in SPLITS:
             return [caption.text for caption in captions_of(prompts)]
+        if denoiser in EMBEDDED and prompts in (f"{split}-balanced" for split in SPLITS):
+            return [caption.text for caption in balanced_captions(prompts.removesuffix("-balanced"), BALANCED)]
         if not Path(prompts).is_file():
             raise FileNotFoundError(f"prompts: {prompts!r} is neither a file nor (for 'shapes') one of {SPLITS}")
         prompts = [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]

@@ -12,17 +12,20 @@ from torch.distributions import Independent
 BASELINES = ("none", "ema", "group", "leave_one_out")
 
 
-def nll_loss(distribution: Independent, target: torch.Tensor) -> torch.Tensor:
+def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float = 0.0) -> torch.Tensor:
     """Negative log-likelihood of target patches, per element (NoiseAR §2.3).
 
     Args:
         distribution: Batch shape ``(B, N)``, event shape ``(A,)``.
         target: ``(B, N, A)``.
+        noise_scale: Standard deviation of Gaussian noise on the targets, over which the expectation is taken in
+            closed form: ``E[-log p(target + noise_scale·ε)]``.
 
     Returns:
         A scalar: nats per element, so that its scale does not depend on the latent's size.
     """
-    return -distribution.log_prob(target).mean() / target.shape[-1]
+    spread = 0.5 * (noise_scale / distribution.base_dist.stddev).square().sum(-1)
+    return (spread - distribution.log_prob(target)).mean() / target.shape[-1]
 
 
 def reconstruction_loss(distribution: Independent, target: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

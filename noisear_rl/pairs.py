@@ -1,8 +1,15 @@
-"""Weak-to-strong pairs: noise and the noise that strong guidance would have preferred.
+"""Pairs of a prompt and a noise to learn from, of two kinds.
 
-One step down with strong guidance, one step back up with weak guidance, both predictions at the same
-timestep ``t0`` (NoiseAR §3.1; Bai et al. arXiv 2502.00473; Golden Noise arXiv 2411.09502). For pairs on
-disk: ``python -m noisear_rl.pairs --help``.
+``weak_to_strong``: the noise that strong guidance would have preferred. One step down with strong guidance, one
+step back up with weak guidance, both predictions at the same timestep ``t0`` (NoiseAR §3.1; Bai et al. arXiv
+2502.00473; Golden Noise arXiv 2411.09502).
+
+``signal_leak``: the noise that the forward process would have left of a good picture, ``√ᾱ·z0 + σ·ε``. Schedules do
+not end in pure noise, so the layout leaks into what the model saw at its first timestep (Everaert et al. arXiv
+2309.15842; Lin et al. arXiv 2305.08891). ``z0`` is the latent of a picture that the denoiser made of a policy's or
+Gaussian noise and the reward accepted: rewards alone, no reward gradient, no pictures from elsewhere.
+
+For pairs on disk: ``python -m noisear_rl.pairs --help``.
 
 Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 """
@@ -14,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from diffusers import DDIMScheduler
@@ -22,11 +30,14 @@ from tqdm.auto import tqdm
 from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import load_prompts
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.rewards import load_reward
+from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.rollouts import policy_sha256
 from noisear_rl.shards import check_manifest, load_shards, shard_file, write_shard
-from noisear_rl.training import parse_config, to_mapping
+from noisear_rl.training import load_policy, parse_config, to_mapping
 
 INVERSIONS = ("exact", "compat")
+KINDS = ("weak_to_strong", "signal_leak")
 
 
 @dataclass(frozen=True)
@@ -118,12 +129,25 @@ class PairsConfig:
 
     denoiser: str = "shapes"
     """Denoiser's name or folder."""
-    prompts: str | None = None
-    """Text file with a prompt a line, or a split of `shapes`; unset for the training captions."""
+    kind: str = "weak_to_strong"
+    """`weak_to_strong` or `signal_leak`."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     output_dir: Path = Path("runs/pairs")
     """Where shards and the manifest go."""
     pairs: int = 4096
-    """How many pairs; prompts are repeated in turn with new noise."""
+    """How many noises to start from; prompts are repeated in turn with new noise."""
+    filter_reward: str | None = None
+    """Weak-to-strong: keep a pair only if this scorer prefers the target's image; unset keeps all and renders none.
+    Signal leak: keep a picture only if it scores `min_reward`."""
+    min_reward: float = 0.8
+    """Signal leak: least score of a picture."""
+    policy: str | None = None
+    """Signal leak: checkpoint, run folder or Hub id that draws the first noise; unset for Gaussian noise."""
+    signal_strength: float = 1.5
+    """Signal leak: multiplies the layout's share; 1 is what the denoiser saw in its training."""
+    noise_scale: float = 0.8
+    """Signal leak: standard deviation of the noise on top, drawn anew whenever a pair is used."""
     strong_guidance: float = 5.5
     """Guidance of the step down."""
     weak_guidance: float = 1.0
@@ -133,9 +157,8 @@ class PairsConfig:
     inversion: str = "exact"
     """`exact`, or `compat` with public scripts."""
     rounds: int = 1
-    """How often the pair of steps is repeated."""
-    filter_reward: str | None = None
-    """Keep a pair only if this scorer prefers the target's image; unset keeps all and renders none."""
+    """Weak-to-strong: how often the pair of steps is repeated. Signal leak: how many pictures are made for a pair,
+    each after the first from the leak of the last good one; all good ones are kept."""
     seed: int = 0
     """Pair i starts from the Gaussian noise of seed `seed + i`."""
     batch_size: int = 128
@@ -149,19 +172,31 @@ class PairsConfig:
 def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Dataset:
     """Writes shards of pairs and returns them as one dataset.
 
-    Columns: ``prompt``, ``seed`` (of the starting noise, see :func:`noisear_rl.policy.standard_noise`) and
-    ``target`` (float16, flattened ``(C, h, w)``).
+    Columns: ``prompt``, ``seed`` (of the starting noise, see :func:`noisear_rl.gaussian.standard_noise`) and
+    ``target`` (float16, flattened ``(C, h, w)``), without the noise that the manifest's ``noise_scale`` puts on it.
 
     Raises:
-        ValueError: If the folder holds pairs of other settings, or no pair passed the filter.
+        ValueError: If an option is out of range, the folder holds pairs of other settings, or no pair passed the
+            filter.
     """
+    if config.kind not in KINDS:
+        raise ValueError(f"unknown kind {config.kind!r}; expected one of {KINDS}")
+    leak = config.kind == "signal_leak"
+    if leak and config.filter_reward is None:
+        raise ValueError("signal_leak chooses pictures by a reward: set filter_reward")
+    if leak and not (config.noise_scale > 0 and config.signal_strength > 0):
+        raise ValueError("noise_scale and signal_strength must be positive")
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
-    prompts = list(dict.fromkeys(load_prompts(config.prompts, denoiser.name)))
+    policy = load_policy(config.policy) if leak and config.policy else None
+    prompts = load_prompts(config.prompts, denoiser.name)
     manifest = to_mapping(config) | {
+        "noise_scale": config.noise_scale if leak else 0.0,
+        "policy_sha256": policy_sha256(policy) if policy else None,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "latent_shape": list(denoiser.latent_shape),
     }
-    manifest.pop("output_dir")
+    for key in ("output_dir", "prompts"):
+        manifest.pop(key)
     check_manifest(config.output_dir, manifest)
     reward = load_reward(config.filter_reward) if config.filter_reward else None
     starts = range(0, config.pairs, config.shard_size)
@@ -172,7 +207,16 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
             rows: dict[str, list] = {"prompt": [], "seed": [], "target": []}
             for low in range(start, end, config.batch_size):
                 indices = range(low, min(low + config.batch_size, end))
-                _append(rows, denoiser, config, reward, [prompts[i % len(prompts)] for i in indices], indices)
+                texts, seeds = [prompts[i % len(prompts)] for i in indices], [config.seed + i for i in indices]
+                if leak:
+                    found = _signal_leak(denoiser, policy, reward, config, texts, seeds)
+                else:
+                    found = _weak_to_strong(denoiser, reward, config, texts, seeds)
+                for target, kept in found:
+                    chosen = kept.nonzero()[:, 0].tolist()
+                    rows["prompt"] += [texts[i] for i in chosen]
+                    rows["seed"] += [seeds[i] for i in chosen]
+                    rows["target"] += list(target[kept].flatten(1).half().cpu().numpy())
                 bar.update(len(indices))
             features = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
             write_shard(config.output_dir, shard, rows, features)
@@ -182,8 +226,14 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     return load_pairs(config.output_dir)
 
 
-def _append(rows, denoiser: Denoiser, config: PairsConfig, reward, prompts: Sequence[str], indices: range) -> None:
-    seeds = [config.seed + i for i in indices]
+def _weak_to_strong(
+    denoiser: Denoiser,
+    reward: WeightedReward | None,
+    config: PairsConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Targets ``(B, C, h, w)`` and which of them to keep ``(B,)``."""
     conditioning = denoiser.encode(prompts)
     noise = standard_noise(seeds, denoiser.latent_shape)
     target = weak_to_strong(
@@ -196,14 +246,44 @@ def _append(rows, denoiser: Denoiser, config: PairsConfig, reward, prompts: Sequ
         inversion=config.inversion,
         rounds=config.rounds,
     ).cpu()
-    keep = torch.ones(len(seeds), dtype=torch.bool)
-    if reward is not None:
-        before, after = (reward.score(denoiser.denoise(x, conditioning, seeds), prompts) for x in (noise, target))
-        keep = (after > before).cpu()
-    chosen = keep.nonzero()[:, 0].tolist()
-    rows["prompt"] += [prompts[i] for i in chosen]
-    rows["seed"] += [seeds[i] for i in chosen]
-    rows["target"] += list(target[keep].flatten(1).half().numpy())
+    if reward is None:
+        return [(target, torch.ones(len(target), dtype=torch.bool))]
+    before, after = (reward.score(denoiser.denoise(x, conditioning, seeds), prompts) for x in (noise, target))
+    return [(target, (after > before).cpu())]
+
+
+def _signal_leak(
+    denoiser: Denoiser,
+    policy: NoiseARPolicy | None,
+    reward: WeightedReward | None,
+    config: PairsConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Means of the targets ``(B, C, h, w)`` and which of them to keep ``(B,)``, round by round."""
+    assert reward is not None
+    conditioning = denoiser.encode(prompts)
+    level = config.signal_strength * denoiser.signal_level
+    good = torch.zeros(len(seeds), dtype=torch.bool)  # has had a good picture
+    mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good one
+    found = []
+    for i in range(config.rounds):
+        own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
+        if policy is None:
+            noise = standard_noise(own, denoiser.latent_shape)
+        else:
+            policy.to(conditioning.policy_embeds.device)
+            text, mask = conditioning.policy_embeds, conditioning.policy_mask
+            noise = policy.noise(policy.sample(text, mask, seeds=own)).cpu()
+        again = mean + config.noise_scale * standard_noise(own, denoiser.latent_shape)
+        noise = torch.where(good[:, None, None, None], again, noise)
+        images, latents = denoiser.denoise_with_latents(noise, conditioning, seeds)
+        kept = (reward.score(images, prompts) >= config.min_reward).cpu()
+        target = level * latents.cpu()
+        found.append((target, kept))
+        mean = torch.where(kept[:, None, None, None], target, mean)
+        good |= kept
+    return found
 
 
 def load_pairs(folder: str | Path) -> Dataset:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, concatenate_datasets
+from pyarrow.parquet import read_metadata
 
 from noisear_rl.training import write_atomically
 
@@ -63,5 +64,6 @@ def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
     files = sorted(str(file) for file in Path(folder).glob("shard-*.parquet"))
     if not files or not (Path(folder) / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} holds no {what}: make some with `{command}`")
-    parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in files]
-    return concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+    filled = [file for file in files if read_metadata(file).num_rows]
+    parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in filled]
+    return concatenate_datasets(parts) if parts else Dataset.from_dict({})

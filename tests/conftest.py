@@ -16,6 +16,12 @@ def shapes():
     return load_denoiser("shapes", dtype="float32")
 
 
+@pytest.fixture(scope="session")
+def turbo():
+    """The embedded one-step denoiser in float32."""
+    return load_denoiser("shapes-turbo", dtype="float32")
+
+
 def random_policy(seed: int = 0, scale: float = 0.08, **options) -> NoiseARPolicy:
     """A policy far from N(0, I): all matrices random."""
     torch.manual_seed(seed)

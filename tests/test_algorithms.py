@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from noisear_rl.algos import nll, reinforce
+from noisear_rl.algos import nll, reinforce, reward_gradient
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import PairsConfig, build_pairs, load_pairs, weak_to_strong
@@ -144,3 +145,33 @@ def test_nll_bad_input(tmp_path, pairs):
         nll.train(NLLConfig(pairs=tmp_path, output_dir=tmp_path / "run"))
     with pytest.raises(ValueError, match="made for denoiser 'shapes', not 'sdxl'"):
         nll.train(NLLConfig(pairs=pairs, denoiser="sdxl", output_dir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("optimizer", ["natural", "adam"])
+def test_reward_gradients_learn(tmp_path, brightness, optimizer):
+    options = {"optimizer": optimizer, "learning_rate": 3e-3, "kl_per_update": 2.0}
+    settings = RewardGradientConfig(
+        reward="top-left", prompts=PROMPTS, output_dir=tmp_path, prompts_per_update=2, samples_per_prompt=8, updates=12
+    )
+    reward_gradient.train(dataclasses.replace(settings, **options))
+    returns = [record["charts/episodic_return"] for record in records(tmp_path)]
+    assert returns[-1] > returns[0] + 1.0, returns
+
+
+def test_nll_learns_the_mean_and_the_variance_of_noisy_targets(tmp_path, turbo):
+    options = {
+        "denoiser": "shapes-turbo",
+        "filter_reward": "shapes-match",
+        "min_reward": -1.0,
+        "noise_scale": 0.5,
+        "prompts": PROMPTS,
+    }
+    build_pairs(PairsConfig(kind="signal_leak", output_dir=tmp_path / "pairs", pairs=64, **options), turbo)
+    settings = NLLConfig(tmp_path / "pairs", output_dir=tmp_path / "run", denoiser="shapes-turbo", epochs=200)
+    policy = nll.train(
+        dataclasses.replace(settings, batch_size=32, learning_rate=2e-3, policy=NoiseARConfig(log_variance="shared"))
+    )
+    rows = records(tmp_path / "run")
+    assert rows[-1]["losses/nll"] < rows[0]["losses/nll"] - 0.1
+    std = policy.log_variance.mul(0.5).exp().detach()
+    assert 0.45 < std.mean() < 0.7 and std.min() > 0.4  # no less than the noise that comes on top

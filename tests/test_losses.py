@@ -22,6 +22,13 @@ def test_nll_is_least_at_the_truth():
     assert all(best < at(*other) for other in ((1.4, 0.3), (1.6, 0.3), (1.5, 0.25), (1.5, 0.36)))
 
 
+def test_nll_over_noisy_targets_is_the_expectation():
+    mean, std, target = torch.randn(1, 2, 3), torch.rand(1, 2, 3) + 0.5, torch.randn(1, 2, 3)
+    noise = torch.randn(200_000, 2, 3, generator=torch.Generator().manual_seed(0))
+    drawn = nll_loss(gaussian(mean, std), target + 0.8 * noise)
+    torch.testing.assert_close(nll_loss(gaussian(mean, std), target, 0.8), drawn, rtol=0, atol=0.01)
+
+
 def test_reconstruction_is_bias_squared_plus_variance():
     mean, std = torch.full((5000, 1, 4), 0.5), torch.full((5000, 1, 4), 0.2)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))

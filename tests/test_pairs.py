@@ -8,6 +8,8 @@ from diffusers import DDIMScheduler
 from noisear_rl.denoisers.shapes.architecture import SCHEDULE
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import PairsConfig, build_pairs, inversion_coefficients, load_pairs, weak_to_strong
+from noisear_rl.rewards import load_reward
+from tests.conftest import random_policy
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 
@@ -67,7 +69,8 @@ def test_equals_a_ddim_step_and_its_exact_inverse(random_denoiser, steps):
 def config(folder, **options):
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    return PairsConfig(output_dir=folder, prompts=str(prompts), pairs=10, shard_size=4, batch_size=3, seed=5, **options)
+    defaults = {"prompts": str(prompts), "pairs": 10, "shard_size": 4, "batch_size": 3, "seed": 5}
+    return PairsConfig(output_dir=folder, **(defaults | options))
 
 
 def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
@@ -89,12 +92,51 @@ def test_filter_keeps_what_the_reward_prefers(tmp_path, shapes):
     assert 0 < len(kept) < 10
 
 
+def leak(folder, **options):
+    return config(folder, **({"kind": "signal_leak", "filter_reward": "shapes-match", "min_reward": 0.5} | options))
+
+
+def test_signal_leak_is_the_forward_processes_mean_of_good_pictures(tmp_path, turbo):
+    kept = build_pairs(leak(tmp_path), turbo)
+    assert 0 < len(kept) < 10
+    assert json.loads((tmp_path / "manifest.json").read_text())["noise_scale"] == 0.8
+    row = kept[0]
+    conditioning = turbo.encode([row["prompt"]])
+    images, latents = turbo.denoise_with_latents(standard_noise([row["seed"]], (4, 8, 8)), conditioning)
+    assert load_reward("shapes-match").score(images, [row["prompt"]]) >= 0.5
+    scheduler = turbo.pipeline.scheduler
+    level = 1.5 * scheduler.alphas_cumprod[scheduler.timesteps[0]].sqrt()
+    np.testing.assert_allclose((level * latents).flatten(), row["target"], atol=2e-3)
+
+
+def test_later_rounds_start_from_the_leak_and_are_good_more_often(tmp_path, turbo):
+    rounds = [len(build_pairs(leak(tmp_path / str(n), rounds=n, pairs=60), turbo)) for n in (1, 2)]
+    assert rounds[1] - rounds[0] > 1.1 * rounds[0]
+    again = build_pairs(leak(tmp_path / "again", rounds=2, pairs=60, batch_size=4, shard_size=60), turbo)
+    assert again.num_rows == rounds[1]
+
+
+def test_signal_leak_of_a_policys_noise(tmp_path, turbo):
+    random_policy(scale=0.02).save_pretrained(tmp_path / "policy")
+    a = build_pairs(leak(tmp_path / "a", pairs=20), turbo)
+    b = build_pairs(leak(tmp_path / "b", pairs=20, policy=str(tmp_path / "policy")), turbo)
+    assert a["target"][:] != b["target"][:]
+
+
 def test_bad_input(tmp_path, random_denoiser):
     with pytest.raises(FileNotFoundError, match="holds no pairs"):
         load_pairs(tmp_path)
     build_pairs(config(tmp_path), random_denoiser)
     with pytest.raises(ValueError, match="other settings"):
         build_pairs(config(tmp_path, weak_guidance=2.0), random_denoiser)
+    with pytest.raises(ValueError, match="unknown kind"):
+        build_pairs(config(tmp_path / "b", kind="strong_to_weak"), random_denoiser)
+    with pytest.raises(ValueError, match="set filter_reward"):
+        build_pairs(leak(tmp_path / "b", filter_reward=None), random_denoiser)
+    with pytest.raises(ValueError, match="must be positive"):
+        build_pairs(leak(tmp_path / "b", noise_scale=0.0), random_denoiser)
+    with pytest.raises(ValueError, match="no pair passed"):
+        build_pairs(leak(tmp_path / "b", min_reward=2.0), random_denoiser)
     with pytest.raises(ValueError, match="unknown inversion"):
         inversion_coefficients(schedule(10), "approximate")
     with pytest.raises(ValueError, match="at least 3 timesteps"):

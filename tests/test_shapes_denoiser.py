@@ -77,6 +77,38 @@ def test_conditioning(shapes):
     assert shapes.nfe == 2 * shapes.num_inference_steps
 
 
+@pytest.mark.parametrize("name", ["shapes", "turbo", "random_denoiser"])
+def test_gradients_flow_through_the_same_images(request, name):
+    denoiser = request.getfixturevalue(name)
+    conditioning = denoiser.encode(["a photo of a red circle", "a photo of two squares"])
+    noise = standard_noise([1, 2], denoiser.latent_shape).requires_grad_()
+    images = denoiser.denoise_differentiably(noise, conditioning)
+    expected = denoiser.denoise(noise.detach(), conditioning, [0, 0])
+    torch.testing.assert_close(images.detach().clamp(0, 1), expected, rtol=0, atol=5e-5)
+
+    # The directional derivative, by autograd and by differences.
+    direction = standard_noise([3, 4], denoiser.latent_shape)
+    weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) / images[0].numel() ** 0.5
+    (gradient,) = torch.autograd.grad((images * weights).sum(), noise)
+    ahead, behind = (
+        (denoiser.denoise_differentiably(noise.detach() + e * direction, conditioning) * weights).sum()
+        for e in (1e-2, -1e-2)
+    )
+    assert ((ahead - behind) / 2e-2).item() == pytest.approx((gradient * direction).sum().item(), rel=0.1, abs=0.02)
+
+
+def test_latents_are_what_the_images_were_decoded_from(turbo):
+    conditioning = turbo.encode(["a photo of a red circle"] * 3)
+    noise = standard_noise([1, 2, 3], turbo.latent_shape)
+    images, latents = turbo.denoise_with_latents(noise, conditioning)
+    step = int(turbo.pipeline.scheduler.timesteps[0])
+    alpha = turbo.pipeline.scheduler.alphas_cumprod[step]
+    assert turbo.signal_level == pytest.approx(alpha.sqrt().item())
+    predicted = turbo.predict_noise(noise, step, conditioning, 1.0)
+    torch.testing.assert_close(latents, (noise - (1 - alpha).sqrt() * predicted) / alpha.sqrt(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(images, turbo.denoise(noise, conditioning))
+
+
 def test_guidance_is_linear(shapes):
     noise, conditioning = standard_noise(range(3), (4, 8, 8)), shapes.encode(PROMPTS)
     at = {g: shapes.predict_noise(noise, 751, conditioning, g) for g in (0.0, 1.0, 3.0)}

@@ -66,27 +66,27 @@ def test_help_comes_from_docstrings(capsys):
     assert "What it does." in text and "How fast." in text and "--config" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "cls"),
-    [
-        ("shapes/pairs", PairsConfig),
-        ("shapes/nll", NLLConfig),
-        ("shapes/reinforce", ReinforceConfig),
-        ("shapes/ppo", PPOConfig),
-        ("shapes/dpo", DPOConfig),
-        ("shapes/collect", CollectConfig),
-        ("shapes/reward_gradient", RewardGradientConfig),
-    ],
-)
+PRESETS = {
+    "shapes/pairs": PairsConfig,
+    "shapes/signal_leak": PairsConfig,
+    "shapes/nll": NLLConfig,
+    "shapes/nll_signal_leak": NLLConfig,
+    "shapes/reinforce": ReinforceConfig,
+    "shapes/ppo": PPOConfig,
+    "shapes/ppo_transfer": PPOConfig,
+    "shapes/dpo": DPOConfig,
+    "shapes/collect": CollectConfig,
+    "shapes/reward_gradient": RewardGradientConfig,
+}
+
+
+@pytest.mark.parametrize(("name", "cls"), PRESETS.items())
 def test_presets_parse(name, cls):
     assert isinstance(load_yaml(cls, CONFIGS / f"{name}.yaml"), cls)
 
 
 def test_every_preset_is_tested():
-    assert {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml")} == {
-        "shapes/pairs.yaml", "shapes/nll.yaml", "shapes/reinforce.yaml", "shapes/ppo.yaml",
-        "shapes/dpo.yaml", "shapes/collect.yaml", "shapes/reward_gradient.yaml",
-    }  # fmt: skip
+    assert {str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")} == set(PRESETS)
 
 
 def test_checkpoint_round_trip(tmp_path):

@@ -101,6 +101,17 @@ class Denoiser(Protocol):
         """Turns unit-variance noise ``(B, C, h, w)`` into images ``(B, 3, H, W)`` in [0, 1], float32."""
         ...
 
+    def denoise_with_latents(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same images, and the clean latents ``(B, C, h, w)`` that they were decoded from."""
+        ...
+
+    @property
+    def signal_level(self) -> float:
+        """``√ᾱ`` at the first timestep, in (0, 1)."""
+        ...
+
     def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The same images with gradients to the noise, not clamped to [0, 1]."""
         ...

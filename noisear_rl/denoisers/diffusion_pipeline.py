@@ -257,13 +257,26 @@ class DiffusionPipelineDenoiser:
         Raises:
             ValueError: If the noise has the wrong shape or type, or is not finite.
         """
+        return self.denoise_with_latents(noise, conditioning, seeds)[0]
+
+    @torch.inference_mode()
+    def denoise_with_latents(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like :meth:`denoise`; also returns the clean latents ``(B, C, h, w)`` that the images were decoded from."""
         self._check(noise, conditioning)
-        images = []
+        images, latents = [], []
         for start in range(0, len(noise), self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
             generators = None
             if seeds is not None:
                 generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in list(seeds)[rows]]
+            last: dict[str, torch.Tensor] = {}
+
+            def keep(pipeline: Any, step: int, timestep: Any, tensors: dict, last: dict = last) -> dict:
+                last.update(tensors)
+                return tensors
+
             with self._autocast():
                 output = self.pipeline(
                     latents=noise[rows].to(self.device, self.pipeline.unet.dtype, copy=True),
@@ -271,10 +284,20 @@ class DiffusionPipelineDenoiser:
                     num_inference_steps=self.num_inference_steps,
                     guidance_scale=self.guidance_scale,
                     output_type="pt",
+                    callback_on_step_end=keep,
                     **conditioning[rows].inputs,
                 )
             images.append(output.images.float().clamp(0, 1))
-        return torch.cat(images).clone() if images else noise.new_zeros(0, 3, self.image_size, self.image_size)
+            latents.append(last["latents"].float())
+        if not images:
+            return noise.new_zeros(0, 3, self.image_size, self.image_size), noise.new_zeros(0, *self.latent_shape)
+        return torch.cat(images).clone(), torch.cat(latents).clone()
+
+    @property
+    def signal_level(self) -> float:
+        """``√ᾱ`` at the first timestep: how much of a clean latent the forward process leaves in the noise."""
+        self.pipeline.scheduler.set_timesteps(self.num_inference_steps)
+        return float(self.pipeline.scheduler.alphas_cumprod[int(self.pipeline.scheduler.timesteps[0])]) ** 0.5
 
     def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Like :meth:`denoise` with a deterministic scheduler, but gradients flow from images to noise.
