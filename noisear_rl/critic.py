@@ -23,6 +23,9 @@ class NoiseARCritic(nn.Module):
     def __init__(self, config: NoiseARConfig):
         super().__init__()
         self.network = NoiseARPolicy(config)
+        for name, _ in list(self.network.named_children()):
+            if name.startswith("prediction_head"):
+                delattr(self.network, name)  # features alone are asked for
         self.value = nn.Linear(config.d_model, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import (
+    Dataset,
+    Features,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from pyarrow.parquet import read_metadata
 
 from noisear_rl.training import write_atomically
@@ -42,11 +50,24 @@ def shard_file(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.parquet"
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps datasets' bars, one a file, out of the command's own."""
+    disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            enable_progress_bars()
+
+
 def write_shard(folder: Path, index: int, rows: Mapping[str, list], features: Features) -> None:
     """Writes a shard whole or not at all."""
     file = shard_file(folder, index)
     temporary = file.with_name(f".{file.name}")
-    Dataset.from_dict(dict(rows), features=features).to_parquet(temporary)
+    with _quiet():
+        Dataset.from_dict(dict(rows), features=features).to_parquet(temporary)
     temporary.replace(file)
 
 
@@ -65,5 +86,6 @@ def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
     if not files or not (Path(folder) / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} holds no {what}: make some with `{command}`")
     filled = [file for file in files if read_metadata(file).num_rows]
-    parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in filled]
+    with _quiet():
+        parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in filled]
     return concatenate_datasets(parts) if parts else Dataset.from_dict({})
