@@ -16,9 +16,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,6 +26,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation import GAUSSIAN, MethodScores, best_of, bootstrap, diversity, evaluate
 from noisear_rl.pairs import PairsConfig, build_pairs
+from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.shards import read_manifest
@@ -95,10 +93,7 @@ def picture(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> 
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

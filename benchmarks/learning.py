@@ -16,9 +16,6 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,6 +26,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import captions_of
 from noisear_rl.evaluation import GAUSSIAN, best_of, bootstrap, diversity, evaluate
 from noisear_rl.policy import NoiseARConfig
+from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.training import load_policy, write_atomically
@@ -101,10 +99,7 @@ def curves(path: Path, gaussian: float) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -52,8 +52,8 @@ def main() -> None:
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     lines = [
         f"Exactly right in %, held-out detector, `shapes-turbo`: {len(good)} of {CAPTIONS * SAMPLES} pictures of "
-        "held-out captions that the training reward accepted, each denoised again from its leak with fresh noise (mean over "
-        "categories). KL to N(0, I) in nats, of the mean and of the smaller variance.",
+        "held-out captions that the training reward accepted, each denoised again from its leak with fresh noise (mean "
+        "over categories). KL to N(0, I) in nats, of the mean and of the smaller variance.",
         "",
         "| strength | noise scale | KL of mean | KL of variance | right | " + " | ".join(CATEGORIES) + " |",
         "|---" * (5 + len(CATEGORIES)) + "|",

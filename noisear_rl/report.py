@@ -11,10 +11,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from noisear_rl.evaluation import MethodScores
 
 RIGHT, WRONG = "#1a9850", "#d73027"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG whole or not at all, and closes the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.png")
+    figure.savefig(temporary)
+    plt.close(figure)
+    temporary.replace(path)
 
 
 def learning_curve(axes: plt.Axes, run: Path, key: str = "reward/shapes-match") -> None:
@@ -88,8 +98,4 @@ def comparison(
         axis = bottom.subplots()
         bottom.subplots_adjust(left=0.12, right=0.97, bottom=0.22, top=0.95)
         learning_curve(axis, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from noisear_rl.denoisers.diffusion_pipeline import load_pipeline_denoiser
+from noisear_rl.denoisers.presets import load_pipeline_denoiser
 from noisear_rl.denoisers.shapes import train
 from noisear_rl.denoisers.shapes.detectors import load_detector
 

@@ -141,6 +141,6 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
         ValueError: If the name or an option is unknown.
         FileNotFoundError: If the weights are not on this machine and cannot be fetched.
     """
-    from noisear_rl.denoisers.diffusion_pipeline import load_pipeline_denoiser
+    from noisear_rl.denoisers.presets import load_pipeline_denoiser
 
     return load_pipeline_denoiser(name, **options)

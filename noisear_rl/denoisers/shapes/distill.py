@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, load_pipeline_denoiser
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
+from noisear_rl.denoisers.presets import load_pipeline_denoiser
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import captions_of
 from noisear_rl.denoisers.shapes.train import autocast, draw_captions, fit, save_tensors
