@@ -1,12 +1,11 @@
-"""Does a learned prior help on captions that no training saw? Pairs, NLL, PPO and DPO, three seeds, held-out judge.
+"""Does a learned prior help on captions that no training saw? Pairs, NLL, REINFORCE, three seeds, held-out judge.
 
     python benchmarks/held_out.py                # train what is missing, then evaluate
     python benchmarks/held_out.py --train 0      # one seed and stop; several processes can share the seeds
-    python benchmarks/held_out.py --stages nll ppo    # only these methods
+    python benchmarks/held_out.py --stages nll     # without REINFORCE
 
 Every stage is a shipped preset (``configs/shapes``) with the seed set: ``signal_leak`` pairs of Gaussian noise, NLL
-on them, PPO from the NLL policy, and DPO on rollouts of the NLL policy. Runs go to ``runs/held_out``; an interrupted
-one goes on. Writes ``benchmarks/results/held_out.md`` and ``held_out.png``.
+on them, and REINFORCE from the NLL policy. Runs go to ``runs/held_out``; an interrupted one goes on. Writes ``benchmarks/results/held_out.md`` and ``held_out.png``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from noisear_rl.algos import collect, dpo, nll, ppo
+from noisear_rl.algos import nll, reinforce
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
@@ -36,8 +35,8 @@ SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/held_out"), ROOT / "benchmarks/results"
 PRESETS = ROOT / "configs/shapes"
-TITLES = {"nll": "NLL on signal-leak pairs", "ppo": "… then PPO", "dpo": "… then DPO on its rollouts"}
-COLORS = {GAUSSIAN: "0.6", "nll": "#4393c3", "ppo": "#b2182b", "dpo": "#762a83", "best of 4": "0.3"}
+TITLES = {"nll": "NLL on signal-leak pairs", "reinforce": "… then REINFORCE"}
+COLORS = {GAUSSIAN: "0.6", "nll": "#4393c3", "reinforce": "#b2182b", "best of 4": "0.3"}
 CAPTIONS, SAMPLES = 240, 8
 SCORERS = {"shapes-exact": 1.0, "shapes-match": 1.0}
 
@@ -54,15 +53,10 @@ def train(seed: int, stages: list[str]) -> None:
     build_pairs(dataclasses.replace(load_yaml(PairsConfig, PRESETS / "signal_leak.yaml"), **options))
     options = {"output_dir": start, "pairs": pairs, "seed": seed, "resume": True}
     nll.train(dataclasses.replace(load_yaml(nll.NLLConfig, PRESETS / "nll_signal_leak.yaml"), **options))
-    if "ppo" in stages:
-        options = {"output_dir": folder_of("ppo", seed), "init_from": str(start), "seed": seed, "resume": True}
-        ppo.train(dataclasses.replace(load_yaml(ppo.PPOConfig, PRESETS / "ppo_transfer.yaml"), **options))
-    if "dpo" in stages:
-        rollouts = folder_of("rollouts", seed)
-        options = {"output_dir": rollouts, "policy": str(start), "seed": seed}
-        collect.collect(dataclasses.replace(load_yaml(collect.CollectConfig, PRESETS / "collect.yaml"), **options))
-        options = {"output_dir": folder_of("dpo", seed), "rollouts": rollouts, "init_from": str(start), "seed": seed}
-        dpo.train(dataclasses.replace(load_yaml(dpo.DPOConfig, PRESETS / "dpo.yaml"), **options, resume=True))
+    if "reinforce" in stages:
+        preset = load_yaml(reinforce.ReinforceConfig, PRESETS / "reinforce_transfer.yaml")
+        options = {"output_dir": folder_of("reinforce", seed), "init_from": str(start), "seed": seed, "resume": True}
+        reinforce.train(dataclasses.replace(preset, **options))
 
 
 def records(stage: str, seed: int) -> list[dict]:
@@ -74,9 +68,7 @@ def images_of(stage: str, seed: int) -> int:
     """Pictures that were denoised to train a policy, those of the stages before it included."""
     made = read_manifest(folder_of("pairs", seed))
     before = made["pairs"] * made["rounds"]
-    if stage == "ppo":
-        return before + int(records(stage, seed)[-1]["charts/images"])
-    return before + (read_manifest(folder_of("rollouts", seed))["rollouts"] if stage == "dpo" else 0)
+    return before + (int(records(stage, seed)[-1]["charts/images"]) if stage == "reinforce" else 0)
 
 
 def picture(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> None:
@@ -156,9 +148,6 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, stages: lis
     for name, scores in bars.items():
         means = " | ".join(f"{scores[categories == category].mean():.1f}" for category in CATEGORIES)
         lines.append(f"| {TITLES.get(name, name)} | {means} |")
-    if "dpo" in stages:
-        best = [max(r["eval/rewards/accuracies"] for r in records("dpo", seed)) for seed in SEEDS]
-        lines += ["", f"DPO's accuracy on held-out pairs: {', '.join(f'{100 * b:.1f} %' for b in best)}."]
     lines += ["", f"Command: `python benchmarks/held_out.py`. Evaluated at {provenance()}."]
     write_atomically(RESULTS / "held_out.md", "\n".join(lines) + "\n")
     picture(RESULTS / "held_out.png", bars, categories)

@@ -73,7 +73,7 @@ PRESETS = {
     "shapes/nll_signal_leak": NLLConfig,
     "shapes/reinforce": ReinforceConfig,
     "shapes/ppo": PPOConfig,
-    "shapes/ppo_transfer": PPOConfig,
+    "shapes/reinforce_transfer": ReinforceConfig,
     "shapes/dpo": DPOConfig,
     "shapes/collect": CollectConfig,
     "shapes/reward_gradient": RewardGradientConfig,
