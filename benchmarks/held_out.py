@@ -5,7 +5,8 @@
     python benchmarks/held_out.py --stages nll     # without REINFORCE
 
 Every stage is a shipped preset (``configs/shapes``) with the seed set: ``signal_leak`` pairs of Gaussian noise, NLL
-on them, and REINFORCE from the NLL policy. Runs go to ``runs/held_out``; an interrupted one goes on. Writes ``benchmarks/results/held_out.md`` and ``held_out.png``.
+on them, and REINFORCE from the NLL policy. Runs go to ``runs/held_out``; an interrupted one goes on. Writes
+``benchmarks/results/held_out.md`` and ``held_out.png``.
 """
 
 from __future__ import annotations
