@@ -149,7 +149,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, stages: lis
     for name, scores in bars.items():
         means = " | ".join(f"{scores[categories == category].mean():.1f}" for category in CATEGORIES)
         lines.append(f"| {TITLES.get(name, name)} | {means} |")
-    lines += ["", f"Command: `python benchmarks/held_out.py`. Evaluated at {provenance()}."]
+    lines += ["", f"Command: `python benchmarks/held_out.py --stages {' '.join(stages)}`. Evaluated at {provenance()}."]
     write_atomically(RESULTS / "held_out.md", "\n".join(lines) + "\n")
     picture(RESULTS / "held_out.png", bars, categories)
     print("\n".join(lines))
