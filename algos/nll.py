@@ -7,7 +7,7 @@ Pairs of kind ``signal_leak`` say what the target's mean is and how much noise c
 drawn anew at every update, and the expectation over a patch's own noise is taken in closed form.
 
     python -m noisear_rl.pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
-    python algos/nll.py --config configs/shapes/nll.yaml --pairs runs/pairs
+    python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +29,7 @@ from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.shards import read_manifest
-from noisear_rl.training import load_policy, load_yaml, write_atomically
+from noisear_rl.training import load_policy, load_yaml, read_records, write_atomically
 
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
@@ -60,16 +59,11 @@ def train(seed: int, stages: list[str]) -> None:
         reinforce.train(dataclasses.replace(preset, **options))
 
 
-def records(stage: str, seed: int) -> list[dict]:
-    """Logged records of a stage."""
-    return [json.loads(line) for line in (folder_of(stage, seed) / "metrics.jsonl").read_text().splitlines()]
-
-
 def images_of(stage: str, seed: int) -> int:
     """Pictures that were denoised to train a policy, those of the stages before it included."""
     made = read_manifest(folder_of("pairs", seed))
     before = made["pairs"] * made["rounds"]
-    return before + (int(records(stage, seed)[-1]["charts/images"]) if stage == "reinforce" else 0)
+    return before + (int(read_records(folder_of(stage, seed))[-1]["charts/images"]) if stage == "reinforce" else 0)
 
 
 def picture(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> None:

@@ -29,7 +29,7 @@ from noisear_rl.policy import NoiseARConfig
 from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
-from noisear_rl.training import load_policy, write_atomically
+from noisear_rl.training import load_policy, read_records, write_atomically
 
 SEEDS = (0, 1, 2)
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
@@ -76,16 +76,11 @@ def train(algorithm: str) -> None:
         run(config(output_dir=folder, prompts=str(CAPTIONS), policy=POLICY, seed=seed, resume=True, **SHARED))
 
 
-def records(folder: Path) -> list[dict]:
-    """Logged records of a run."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def curves(path: Path, gaussian: float) -> None:
     """Draws the training detector's reward and the KL against images, every seed and the mean."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), dpi=110)
     for algorithm, color in COLORS.items():
-        runs = [records(folder_of(algorithm, seed)) for seed in SEEDS]
+        runs = [read_records(folder_of(algorithm, seed)) for seed in SEEDS]
         images = np.array([record["charts/images"] for record in runs[0]])
         rewards = np.array([[record["charts/episodic_return"] for record in run] for run in runs])
         drift = np.array([[record["policy/kl_to_gaussian"] for record in run] for run in runs])
@@ -146,7 +141,7 @@ def main() -> None:
         names = [f"{algorithm} {seed}" for seed in SEEDS]
         stacked = np.stack([exact[name] for name in names])
         each = [estimate(scores) for scores in stacked]
-        images = records(folder_of(algorithm, 0))[-1]["charts/images"]
+        images = read_records(folder_of(algorithm, 0))[-1]["charts/images"]
         gain = estimate((stacked - baseline).mean(0))
         lines.append(
             f"| {TITLES[algorithm]} | {images:,} | "

@@ -263,20 +263,18 @@ def _signal_leak(
     """Means of the targets ``(B, C, h, w)`` and which of them to keep ``(B,)``, round by round."""
     assert reward is not None
     conditioning = denoiser.encode(prompts)
+    if policy is not None:
+        policy.to(conditioning.policy_embeds.device)
     level = config.signal_strength * denoiser.signal_level
     good = torch.zeros(len(seeds), dtype=torch.bool)  # has had a good picture
     mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good one
     found = []
+    text, mask = conditioning.policy_embeds, conditioning.policy_mask
     for i in range(config.rounds):
         own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
-        if policy is None:
-            noise = standard_noise(own, denoiser.latent_shape)
-        else:
-            policy.to(conditioning.policy_embeds.device)
-            text, mask = conditioning.policy_embeds, conditioning.policy_mask
-            noise = policy.noise(policy.sample(text, mask, seeds=own)).cpu()
-        again = mean + config.noise_scale * standard_noise(own, denoiser.latent_shape)
-        noise = torch.where(good[:, None, None, None], again, noise)
+        fresh = standard_noise(own, denoiser.latent_shape)
+        first = fresh if policy is None else policy.noise(policy.sample(text, mask, seeds=own)).cpu()
+        noise = torch.where(good[:, None, None, None], mean + config.noise_scale * fresh, first)
         images, latents = denoiser.denoise_with_latents(noise, conditioning, seeds)
         kept = (reward.score(images, prompts) >= config.min_reward).cpu()
         target = level * latents.cpu()

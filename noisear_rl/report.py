@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from noisear_rl.evaluation import MethodScores
+from noisear_rl.training import read_records
 
 RIGHT, WRONG = "#1a9850", "#d73027"
 
@@ -35,8 +35,7 @@ def learning_curve(axes: plt.Axes, run: Path, key: str = "reward/shapes-match") 
         run: Run folder that holds ``metrics.jsonl``.
         key: Which record to draw.
     """
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if key in record]
+    records = [record for record in read_records(run) if key in record]
     images = np.array([record["charts/images"] for record in records])
     values = np.array([record[key] for record in records])
     axes.plot(images, values, color="0.75", linewidth=1)

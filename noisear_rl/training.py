@@ -227,6 +227,11 @@ class Run:
         self.accelerator.end_training()
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records that a run logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def load_policy(path: str | Path) -> NoiseARPolicy:
     """Loads a policy from a checkpoint, a run folder (its newest checkpoint) or the Hub, in eval mode.
 
