@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,8 @@ class CollectConfig:
 
     env_id: str = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
     """Scorer; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
@@ -50,6 +52,8 @@ class CollectConfig:
     """Noises a prompt: K."""
     prompts_per_shard: int = 16
     """Prompts whose rollouts are denoised together and make a file."""
+    same_noise: bool = False
+    """All prompts get the same K noises, so that their rewards tell which of them serve many prompts."""
     save_images: bool = False
     """Also store the pictures, as PNG."""
     seed: int = 0
@@ -66,7 +70,8 @@ def collect(config: CollectConfig) -> None:
         raise ValueError("num_prompts, samples_per_prompt and prompts_per_shard must be at least 1")
     state, k = PartialState(), config.samples_per_prompt
     batch = config.prompts_per_shard * k
-    envs = make_vector_env(config.env_id, batch, prompts=config.prompts, reward=config.reward)
+    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
 
     # Policy: an untrained one is Gaussian noise.
@@ -87,6 +92,7 @@ def collect(config: CollectConfig) -> None:
         "prompts_per_shard": config.prompts_per_shard,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "rollouts": len(prompts) * k,
+        "same_noise": config.same_noise,
         "save_images": config.save_images,
     }
     check_manifest(config.output_dir, manifest)
@@ -105,6 +111,9 @@ def collect(config: CollectConfig) -> None:
         # Rollout. Noise is rounded to float16 first: what is denoised, scored and stored is one and the same.
         rng = np.random.default_rng([config.seed, 1, shard])
         seeds, denoise_seeds = rng.integers(2**62, size=batch), rng.integers(2**31, size=batch)
+        if config.same_noise:
+            own = np.random.default_rng([config.seed, 2]).integers(2**62, size=k)
+            seeds = np.tile(own, config.prompts_per_shard)  # as `repeated` has them
         observation, _ = envs.reset(seed=denoise_seeds.tolist(), options={"prompts": padded})
         text = torch.from_numpy(observation["text"]).to(state.device)  # (B, L, D)
         mask = torch.from_numpy(observation["text_mask"]).bool().to(state.device)  # (B, L)

@@ -46,6 +46,8 @@ class DPOConfig:
 
     rollouts: Path = Path("runs/rollouts")
     """Folder that `algos/collect.py` wrote."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     reference: str = "initial"
@@ -143,7 +145,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     if config.reference not in ("initial", "gaussian"):
         raise ValueError(f"reference must be 'initial' or 'gaussian', not {config.reference!r}")
 
-    # Data: every rollout's patches, and one text embedding for every prompt.
+    # Data: every rollout's patches; text embeddings are computed once and kept by the denoiser.
     rollouts = load_rollouts(config.rollouts)
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy.resized(rollouts.policy_sizes))
@@ -151,11 +153,10 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     pairs = preference_pairs(rollouts, config.threshold, config.strategy, config.seed)
     print(pairs, flush=True)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
-    denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"])
+    denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
     names = list(dict.fromkeys(rollouts.prompts))
     row_of = {prompt: i for i, prompt in enumerate(names)}
     prompt_of = np.array([row_of[prompt] for prompt in rollouts.prompts])  # (R,)
-    conditioning = denoiser.encode(names).to(run.device)
     patches = rollouts.patches()  # (R, N, A)
 
     # Prompts of held-out pairs are not trained on.
@@ -185,7 +186,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
 
     def score(chosen_pairs: np.ndarray) -> tuple[PairLogProbs, tuple, Independent, Independent]:
         rows = np.concatenate([pairs.chosen[chosen_pairs], pairs.rejected[chosen_pairs]])
-        text = conditioning[prompt_of[rows].tolist()]
+        text = denoiser.encode([names[i] for i in prompt_of[rows]]).to(run.device)
         batch = patches[rows].float().to(run.device), text.policy_embeds, text.policy_mask
         own = policy.distribution(*batch)
         with torch.no_grad():
@@ -264,8 +265,17 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
         if number:
             rollouts = folder / "rollouts"
             scorer = next((name for name in manifest["reward"] if name in REWARDS), None)
-            again = CollectConfig(manifest["env_id"], scorer, prompts, start, rollouts, len(prompts))
-            again.samples_per_prompt, again.seed = manifest["samples_per_prompt"], manifest["seed"] + number
+            again = CollectConfig(
+                env_id=manifest["env_id"],
+                denoiser_options=config.denoiser_options,
+                reward=scorer,
+                prompts=prompts,
+                policy=start,
+                output_dir=rollouts,
+                num_prompts=len(prompts),
+                samples_per_prompt=manifest["samples_per_prompt"],
+                seed=manifest["seed"] + number,
+            )
             collect(again)
         policy = train(dataclasses.replace(config, rollouts=rollouts, output_dir=folder, init_from=start), denoiser)
         start = str(folder)

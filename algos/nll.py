@@ -43,8 +43,10 @@ class NLLConfig:
     """Run folder."""
     denoiser: str = "shapes"
     """Denoiser whose text embeddings the policy sees."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     policy: NoiseARConfig = field(default_factory=NoiseARConfig)
-    """Sizes of the policy."""
+    """A fresh policy, in the denoiser's sizes."""
     epochs: int = 10
     """Passes over the pairs."""
     batch_size: int = 40
@@ -71,25 +73,24 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     """Pretrains a policy and returns it in eval mode; see the module's docstring."""
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Data: targets as patches, and one text embedding for every distinct prompt.
-    pairs = load_pairs(config.pairs)
+    # Data and denoiser; text embeddings are computed once and kept by it.
+    pairs = load_pairs(config.pairs).with_format("numpy")
     manifest = read_manifest(config.pairs)
     if manifest["denoiser"] != config.denoiser:
         raise ValueError(f"{config.pairs} was made for denoiser {manifest['denoiser']!r}, not {config.denoiser!r}")
     noise_scale = manifest["noise_scale"]  # 0 where the targets hold their own noise
-    denoiser = load_denoiser(config.denoiser)
-    prompts = list(dict.fromkeys(pairs["prompt"]))
-    conditioning = denoiser.encode(prompts).to(run.device)
-    row_of = {prompt: i for i, prompt in enumerate(prompts)}
-    text_row = torch.tensor([row_of[prompt] for prompt in pairs["prompt"]])
-    latents = torch.tensor(np.stack(pairs.with_format("numpy")["target"][:]), dtype=torch.float32)
-    targets = patchify(latents.unflatten(1, config.policy.latent_shape), config.policy.patch_size)  # (P, N, A)
-    held_out = max(1, int(config.held_out_share * len(targets)))
-    train_rows, held_out_rows = np.arange(held_out, len(targets)), np.arange(held_out)
+    denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
+    prompts = [str(prompt) for prompt in pairs["prompt"][:]]
 
-    # Policy and optimiser.
+    # Policy.
     torch.manual_seed(config.seed)
-    policy = initial_policy(config.init_from, config.policy).to(run.device)
+    shape, width = tuple(denoiser.latent_shape), denoiser.text_shape[1]
+    sizes = {"latent_shape": shape, "patch_size": denoiser.patch_size, "text_dim": width}
+    policy = initial_policy(config.init_from, config.policy.resized(sizes)).to(run.device)
+    if name := policy.config.size_mismatch(sizes | {"patch_size": policy.config.patch_size}):
+        raise ValueError(f"{config.init_from}: its {name} is {getattr(policy.config, name)}, not {sizes[name]}")
+    held_out = max(1, int(config.held_out_share * len(pairs)))
+    train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = max(1, len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
@@ -98,10 +99,13 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     began = time.time() - counters.seconds
 
     def losses(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        target = targets[rows].to(run.device)
-        text = conditioning[text_row[rows].tolist()]
+        latents = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
+        target = patchify(latents, policy.config.patch_size).to(run.device)  # (b, N, A)
+        text = denoiser.encode([prompts[row] for row in rows]).to(run.device)
         noise = torch.from_numpy(rng.standard_normal(target.shape)).to(target)
-        prefix = target + noise_scale * torch.from_numpy(rng.standard_normal(target.shape)).to(target)
+        prefix = target
+        if noise_scale:
+            prefix = target + noise_scale * torch.from_numpy(rng.standard_normal(target.shape)).to(target)
         distribution = policy.distribution(prefix, text.policy_embeds, text.policy_mask)
         return {
             "losses/nll": nll_loss(distribution, target, noise_scale),

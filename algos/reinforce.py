@@ -35,6 +35,8 @@ class ReinforceConfig:
 
     env_id: str = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
     """Scorer; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
@@ -85,7 +87,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
 
     # Environment: all episodes of an update at once.
     batch = config.prompts_per_update * config.samples_per_prompt
-    envs = make_vector_env(config.env_id, batch, prompts=config.prompts, reward=config.reward)
+    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
     groups = torch.arange(batch) % n_prompts

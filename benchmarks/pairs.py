@@ -60,7 +60,7 @@ def main() -> None:
         options = {"num_inference_steps": steps, "rounds": rounds, "inversion": inversion}
         target = weak_to_strong(denoiser, noise, conditioning, strong_guidance=strong, **options)
         scores = exact(target)
-        k = inversion_coefficients(denoiser.ddim_schedule(steps), inversion).k
+        k = inversion_coefficients(denoiser.first_order_schedule(steps), inversion).k
         shift = (target - noise).square().mean().sqrt()
         gain = bootstrap(scores - start, categories)
         row = [steps, strong, rounds, inversion, f"{k:.3f}", f"{shift:.3f}", bootstrap(scores, categories), gain]

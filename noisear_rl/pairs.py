@@ -11,6 +11,8 @@ Gaussian noise and the reward accepted: rewards alone, no reward gradient, no pi
 
 For pairs on disk: ``python -m noisear_rl.pairs --help``.
 
+Several processes share the shards: ``accelerate launch --num-processes 4 -m noisear_rl.pairs …``.
+
 Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 """
 
@@ -23,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Conditioning, Denoiser, load_denoiser
@@ -38,13 +41,14 @@ from noisear_rl.training import load_policy, parse_config, to_mapping
 
 INVERSIONS = ("exact", "compat")
 KINDS = ("weak_to_strong", "signal_leak")
+PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
 
 
 @dataclass(frozen=True)
 class Inversion:
     """Coefficients of one step down and one back up: ``x1 = a·x0 + b·ε_s``, ``x0' = c·x1 + d·ε_w``."""
 
-    timestep: int
+    timestep: float
     a: float
     b: float
     c: float
@@ -56,11 +60,14 @@ class Inversion:
         return self.d
 
 
-def inversion_coefficients(scheduler: DDIMScheduler, inversion: str = "exact") -> Inversion:
+def inversion_coefficients(
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, inversion: str = "exact"
+) -> Inversion:
     """Coefficients at the first two timesteps of a schedule whose timesteps are set.
 
     Args:
-        scheduler: Deterministic DDIM (``eta = 0``).
+        scheduler: Deterministic DDIM (``eta = 0``), or Euler for flow matching, where the prediction is a velocity:
+            ``x1 = x0 + (σ1 - σ0)·v`` and back.
         inversion: ``exact``: the inverse of the step just taken. ``compat``: what public scripts compute with
             ``DDIMInverseScheduler``, which inverts the *next* step's interval and so scales the noise (by
             1.0035 on SDXL's schedule at 50 steps).
@@ -70,6 +77,11 @@ def inversion_coefficients(scheduler: DDIMScheduler, inversion: str = "exact") -
     """
     if inversion not in INVERSIONS:
         raise ValueError(f"unknown inversion {inversion!r}; expected one of {INVERSIONS}")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if inversion != "exact":
+            raise ValueError(f"{inversion!r} inversion is a habit of DDIM scripts; flow matching has 'exact' alone")
+        down = float(scheduler.sigmas[1] - scheduler.sigmas[0])
+        return Inversion(float(scheduler.timesteps[0]), a=1.0, b=down, c=1.0, d=-down)
     needed = 2 if inversion == "exact" else 3
     times = [int(t) for t in scheduler.timesteps[:needed]]
     if len(times) < needed:
@@ -101,7 +113,7 @@ def weak_to_strong(
     """The target noise of a pair, at the price of two guided predictions a round.
 
     Args:
-        denoiser: Any denoiser with an ε-prediction.
+        denoiser: Any denoiser.
         noise: ``(B, C, h, w)`` from N(0, I). Not changed.
         conditioning: Of ``B`` prompts.
         strong_guidance: Guidance of the step down.
@@ -113,7 +125,7 @@ def weak_to_strong(
     Returns:
         ``(B, C, h, w)`` float32.
     """
-    step = inversion_coefficients(denoiser.ddim_schedule(num_inference_steps), inversion)
+    step = inversion_coefficients(denoiser.first_order_schedule(num_inference_steps), inversion)
     target = noise.float()
     for _ in range(rounds):
         strong = denoiser.predict_noise(target, step.timestep, conditioning, strong_guidance)
@@ -186,7 +198,10 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         raise ValueError("signal_leak chooses pictures by a reward: set filter_reward")
     if leak and not (config.noise_scale > 0 and config.signal_strength > 0):
         raise ValueError("noise_scale and signal_strength must be positive")
+    state = PartialState()
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
+    if leak and not denoiser.signal_level > 0:
+        raise ValueError(f"the schedule of {denoiser.name!r} begins in pure noise, which nothing leaks into")
     policy = load_policy(config.policy) if leak and config.policy else None
     prompts = load_prompts(config.prompts, denoiser.name)
     manifest = to_mapping(config) | {
@@ -194,35 +209,37 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         "policy_sha256": policy_sha256(policy) if policy else None,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "latent_shape": list(denoiser.latent_shape),
+        "revision": denoiser.revision,
+        "denoiser_steps": denoiser.num_inference_steps,
+        "guidance_scale": denoiser.guidance_scale,
     }
-    for key in ("output_dir", "prompts"):
+    for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # do not change what is written
         manifest.pop(key)
     check_manifest(config.output_dir, manifest)
     reward = load_reward(config.filter_reward) if config.filter_reward else None
-    starts = range(0, config.pairs, config.shard_size)
-    bar = tqdm(total=config.pairs, desc="pairs", unit="pair")
-    for shard, start in enumerate(starts):
+    bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not state.is_main_process)
+    for shard, start in enumerate(range(0, config.pairs, config.shard_size)):
         end = min(start + config.shard_size, config.pairs)
-        if not shard_file(config.output_dir, shard).exists():
-            rows: dict[str, list] = {"prompt": [], "seed": [], "target": []}
-            for low in range(start, end, config.batch_size):
-                indices = range(low, min(low + config.batch_size, end))
-                texts, seeds = [prompts[i % len(prompts)] for i in indices], [config.seed + i for i in indices]
-                if leak:
-                    found = _signal_leak(denoiser, policy, reward, config, texts, seeds)
-                else:
-                    found = _weak_to_strong(denoiser, reward, config, texts, seeds)
-                for target, kept in found:
-                    chosen = kept.nonzero()[:, 0].tolist()
-                    rows["prompt"] += [texts[i] for i in chosen]
-                    rows["seed"] += [seeds[i] for i in chosen]
-                    rows["target"] += list(target[kept].flatten(1).half().cpu().numpy())
-                bar.update(len(indices))
-            features = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
-            write_shard(config.output_dir, shard, rows, features)
-        else:
+        if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
             bar.update(end - start)
+            continue
+        rows: dict[str, list] = {"prompt": [], "seed": [], "target": []}
+        for low in range(start, end, config.batch_size):
+            indices = range(low, min(low + config.batch_size, end))
+            texts, seeds = [prompts[i % len(prompts)] for i in indices], [config.seed + i for i in indices]
+            if leak:
+                found = _signal_leak(denoiser, policy, reward, config, texts, seeds)
+            else:
+                found = _weak_to_strong(denoiser, reward, config, texts, seeds)
+            for target, kept in found:
+                chosen = kept.nonzero()[:, 0].tolist()
+                rows["prompt"] += [texts[i] for i in chosen]
+                rows["seed"] += [seeds[i] for i in chosen]
+                rows["target"] += list(target[kept].flatten(1).half().cpu().numpy())
+            bar.update(len(indices))
+        write_shard(config.output_dir, shard, rows, PAIR_FEATURES)
     bar.close()
+    state.wait_for_everyone()
     return load_pairs(config.output_dir)
 
 

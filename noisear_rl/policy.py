@@ -12,6 +12,7 @@ import dataclasses  # no postponed annotations here: the hub mixin reads the typ
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Self
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.layers import attend, prediction_head, project_keys_values, sinusoidal_encoding
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
-from noisear_rl.policy_config import NoiseARConfig
+from noisear_rl.policy_config import NoiseARConfig, reference_config
 
 __all__ = ["NoiseARConfig", "NoiseARPolicy", "PolicySample"]
 
@@ -299,6 +300,31 @@ class NoiseARPolicy(
             )
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
+
+    @classmethod
+    def from_reference(cls, path: str | Path, *, n_heads: int = 1) -> Self:
+        """Loads a ``.pth`` file of the authors' released network, in eval mode, at their temperature of 0.5.
+
+        ``save_pretrained`` then writes it as safetensors, which every command here takes as a policy.
+
+        Args:
+            path: Their state dict. Nothing but tensors is unpickled.
+            n_heads: Attention heads, which a state dict does not tell; theirs is 1.
+
+        Raises:
+            ValueError: If the file holds anything but tensors, or not their network.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
+        policy = cls(reference_config(state, n_heads))
+        try:
+            policy.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not the authors' network: {error}") from error
+        return policy.eval()
 
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import isqrt
 from typing import Any
 
 from noisear_rl.patches import sequence_shape
@@ -86,3 +87,47 @@ class NoiseARConfig:
     def size_mismatch(self, sizes: Mapping[str, Any]) -> str | None:
         """The first of the sizes that differs from the policy's own; ``None`` if all agree."""
         return next((name for name in SIZES if getattr(self, name) != sizes[name]), None)
+
+
+def reference_config(state: Mapping[str, Any], n_heads: int = 1) -> NoiseARConfig:
+    """Reads the sizes of the authors' released network off its state dict.
+
+    The number of heads leaves no trace there; theirs is 1. Latents are square with four channels, as theirs are.
+
+    Args:
+        state: Tensors by name.
+        n_heads: Attention heads.
+
+    Raises:
+        ValueError: If a tensor is missing or the sizes do not fit together.
+    """
+    try:
+        patch_elements = state["latent_patch_encoder.0.weight"].shape[1]
+        patches = state["pos_encoding"].shape[1] - 1
+        d_model = state["learnable_start_token_emb"].shape[0]
+        d_ff = state["ffn_layers.0.0.weight"].shape[0]
+        head = [name for name in state if name.startswith("prediction_head_mu.") and name.endswith(".weight")]
+        first = state["prediction_head_mu.0.weight"].shape[0]
+        text_dim = state["dim_adapter.weight"].shape[1] if "dim_adapter.weight" in state else d_model
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"not a state dict of the authors' network: {error} is missing or no tensor") from error
+    patch_size, side = isqrt(patch_elements // 4), isqrt(patches)
+    if 4 * patch_size**2 != patch_elements or side**2 != patches:
+        raise ValueError(f"{patches} patches of {patch_elements} elements do not tile a square latent of 4 channels")
+    # Two layers are the published head; 2k + 1 are k further blocks.
+    blocks = len(head) // 2 if len(head) % 2 else 0
+    if len(head) not in (2, 2 * blocks + 1) or first != 2 * d_model:
+        raise ValueError(f"a prediction head of {len(head)} layers is not one of the authors'")
+    return NoiseARConfig(
+        latent_shape=(4, side * patch_size, side * patch_size),
+        patch_size=patch_size,
+        text_dim=text_dim,
+        d_model=d_model,
+        d_ff=d_ff,
+        n_heads=n_heads,
+        n_layers=len({name.split(".")[1] for name in state if name.startswith("self_attn_norm.")}),
+        n_prediction_head=blocks,
+        dropout=0.15,
+        architecture="reference",
+        temperature=0.5,
+    )

@@ -53,7 +53,7 @@ def test_equals_a_ddim_step_and_its_exact_inverse(random_denoiser, steps):
     target = weak_to_strong(random_denoiser, noise, conditioning, num_inference_steps=steps)
     assert torch.equal(noise, untouched)
 
-    scheduler = random_denoiser.ddim_schedule(steps)
+    scheduler = random_denoiser.first_order_schedule(steps)
     t0, t1 = (int(t) for t in scheduler.timesteps[:2])
     strong = random_denoiser.predict_noise(noise, t0, conditioning, 5.5)
     lower = scheduler.step(strong, t0, noise).prev_sample

@@ -1,12 +1,15 @@
 """The authors' released network, computed again from the description of its state dict."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.training import load_policy
 from tests.conftest import random_policy
 
 
@@ -140,3 +143,88 @@ def test_published_size_keys_and_shapes():
 def test_published_size_with_adapter():
     state = published(text_dim=1024).state_dict()
     assert tuple(state["dim_adapter.weight"].shape) == (2048, 1024)
+
+
+def write_state(path, layers=1, text_dim=64, head_blocks=0):
+    """A state dict as the authors' own module makes one: their names and shapes, random values."""
+    d, hidden, elements, patches = 64, 96, 16, 16
+    generator = torch.Generator().manual_seed(layers + head_blocks)
+    shapes = {"latent_patch_encoder.0": (elements // 2, elements), "latent_patch_encoder.2": (d, elements // 2)}
+    if text_dim != d:
+        shapes["dim_adapter"] = (d, text_dim)
+    for i in range(layers):
+        shapes |= {f"ffn_layers.{i}.0": (hidden, d), f"ffn_layers.{i}.3": (d, hidden)}
+        shapes |= {f"{kind}_attn_layers.{i}.out_proj": (d, d) for kind in ("self", "cross")}
+    for name in ("prediction_head_mu", "prediction_head_logvar"):
+        for block in range(head_blocks):
+            shapes |= {f"{name}.{3 * block}": (2 * d, d), f"{name}.{3 * block + 2}": (d, 2 * d)}
+        last = {f"{name}.{3 * head_blocks}": (elements, d)}
+        shapes |= last if head_blocks else {f"{name}.0": (2 * d, d), f"{name}.2": (elements, 2 * d)}
+    state = {}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        state[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
+    for i in range(layers):
+        for kind in ("self", "cross"):
+            state[f"{kind}_attn_layers.{i}.in_proj_weight"] = torch.randn(3 * d, d, generator=generator) / 8
+            state[f"{kind}_attn_layers.{i}.in_proj_bias"] = 0.1 * torch.randn(3 * d, generator=generator)
+        for kind in ("self_attn", "cross_attn", "ffn"):
+            state[f"{kind}_norm.{i}.weight"] = 1 + 0.1 * torch.randn(d, generator=generator)
+            state[f"{kind}_norm.{i}.bias"] = 0.1 * torch.randn(d, generator=generator)
+    state["learnable_start_token_emb"] = 0.1 * torch.randn(d, generator=generator)
+    angle = torch.arange(patches + 1)[:, None] * torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
+    state["pos_encoding"] = torch.stack([angle.sin(), angle.cos()], -1).reshape(1, patches + 1, d)
+    torch.save(state, path)
+    return state
+
+
+@pytest.mark.parametrize(("layers", "text_dim", "head_blocks"), [(1, 64, 0), (1, 48, 0), (2, 64, 1), (3, 48, 2)])
+def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head_blocks):
+    state = write_state(tmp_path / "model.pth", layers, text_dim, head_blocks)
+    policy = NoiseARPolicy.from_reference(tmp_path / "model.pth", n_heads=1)
+    assert not policy.training and policy.config.temperature == 0.5 and policy.config.latent_shape == (4, 8, 8)
+    patches, text = torch.randn(3, 16, 16), torch.randn(3, 7, text_dim)
+    mean, log_variance = recompute(state, patches, text, layers, 1, head_blocks)
+    gaussian = policy.distribution(patches, text).base_dist
+    torch.testing.assert_close(gaussian.mean, mean, rtol=1e-5, atol=1e-5)
+    std = 0.5 * torch.exp(0.5 * log_variance.clamp(-20, 10))
+    torch.testing.assert_close(gaussian.stddev, std, rtol=1e-5, atol=1e-6)
+
+    # Samples, with the same draws, patch by patch over the whole prefix as the authors do.
+    draws = standard_noise([5, 6, 7], (4, 8, 8)).reshape(3, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 16)
+    expected = torch.zeros(3, 16, 16)
+    for i in range(16):
+        mean, log_variance = recompute(state, expected, text, layers, 1, head_blocks)
+        expected[:, i] = mean[:, i] + 0.5 * torch.exp(0.5 * log_variance[:, i].clamp(-20, 10)) * draws[:, i]
+    sample = policy.sample(text, seeds=[5, 6, 7])
+    torch.testing.assert_close(sample.patches, expected, rtol=1e-4, atol=1e-4)
+    latents = expected.reshape(3, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 4, 8, 8)  # channels lie first
+    torch.testing.assert_close(policy.noise(sample), latents, rtol=1e-4, atol=1e-4)
+
+    policy.save_pretrained(tmp_path / "converted")
+    again = load_policy(tmp_path / "converted")
+    assert again.config == policy.config
+    torch.testing.assert_close(again.log_prob(patches, text), policy.log_prob(patches, text), rtol=0, atol=0)
+
+
+def test_files_that_are_not_theirs_are_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path(tmp_path / "touched").touch, ())
+
+    torch.save({"weights": Malicious()}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="more than tensors"):
+        NoiseARPolicy.from_reference(tmp_path / "code.pth")
+    assert not (tmp_path / "touched").exists()
+    state = write_state(tmp_path / "model.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated"):
+        NoiseARPolicy.from_reference(tmp_path / "short.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not a state dict of the authors"):
+        NoiseARPolicy.from_reference(tmp_path / "other.pth")
+    torch.save(state | {"more": torch.zeros(1)}, tmp_path / "more.pth")
+    with pytest.raises(ValueError, match="not the authors' network"):
+        NoiseARPolicy.from_reference(tmp_path / "more.pth")
+    with pytest.raises(FileNotFoundError):
+        NoiseARPolicy.from_reference(tmp_path / "none.pth")

@@ -1,9 +1,11 @@
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions, hard_negative
@@ -112,3 +114,16 @@ def test_readme_numbers_come_from_the_results():
     assert len(rows) == 2
     for number in re.findall(r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", " ".join(rows)):
         assert number in results
+
+
+def test_scorers_without_weights():
+    grey, noise = torch.full((1, 3, 64, 64), 0.25), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images, prompts = torch.cat([grey, noise]), ["anything", "at all"]
+    bright = load_reward("brightness").score(images, prompts)
+    torch.testing.assert_close(bright, torch.tensor([0.25, float(noise.mean())]), rtol=0, atol=1e-6)
+    sizes = load_reward("jpeg-compressibility").score(images, prompts)
+    file = io.BytesIO()
+    pixels = (noise[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    assert sizes[1] == pytest.approx(-len(file.getvalue()) / 1000)
+    assert sizes[1] < sizes[0] < 0

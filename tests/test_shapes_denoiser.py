@@ -109,10 +109,19 @@ def test_latents_are_what_the_images_were_decoded_from(turbo):
     assert torch.equal(images, turbo.denoise(noise, conditioning))
 
 
-def test_guidance_is_linear(shapes):
+def test_prediction_is_the_networks_and_guidance_is_linear(shapes):
     noise, conditioning = standard_noise(range(3), (4, 8, 8)), shapes.encode(PROMPTS)
-    at = {g: shapes.predict_noise(noise, 751, conditioning, g) for g in (0.0, 1.0, 3.0)}
-    torch.testing.assert_close(at[3.0], at[0.0] + 3 * (at[1.0] - at[0.0]), rtol=1e-4, atol=1e-5)
+    at = {g: shapes.predict_noise(noise, 751, conditioning, g) for g in (1.0, 2.0, 4.0)}
+    torch.testing.assert_close(at[4.0], at[1.0] + 3 * (at[2.0] - at[1.0]), rtol=1e-4, atol=1e-4)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, -1)  # original, crop, target
+    added = {"text_embeds": conditioning.inputs["pooled_prompt_embeds"], "time_ids": sizes}
+    with torch.no_grad():
+        own = shapes.pipeline.unet(
+            noise, 751, encoder_hidden_states=conditioning.inputs["prompt_embeds"], added_cond_kwargs=added
+        ).sample
+    torch.testing.assert_close(at[1.0], own, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 1"):
+        shapes.predict_noise(noise, 751, conditioning, 0.5)
 
 
 def test_bad_input(shapes, tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 __all__ = ["EMBEDDED", "Conditioning", "Denoiser", "load_denoiser"]
 
@@ -70,6 +70,7 @@ class Denoiser(Protocol):
 
     Attributes:
         name: What :func:`load_denoiser` calls it.
+        revision: What its weights are called in records.
         latent_shape: ``(C, h, w)`` of its initial noise.
         image_size: Height and width of its pictures in pixels.
         text_shape: ``(L, D)`` of ``policy_embeds``.
@@ -79,6 +80,7 @@ class Denoiser(Protocol):
     """
 
     name: str
+    revision: str
     latent_shape: tuple[int, int, int]
     image_size: int
     text_shape: tuple[int, int]
@@ -117,13 +119,13 @@ class Denoiser(Protocol):
         ...
 
     def predict_noise(
-        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
+        self, latents: torch.Tensor, timestep: float, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
-        """Guided ε-prediction at one timestep: ``(B, C, h, w)`` float32."""
+        """Guided prediction of ε (or of a flow-matching model's velocity) at one timestep: ``(B, C, h, w)``."""
         ...
 
-    def ddim_schedule(self, num_inference_steps: int) -> DDIMScheduler:
-        """A DDIM scheduler on the model's own noise schedule, its timesteps set."""
+    def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+        """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set."""
         ...
 
 
@@ -132,13 +134,16 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
 
     Args:
         name: ``shapes`` and its one-step student ``shapes-turbo`` (embedded), ``sdxl``, ``dreamshaper``,
-            ``hunyuan-dit``, or the folder of a diffusers SDXL pipeline, which gets ``sdxl``'s scheduler,
-            steps and guidance.
-        **options: Overrides for the preset: ``num_inference_steps``, ``guidance_scale``, ``device``,
-            ``dtype`` (``auto``, ``float32``, ``bfloat16``, ``float16``), ``micro_batch_size``.
+            ``hunyuan-dit``, ``pixart-sigma``, ``sd3``, or a folder that holds a pipeline of one of these classes.
+        **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``
+            or ``own``), ``num_inference_steps``, ``guidance_scale``, ``patch_size``, ``device``, ``dtype``,
+            ``micro_batch_size``, ``cache_dir``, ``cpu_offload``, ``vae_slicing``, ``vae_tiling``,
+            ``attention_slicing``, ``compile``; see
+            :class:`~noisear_rl.denoisers.diffusion_pipeline.DiffusionPipelineDenoiser`. Texts are converted, so that
+            they may come from a command line.
 
     Raises:
-        ValueError: If the name or an option is unknown.
+        ValueError: If the name or an option is unknown, or an option does not convert.
         FileNotFoundError: If the weights are not on this machine and cannot be fetched.
     """
     from noisear_rl.denoisers.presets import load_pipeline_denoiser

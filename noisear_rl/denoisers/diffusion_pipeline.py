@@ -8,20 +8,42 @@ Shapes: ``B`` batch, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 
 from __future__ import annotations
 
+import gc
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning
+from noisear_rl.denoisers.pipelines import ProbeScheduler, interface_of, last_latents, scheduled_by
+from noisear_rl.denoisers.prompt_encoder import PromptEncoder
 
 LATENT_STATISTICS = ("latents_mean", "latents_std")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def _auto_dtype(device: torch.device) -> torch.dtype:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``auto`` is the accelerator, if there is one."""
+    if str(device) != "auto":
+        return torch.device(device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is half precision where the device is fast at it.
+
+    Raises:
+        ValueError: If the dtype is unknown.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; expected 'auto' or one of {sorted(DTYPES)}")
+        return DTYPES[dtype]
     if device.type != "cpu":
         return torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -31,16 +53,25 @@ class DiffusionPipelineDenoiser:
     """A frozen diffusers pipeline behind the :class:`~noisear_rl.denoisers.Denoiser` protocol.
 
     On a CPU, reduced precision is autocast over float32 weights; elsewhere the weights themselves are cast.
+    Running out of memory halves ``micro_batch_size``, with a warning, and goes on with the same results.
 
     Args:
-        pipeline: An SDXL-class pipeline.
+        pipeline: Of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or derived from one.
         name: How it is called in records.
-        patch_size: Patch side for policies.
+        revision: What its weights are called in records and in the cache of prompt embeddings.
+        patch_size: Patch side for policies; ``None`` for the one that gives 16 patches.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is none.
-        device: Where it runs.
+        device: Where it runs; ``auto`` for the accelerator, if there is one.
         dtype: ``auto`` (half precision where the device is fast at it) or a torch dtype's name.
         micro_batch_size: Images denoised at once.
+        cache_dir: Where prompt embeddings are kept from run to run: a folder, ``none``, or ``auto`` for
+            ``~/.cache/noisear-rl`` if the text encoders are large.
+        cpu_offload: Keeps on the accelerator only what is running. Saves most memory; slower.
+        vae_slicing: Decodes images one by one.
+        vae_tiling: Decodes images in overlapping tiles, which changes them a little at the seams.
+        attention_slicing: Computes attention in parts (UNets).
+        compile: Compiles the denoising network at its first use.
 
     Raises:
         ValueError: If an argument is out of range or the pipeline's class is not supported.
@@ -51,40 +82,59 @@ class DiffusionPipelineDenoiser:
         pipeline: DiffusionPipeline,
         *,
         name: str,
-        patch_size: int,
+        revision: str = "unknown",
+        patch_size: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.5,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         dtype: str = "auto",
         micro_batch_size: int = 64,
+        cache_dir: str = "auto",
+        cpu_offload: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        attention_slicing: bool = False,
+        compile: bool = False,
     ):
-        if not isinstance(pipeline, StableDiffusionXLPipeline):
-            raise ValueError(f"{type(pipeline).__name__} is not supported yet; expected a StableDiffusionXLPipeline")
-        if num_inference_steps < 1 or micro_batch_size < 1:
-            raise ValueError("num_inference_steps and micro_batch_size must be at least 1")
-        if dtype != "auto" and dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; expected 'auto' or one of {sorted(DTYPES)}")
-        self.device = torch.device(device)
-        self.dtype = _auto_dtype(self.device) if dtype == "auto" else DTYPES[dtype]
+        self.interface = interface_of(pipeline)
+        if num_inference_steps < 1 or micro_batch_size < 1 or guidance_scale < 1:
+            raise ValueError("num_inference_steps, micro_batch_size and guidance_scale must be at least 1")
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        if cpu_offload and self.device.type == "cpu":
+            raise ValueError("cpu_offload moves weights off an accelerator, but the device is the CPU")
         self.pipeline = pipeline
-        self.pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=True)
+        if getattr(pipeline, "watermark", None) is not None:
+            pipeline.watermark = None  # images are scored as they were denoised
+        modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         weights = self.dtype if self.device.type != "cpu" else torch.float32
-        if any(module.dtype != weights for module in self._modules()):
-            self.pipeline.to(weights)
-        self.pipeline.to(self.device)
-        for module in self._modules():
+        if any(module.dtype != weights for module in modules):
+            pipeline.to(weights)
+        if cpu_offload:
+            pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            pipeline.to(self.device)
+        for module in modules:
             module.eval().requires_grad_(False)
-        self.name, self.patch_size = name, patch_size
+        if vae_slicing:
+            pipeline.vae.enable_slicing()
+        if vae_tiling:
+            pipeline.vae.enable_tiling()
+        if attention_slicing:
+            pipeline.enable_attention_slicing()
+        self.network = getattr(pipeline, self.interface.network)
+        if compile:
+            self.network.compile()
+        size = self.network.config.sample_size
+        self.name, self.revision, self.patch_size = name, revision, patch_size or max(1, size // 4)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.micro_batch_size = micro_batch_size
-        unet = pipeline.unet.config
-        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-        self.image_size = unet.sample_size * pipeline.vae_scale_factor
-        self.text_shape = (pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
-        self._cache: dict[str, Conditioning] = {}
-
-    def _modules(self) -> list[Any]:
-        return [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        self.latent_shape = (self.network.config.in_channels, size, size)
+        self.image_size = size * pipeline.vae_scale_factor
+        folder = f"{revision}-{str(self.dtype).removeprefix('torch.')}"
+        self._encoder = PromptEncoder(pipeline, self.interface, self.device, cache_dir, folder)
+        self.text_shape = (self._encoder.length, int(self.network.config[self.interface.text_width]))
 
     @property
     def nfe(self) -> int:
@@ -94,45 +144,13 @@ class DiffusionPipelineDenoiser:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeds prompts; each distinct prompt is computed once and alone, so that batches do not matter.
 
         Raises:
-            ValueError: If a prompt is empty.
+            ValueError: If a prompt is empty, or there is none.
         """
-        for prompt in prompts:
-            if prompt not in self._cache:
-                self._cache[prompt] = self._encode_one(prompt)
-        return Conditioning.concatenate([self._cache[prompt] for prompt in prompts])
-
-    def _encode_one(self, prompt: str) -> Conditioning:
-        if not prompt.strip():
-            raise ValueError("empty prompt: say what the picture must show")
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(prompt).input_ids
-        if len(ids) > tokenizer.model_max_length:
-            warnings.warn(
-                f"prompt of {len(ids)} tokens is cut to {tokenizer.model_max_length}: {prompt!r}", stacklevel=4
-            )
-        known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in known:
-            warnings.warn(f"prompt holds words the text encoder does not know: {prompt!r}", stacklevel=4)
-        positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt, device=self.device, do_classifier_free_guidance=True
-        )
-        length = torch.arange(positive.shape[1], device=self.device)
-        return Conditioning(
-            [prompt],
-            positive.float(),
-            (length < min(len(ids), positive.shape[1]))[None],
-            {
-                "prompt_embeds": positive,
-                "negative_prompt_embeds": negative,
-                "pooled_prompt_embeds": pooled,
-                "negative_pooled_prompt_embeds": negative_pooled,
-            },
-        )
+        return self._encoder.encode(prompts)
 
     def _check(self, noise: torch.Tensor, conditioning: Conditioning) -> None:
         expected = (len(conditioning), *self.latent_shape)
@@ -143,7 +161,6 @@ class DiffusionPipelineDenoiser:
         if not noise.isfinite().all():
             raise ValueError("noise holds NaN or infinite values")
 
-    @torch.inference_mode()
     def denoise(
         self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
     ) -> torch.Tensor:
@@ -168,39 +185,70 @@ class DiffusionPipelineDenoiser:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Like :meth:`denoise`; also returns the clean latents ``(B, C, h, w)`` that the images were decoded from."""
         self._check(noise, conditioning)
-        images, latents = [], []
-        for start in range(0, len(noise), self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
+        if not len(noise):
+            return noise.new_zeros(0, 3, self.image_size, self.image_size), noise.new_zeros(0, *self.latent_shape)
+
+        def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             generators = None
             if seeds is not None:
                 generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in list(seeds)[rows]]
-            last: dict[str, torch.Tensor] = {}
+            with last_latents(self.pipeline.scheduler) as latents:
+                images = self._call(self.pipeline, noise[rows], conditioning[rows], generator=generators)
+            return images.float().clamp(0, 1), latents[0].float()
 
-            def keep(pipeline: Any, step: int, timestep: Any, tensors: dict, last: dict = last) -> dict:
-                last.update(tensors)
-                return tensors
-
-            with self._autocast():
-                output = self.pipeline(
-                    latents=noise[rows].to(self.device, self.pipeline.unet.dtype, copy=True),
-                    generator=generators,
-                    num_inference_steps=self.num_inference_steps,
-                    guidance_scale=self.guidance_scale,
-                    output_type="pt",
-                    callback_on_step_end=keep,
-                    **conditioning[rows].inputs,
-                )
-            images.append(output.images.float().clamp(0, 1))
-            latents.append(last["latents"].float())
-        if not images:
-            return noise.new_zeros(0, 3, self.image_size, self.image_size), noise.new_zeros(0, *self.latent_shape)
+        images, latents = zip(*self._in_micro_batches(len(noise), run), strict=True)
         return torch.cat(images).clone(), torch.cat(latents).clone()
+
+    def _call(self, call: Callable, noise: torch.Tensor, conditioning: Conditioning, **options: Any) -> torch.Tensor:
+        """The pipeline's own loop, from noise to images."""
+        defaults = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.image_size,
+            "width": self.image_size,
+            "output_type": "pt",
+        }
+        latents = noise.to(self.device, self.network.dtype, copy=True)
+        with self._autocast():
+            return call(
+                latents=latents, **(defaults | dict(self.interface.options) | options), **conditioning.inputs
+            ).images
+
+    def _in_micro_batches(self, count: int, run: Callable[[slice], Any]) -> list[Any]:
+        """Results of ``run`` on successive slices, smaller ones after it ran out of memory."""
+        results: list[Any] = []
+        start = 0
+        while start < count:
+            size = min(self.micro_batch_size, count - start)
+            try:
+                results.append(run(slice(start, start + size)))
+                start += size
+                continue
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and not any(s in str(error) for s in NO_MEMORY):
+                    raise
+                if size == 1:
+                    error.add_note("One image at a time does not fit: try cpu_offload, vae_tiling or another dtype.")
+                    raise
+            # Out of the handler, so that the failed call's tensors are free.
+            self.micro_batch_size = size // 2
+            warnings.warn(f"out of memory with {size} images at once: going on with {size // 2}", stacklevel=3)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return results
 
     @property
     def signal_level(self) -> float:
-        """``√ᾱ`` at the first timestep: how much of a clean latent the forward process leaves in the noise."""
-        self.pipeline.scheduler.set_timesteps(self.num_inference_steps)
-        return float(self.pipeline.scheduler.alphas_cumprod[int(self.pipeline.scheduler.timesteps[0])]) ** 0.5
+        """``√ᾱ`` at the first timestep: how much of a clean latent the forward process leaves in the noise.
+
+        0 for flow matching, whose schedules begin in pure noise.
+        """
+        scheduler = self.pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            return 0.0
+        scheduler.set_timesteps(self.num_inference_steps)
+        return float(scheduler.alphas_cumprod[int(scheduler.timesteps[0])]) ** 0.5
 
     def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Like :meth:`denoise` with a deterministic scheduler, but gradients flow from images to noise.
@@ -209,14 +257,10 @@ class DiffusionPipelineDenoiser:
         ``B · num_inference_steps``.
         """
         self._check(noise, conditioning)
-        scheduler, vae = self.pipeline.scheduler, self.pipeline.vae
-        scheduler.set_timesteps(self.num_inference_steps)
-        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(latents, timestep)
-            predicted = self._predict_noise(scaled, timestep, conditioning, max(1.0, self.guidance_scale))
-            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-        latents = latents / vae.config.scaling_factor
+        undecorated = inspect.unwrap(type(self.pipeline).__call__).__get__(self.pipeline)  # without its no_grad
+        latents = self._call(undecorated, noise, conditioning, output_type="latent")
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         if getattr(vae.config, "latents_mean", None) is not None:
             mean, std = (torch.tensor(getattr(vae.config, key)).view(1, -1, 1, 1) for key in LATENT_STATISTICS)
             latents = latents * std.to(latents) + mean.to(latents)
@@ -226,42 +270,54 @@ class DiffusionPipelineDenoiser:
 
     @torch.inference_mode()
     def predict_noise(
-        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
+        self, latents: torch.Tensor, timestep: float, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
-        """Guided prediction ``ε_u + g·(ε_c − ε_u)`` at one timestep: ``(B, C, h, w)`` float32."""
+        """Guided prediction ``ε_u + g·(ε_c - ε_u)`` at one timestep of :meth:`first_order_schedule`.
+
+        Args:
+            latents: ``(B, C, h, w)`` at that timestep.
+            timestep: In units of the training schedule.
+            conditioning: Of the same ``B`` prompts.
+            guidance_scale: At least 1; 1 is the conditional prediction.
+
+        Returns:
+            ``(B, C, h, w)`` float32: ε, converted where the network predicts v, or the velocity ``ε - z0`` of a
+            flow-matching model.
+
+        Raises:
+            ValueError: If the latents do not fit, or the network predicts neither ε nor v nor a velocity.
+        """
         self._check(latents, conditioning)
-        return self._predict_noise(latents, timestep, conditioning, guidance_scale).clone()
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1, got {guidance_scale}")
+        scheduler = self.pipeline.scheduler
+        kind = scheduler.config.get("prediction_type", "flow")
+        if kind not in ("epsilon", "v_prediction", "flow"):
+            raise ValueError(f"{self.name} predicts {kind!r}; pairs need ε, v or a velocity")
 
-    def _predict_noise(
-        self, latents: torch.Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
-    ) -> torch.Tensor:
-        guided = guidance_scale != 1
-        size = (self.image_size, self.image_size)
-        inputs = conditioning.inputs
-        dtype = self.pipeline.unet.dtype
-        ids = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=inputs["pooled_prompt_embeds"].shape[-1]
-        )
-        sides = ("negative_", "") if guided else ("",)
-        outputs = []
-        for side in sides:
-            added = {
-                "text_embeds": inputs[f"{side}pooled_prompt_embeds"],
-                "time_ids": ids.to(self.device).expand(len(latents), -1),
-            }
-            with self._autocast():
-                outputs.append(
-                    self.pipeline.unet(
-                        latents.to(self.device, dtype),
-                        timestep,
-                        encoder_hidden_states=inputs[f"{side}prompt_embeds"],
-                        added_cond_kwargs=added,
-                    ).sample.float()
-                )
-        return outputs[0] + guidance_scale * (outputs[1] - outputs[0]) if guided else outputs[0]
+        def run(rows: slice) -> torch.Tensor:
+            probe = ProbeScheduler(scheduler.config, timestep)
+            options = {"guidance_scale": guidance_scale, "num_inference_steps": 1, "output_type": "latent"}
+            with scheduled_by(self.pipeline, probe):
+                self._call(self.pipeline, latents[rows], conditioning[rows], **options)
+            return probe.prediction.float()
 
-    def ddim_schedule(self, num_inference_steps: int) -> DDIMScheduler:
-        """A DDIM scheduler on the model's own noise schedule, its timesteps set."""
-        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler
+        predicted = torch.cat(self._in_micro_batches(len(latents), run)).clone()
+        if kind == "v_prediction":
+            alpha = float(scheduler.alphas_cumprod[int(timestep)])
+            predicted = alpha**0.5 * predicted + (1 - alpha) ** 0.5 * latents.to(predicted)
+        return predicted
+
+    def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+        """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set.
+
+        DDIM, with ε as its model output, or Euler for flow matching.
+        """
+        config = self.pipeline.scheduler.config
+        if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            flow = FlowMatchEulerDiscreteScheduler.from_config(config)
+            flow.set_timesteps(num_inference_steps)
+            return flow
+        ddim = DDIMScheduler.from_config(config, prediction_type="epsilon", clip_sample=False, thresholding=False)
+        ddim.set_timesteps(num_inference_steps)
+        return ddim

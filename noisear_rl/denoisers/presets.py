@@ -1,86 +1,215 @@
-"""Denoisers by name: how published pipelines are set up, and how they are loaded."""
+"""Denoisers by name: how published pipelines are set up, where their weights come from, and how they are loaded."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi, constants
 
-from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, resolve_device, resolve_dtype
+from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.shapes.architecture import ASSETS
+
+REACHABLE_WITHIN = 3.0  # seconds that the Hub has to answer
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a published pipeline is set up (NoiseAR, appendix E).
+    """How a published pipeline is set up (NoiseAR, appendix E; others as their model cards say).
 
     Attributes:
         path: Folder or Hub id.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
-        patch_size: Patch side; ``None`` for the one that gives 16 patches.
-        scheduler: ``"dpm"`` replaces the scheduler by DPMSolverMultistep, ``None`` keeps the pipeline's.
-        load: Keyword arguments for ``from_pretrained``.
+        revision: Commit on the Hub; ``None`` for the newest, which records then name.
+        scheduler: ``dpm`` replaces the scheduler by DPMSolverMultistep, ``own`` keeps the pipeline's.
+        variant: Which weight files to fetch for half precision; ``None`` for those without a variant.
+        pipeline: Class; a folder of this class is set up like this, too.
         student: Folder of another UNet and scheduler for the same pipeline; ``None`` for its own.
     """
 
     path: str
     num_inference_steps: int
     guidance_scale: float
-    patch_size: int | None
-    scheduler: str | None = "dpm"
-    load: tuple[tuple[str, Any], ...] = ()
+    revision: str | None = None
+    scheduler: str = "dpm"
+    variant: str | None = None
+    pipeline: str | None = None
     student: str | None = None
 
 
-_FP16 = (("variant", "fp16"), ("use_safetensors", True))
 PRESETS: dict[str, Preset] = {
-    "shapes": Preset(str(ASSETS / "pipeline"), 4, 4.0, 2, scheduler=None),
-    "shapes-turbo": Preset(str(ASSETS / "pipeline"), 1, 1.0, 2, None, student=str(ASSETS / "turbo")),
-    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", 50, 5.5, 32, load=_FP16),
-    "dreamshaper": Preset("Lykon/dreamshaper-xl-v2-turbo", 50, 3.5, 32, load=_FP16),
-    "hunyuan-dit": Preset("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 50, 5.5, 32),
+    "shapes": Preset(str(ASSETS / "pipeline"), 4, 4.0, scheduler="own"),
+    "shapes-turbo": Preset(str(ASSETS / "pipeline"), 1, 1.0, scheduler="own", student=str(ASSETS / "turbo")),
+    "sdxl": Preset(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        50,
+        5.5,
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        variant="fp16",
+        pipeline="StableDiffusionXLPipeline",
+    ),
+    "dreamshaper": Preset("Lykon/dreamshaper-xl-v2-turbo", 50, 3.5, variant="fp16"),
+    "hunyuan-dit": Preset("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 50, 5.5, pipeline="HunyuanDiTPipeline"),
+    "pixart-sigma": Preset(
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        20,
+        4.5,
+        "e102b3591cc82e97071b8b4cb90d834d0c487207",
+        pipeline="PixArtSigmaPipeline",
+    ),
+    "sd3": Preset(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        28,
+        7.0,
+        "ea42f8cef0f178587cf766dc8129abd379c90671",
+        scheduler="own",
+        pipeline="StableDiffusion3Pipeline",
+    ),
 }
+_OWN = {"path": str, "revision": str, "scheduler": str}
 
 
 def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenoiser:
     """Builds the denoiser of a preset or of a pipeline folder; see :func:`noisear_rl.denoisers.load_denoiser`."""
-    if name in PRESETS:
-        preset = PRESETS[name]
-    elif Path(name).is_dir():
-        preset = Preset(name, 50, 5.5, None)
-    else:
-        raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
-    fields = {
-        key: options.pop(key) for key in ("num_inference_steps", "guidance_scale", "patch_size") if key in options
-    }
-    preset = replace(preset, **fields)
-    allowed = set(inspect.signature(DiffusionPipelineDenoiser).parameters) - {"pipeline", "name"}
-    if unknown := set(options) - allowed:
-        raise ValueError(f"unknown denoiser option {sorted(unknown)}; expected some of {sorted(allowed)}")
+    preset = _preset_of(name)
+    options = _converted(options)
+    path = options.pop("path", preset.path)
+    revision = options.pop("revision", preset.revision if path == preset.path else None)
+    scheduler = options.pop("scheduler", preset.scheduler)
+    if scheduler not in ("dpm", "own"):
+        raise ValueError(f"scheduler must be 'dpm' or 'own', not {scheduler!r}")
+    device = resolve_device(options.get("device", "auto"))
+    dtype = resolve_dtype(options.get("dtype", "auto"), device)
+    folder = _local_folder(name, path, revision, preset.variant if path == preset.path else None)
+    parts: dict[str, Any] = {} if device.type == "cpu" else {"torch_dtype": dtype}
+    if _wants_fp16_files(folder, parts.get("torch_dtype")):
+        parts["variant"] = "fp16"
     with _quiet():
         try:
-            parts = dict(preset.load)
             if preset.student is not None:
                 parts["unet"] = UNet2DConditionModel.from_pretrained(preset.student, subfolder="unet")
                 parts["scheduler"] = DDIMScheduler.from_pretrained(preset.student, subfolder="scheduler")
-            pipeline = DiffusionPipeline.from_pretrained(preset.path, **parts)
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"the weights of {name!r} ({preset.path}) could not be loaded: download them first "
-                f"(`hf download {preset.path}`) or name a local folder; the embedded denoiser 'shapes' needs none. "
+                f"the weights of {name!r} in {folder} could not be loaded; are they whole, and safetensors? "
                 f"Cause: {str(error).splitlines()[0]}"
             ) from error
-    if preset.scheduler == "dpm":
+    if scheduler == "dpm":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    options.setdefault("num_inference_steps", preset.num_inference_steps)
-    options.setdefault("guidance_scale", preset.guidance_scale)
-    patch_size = preset.patch_size or max(1, pipeline.unet.config.sample_size // 4)
-    return DiffusionPipelineDenoiser(pipeline, name=name, patch_size=patch_size, **options)
+    options = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale} | options
+    return DiffusionPipelineDenoiser(pipeline, name=name, revision=_revision_of(folder), **options)
+
+
+def _preset_of(name: str) -> Preset:
+    if name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).is_dir():
+        raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
+    cls = _index(Path(name)).get("_class_name")
+    like = next((preset for preset in PRESETS.values() if preset.pipeline and preset.pipeline == cls), None)
+    if like is None and cls in INTERFACES:
+        return Preset(name, 50, 7.5)
+    if like is None:
+        raise ValueError(f"{name} holds a {cls}; supported are {sorted(INTERFACES)}")
+    return Preset(name, like.num_inference_steps, like.guidance_scale, scheduler=like.scheduler)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's table of contents."""
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no diffusers pipeline: it has no model_index.json")
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def _converted(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in their own types, which texts are converted to.
+
+    Raises:
+        ValueError: If an option is unknown or does not convert.
+    """
+    parameters = inspect.signature(DiffusionPipelineDenoiser, eval_str=True).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    allowed = sorted((set(defaults) | set(_OWN)) - {"pipeline", "name"})
+    converted = {}
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(f"unknown denoiser option {key!r}; expected one of {allowed}")
+        kind = int if key == "patch_size" else _OWN.get(key) or type(defaults[key])
+        if isinstance(value, str) and kind is bool:
+            if value.lower() not in ("true", "false"):
+                raise ValueError(f"denoiser option {key} must be true or false, not {value!r}")
+            value = value.lower() == "true"
+        elif isinstance(value, str) and kind in (int, float):
+            try:
+                value = kind(value)
+            except ValueError:
+                raise ValueError(f"denoiser option {key} must be a number, not {value!r}") from None
+        converted[key] = value
+    return converted
+
+
+def _local_folder(name: str, path: str, revision: str | None, variant: str | None) -> Path:
+    """The folder of a pipeline: as given, from the Hub's cache, or downloaded if the Hub can be reached.
+
+    Raises:
+        FileNotFoundError: If there is none; says which command fetches it and where to put it.
+    """
+    if Path(path).is_dir():
+        _index(Path(path))
+        return Path(path)
+    if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # no Hub id looks like this
+        raise FileNotFoundError(f"{path}: no such pipeline folder")
+    download = {"revision": revision, "variant": variant, "use_safetensors": True}
+    with _quiet(), contextlib.suppress(OSError, ValueError):
+        return Path(DiffusionPipeline.download(path, local_files_only=True, **download))
+    try:
+        HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
+        return Path(DiffusionPipeline.download(path, **download))
+    except Exception as error:  # from a dozen libraries: unreachable, gated, renamed, no disk
+        at = f" --revision {revision}" if revision else ""
+        weights = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
+        raise FileNotFoundError(
+            f"the weights of {name!r} ({path}) are not on this machine and could not be fetched. Where the Hub can be "
+            f"reached, run `hf download {path}{at} --include '*.json' '*.txt' '*.model' '{weights}'`, which fills "
+            f"{constants.HF_HUB_CACHE}; or put a copy of the pipeline into any folder and pass path=FOLDER. The "
+            "embedded denoisers 'shapes' and 'shapes-turbo' need none. "
+            f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+
+
+def _wants_fp16_files(folder: Path, dtype: torch.dtype | None) -> bool:
+    """Whether to load the fp16 files: for half precision where there are some, or if there are no others."""
+    files = [file.name for file in folder.glob("*/*.safetensors")]
+    half = [name for name in files if ".fp16." in name]
+    return bool(half) and (dtype in (torch.float16, torch.bfloat16) or len(half) == len(files))
+
+
+def _revision_of(folder: Path) -> str:
+    """The Hub's commit, or a digest of a folder's files (of large ones: size, beginning and end)."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for file in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors")
+    ):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            if size > 2**20:
+                stream.seek(-(2**20), 2)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Shapes: images ``(B, 3, H, W)`` in [0, 1], scores ``(B,)`` float32.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -30,19 +31,17 @@ class Reward(Protocol):
         ...
 
 
-def _shapes(name: str) -> Callable[[], Reward]:
-    def load() -> Reward:
-        from noisear_rl.rewards import shapes  # loads transformers, so only when asked for
-
-        return getattr(shapes, name)()
-
-    return load
+def _from(module: str, name: str) -> Callable[[], Reward]:
+    """A scorer whose module is imported when it is asked for; some load transformers."""
+    return lambda: getattr(importlib.import_module(f"noisear_rl.rewards.{module}"), name)()
 
 
 REWARDS: dict[str, Callable[[], Reward]] = {
-    "shapes-match": _shapes("ShapesMatch"),
-    "shapes-clip": _shapes("ShapesClip"),
-    "shapes-exact": _shapes("ShapesExact"),
+    "shapes-match": _from("shapes", "ShapesMatch"),
+    "shapes-clip": _from("shapes", "ShapesClip"),
+    "shapes-exact": _from("shapes", "ShapesExact"),
+    "brightness": _from("simple", "Brightness"),
+    "jpeg-compressibility": _from("simple", "JpegCompressibility"),
 }
 
 

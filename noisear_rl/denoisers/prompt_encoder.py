@@ -1,0 +1,166 @@
+"""Prompts as a pipeline's own text encoders see them, computed once and kept in memory and, by option, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from noisear_rl.denoisers import Conditioning
+from noisear_rl.denoisers.pipelines import PipelineInterface
+
+Tensors = dict[str, torch.Tensor]
+LARGE = 100_000_000  # parameters of the text encoders from which on embeddings are worth a disk cache
+
+
+def default_cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/noisear-rl``, or ``~/.cache/noisear-rl``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "noisear-rl"
+
+
+class EmbeddingCache:
+    """Tensors by prompt.
+
+    Args:
+        folder: Of one model revision and dtype; ``None`` for memory alone. A damaged file counts as missing.
+        limit: Bytes to keep in memory; the least recently used go first.
+        device: Where tensors are returned.
+    """
+
+    def __init__(self, folder: Path | None, limit: int = 2**30, device: torch.device | str = "cpu"):
+        self.folder, self.limit, self.device = folder, limit, device
+        self._memory: OrderedDict[str, Tensors] = OrderedDict()
+        self._bytes = 0
+
+    def file_of(self, prompt: str) -> Path:
+        """Where a prompt's tensors lie on disk."""
+        assert self.folder is not None
+        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def get(self, prompt: str) -> Tensors | None:
+        """A prompt's tensors, or ``None``."""
+        if prompt in self._memory:
+            self._memory.move_to_end(prompt)
+            return self._memory[prompt]
+        if self.folder is None:
+            return None
+        try:
+            tensors = load_file(self.file_of(prompt), device=str(self.device))
+        except (FileNotFoundError, SafetensorError):
+            return None
+        self._remember(prompt, tensors)
+        return tensors
+
+    def put(self, prompt: str, tensors: Tensors) -> None:
+        """Keeps a prompt's tensors; a disk that takes no more ends the disk cache with a warning."""
+        self._remember(prompt, tensors)
+        if self.folder is None:
+            return
+        file = self.file_of(prompt)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            warnings.warn(f"prompt embeddings are no longer kept in {self.folder}: {error}", stacklevel=3)
+            self.folder = None
+
+    def _remember(self, prompt: str, tensors: Tensors) -> None:
+        self._memory[prompt] = tensors
+        self._bytes += _size(tensors)
+        while self._bytes > self.limit and len(self._memory) > 1:
+            self._bytes -= _size(self._memory.popitem(last=False)[1])
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+class PromptEncoder:
+    """A pipeline's ``encode_prompt``, each distinct prompt alone and once.
+
+    Args:
+        pipeline: The pipeline.
+        interface: Of its class.
+        device: Where tensors are returned.
+        cache_dir: Folder of the disk cache, ``none``, or ``auto`` for the default one if the encoders are large.
+        model: What the weights and their dtype are called in the disk cache.
+
+    Attributes:
+        length: ``L`` of ``prompt_embeds``.
+    """
+
+    def __init__(self, pipeline: Any, interface: PipelineInterface, device: torch.device, cache_dir: str, model: str):
+        self.pipeline, self.interface, self.device = pipeline, interface, device
+        self.lengths = [size or getattr(pipeline, name).model_max_length for name, size in interface.tokens]
+        self.length = sum(self.lengths)
+        folder = None if cache_dir == "none" else Path(cache_dir)
+        if cache_dir == "auto":
+            encoders = [part for name, part in pipeline.components.items() if "text_encoder" in name and part]
+            large = sum(p.numel() for encoder in encoders for p in encoder.parameters()) >= LARGE
+            folder = default_cache_folder() if large else None
+        self.cache = EmbeddingCache(folder and folder / "conditioning" / model, device=device)
+        self._masks: dict[str, torch.Tensor] = {}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeds prompts.
+
+        Raises:
+            ValueError: If a prompt is empty, or there is none.
+        """
+        if not len(prompts):
+            raise ValueError("no prompt to encode")
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._masks:
+                self._masks[prompt] = self._mask(prompt)
+        rows = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
+        inputs = {key: torch.cat([rows[prompt][key] for prompt in prompts]) for key in rows[prompts[0]]}
+        empty = self._embed("", negative=True)  # the same for every prompt, so that it is kept once
+        inputs |= {key: value.expand(len(prompts), *value.shape[1:]) for key, value in empty.items()}
+        mask = torch.stack([self._masks[prompt] for prompt in prompts]).to(self.device)
+        return Conditioning(list(prompts), inputs["prompt_embeds"].float(), mask, inputs)
+
+    def _mask(self, prompt: str) -> torch.Tensor:
+        """Which of the tokens ``(L,)`` are not padding; warns where a tokenizer cannot say all of the prompt."""
+        if not prompt.strip():
+            raise ValueError("empty prompt: say what the picture must show")
+        masks = []
+        for (name, _), length in zip(self.interface.tokens, self.lengths, strict=True):
+            tokenizer = getattr(self.pipeline, name)
+            if tokenizer is None:  # an encoder that was left out
+                masks.append(torch.zeros(length, dtype=torch.bool))
+                continue
+            ids = tokenizer(prompt).input_ids
+            if len(ids) > length:
+                warnings.warn(f"prompt of {len(ids)} tokens is cut to {length}: {prompt!r}", stacklevel=5)
+            known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+            if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in known:
+                warnings.warn(f"prompt holds words the text encoder does not know: {prompt!r}", stacklevel=5)
+            masks.append(torch.arange(length) < len(ids))
+        return torch.cat(masks)
+
+    @torch.no_grad()
+    def _embed(self, prompt: str, negative: bool = False) -> Tensors:
+        """What the pipeline makes of a prompt, or as ``negative`` of no prompt: tensors ``(1, …)``."""
+        found = self.cache.get(prompt)
+        if found is None:
+            found = {}
+            for options, names in self.interface.encodings:
+                values = self.pipeline.encode_prompt(
+                    prompt, device=self.device, do_classifier_free_guidance=negative, **options
+                )
+                found |= dict(zip(names, values, strict=True))
+            found = {key: value for key, value in found.items() if key.startswith("negative_") == negative}
+            self.cache.put(prompt, found)
+        return found
