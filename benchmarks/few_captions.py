@@ -1,12 +1,12 @@
 """Do PPO and REINFORCE learn? Sixteen hard captions, three seeds, a judge that no training saw.
 
-    python benchmarks/learning.py                      # train what is missing, then evaluate
-    python benchmarks/learning.py --train ppo          # train one algorithm's seeds and stop
+    python benchmarks/few_captions.py                      # train what is missing, then evaluate
+    python benchmarks/few_captions.py --train ppo          # train one algorithm's seeds and stop
 
 The captions (``benchmarks/hard_captions.txt``) are training captions of ``counting``, ``position`` and
 ``color_attr`` that Gaussian noise gets right at most 40 % of the time: 48 a category drawn at random, 64 noises
 each, sixteen of those that are left in turn by category (``--choose-captions`` does it again). Runs go to
-``runs/learning``; an interrupted one goes on. Writes ``benchmarks/results/learning.md`` and ``learning.png``.
+``runs/few_captions``; an interrupted one goes on. Writes ``few_captions.md`` and ``.png`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from noisear_rl.training import load_policy, read_records, write_atomically
 
 SEEDS = (0, 1, 2)
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
-RUNS, RESULTS = Path("runs/learning"), Path(__file__).parent / "results"
+RUNS, RESULTS = Path("runs/few_captions"), Path(__file__).parent / "results"
 CATEGORIES = ("counting", "position", "color_attr")
 ALGORITHMS = {"reinforce": (reinforce.train, reinforce.ReinforceConfig), "ppo": (ppo.train, ppo.PPOConfig)}
 TITLES = {"reinforce": "REINFORCE", "ppo": "PPO"}
@@ -173,10 +173,10 @@ def main() -> None:
         "",
         f"Options: {json.dumps(SHARED)}, log-variance {POLICY.log_variance}, the rest defaults.",
         "",
-        f"Command: `python benchmarks/learning.py`. Evaluated at {provenance()}.",
+        f"Command: `python benchmarks/few_captions.py`. Evaluated at {provenance()}.",
     ]
-    write_atomically(RESULTS / "learning.md", "\n".join(lines) + "\n")
-    curves(RESULTS / "learning.png", float(gaussian.scores["shapes-match"].mean()))
+    write_atomically(RESULTS / "few_captions.md", "\n".join(lines) + "\n")
+    curves(RESULTS / "few_captions.png", float(gaussian.scores["shapes-match"].mean()))
     print("\n".join(lines))
 
 

@@ -1,33 +1,38 @@
-"""Does a learned prior help on captions that no training saw? Pairs, NLL, REINFORCE, three seeds, held-out judge.
+"""Does a learned prior help on captions that no training saw? Pretraining, PPO and DPO, three seeds, held-out judge.
 
     python benchmarks/held_out.py                # train what is missing, then evaluate
     python benchmarks/held_out.py --train 0      # one seed and stop; several processes can share the seeds
-    python benchmarks/held_out.py --stages nll     # without REINFORCE
+    python benchmarks/held_out.py --methods shared ppo
 
-Every stage is a shipped preset (``configs/shapes``) with the seed set: ``signal_leak`` pairs of Gaussian noise, NLL
-on them, and REINFORCE from the NLL policy. Runs go to ``runs/held_out``; an interrupted one goes on. Writes
-``benchmarks/results/held_out.md`` and ``held_out.png``.
+Every stage is a shipped preset (``configs/shapes``) with the seed set. ``leak``: NLL on signal-leak pairs.
+``shared``: 384 captions are tried on the same 128 noises, NLL on the eight that serve all captions best. ``ppo`` and
+``dpo`` go on from ``shared``. Runs go to ``runs/held_out``; an interrupted one goes on. Writes
+``benchmarks/results/held_out.md``, ``held_out.png`` and ``held_out_curves.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from noisear_rl.algos import nll, reinforce
+from noisear_rl import pairs, shared_noise
+from noisear_rl.algos import collect, dpo, nll, ppo
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation import GAUSSIAN, MethodScores, best_of, bootstrap, diversity, evaluate
-from noisear_rl.pairs import PairsConfig, build_pairs
+from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
+from noisear_rl.rollouts import load_rollouts
 from noisear_rl.shards import read_manifest
 from noisear_rl.training import load_policy, load_yaml, read_records, write_atomically
 
@@ -35,10 +40,19 @@ SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/held_out"), ROOT / "benchmarks/results"
 PRESETS = ROOT / "configs/shapes"
-TITLES = {"nll": "NLL on signal-leak pairs", "reinforce": "… then REINFORCE"}
-COLORS = {GAUSSIAN: "0.6", "nll": "#4393c3", "reinforce": "#b2182b", "best of 4": "0.3"}
 CAPTIONS, SAMPLES = 240, 8
 SCORERS = {"shapes-exact": 1.0, "shapes-match": 1.0}
+COLD = 0.5  # the temperature that the paper's authors sample with
+TITLES = {
+    "leak": "NLL on signal-leak pairs",
+    "shared": "NLL on shared noises",
+    "dpo": "… then DPO on rollouts of it",
+    "ppo": "… then PPO",
+    "cold": f"… then PPO, sampled at temperature {COLD}",
+}
+METHODS = ("leak", "shared", "dpo", "ppo")
+COLORS = dict(zip((GAUSSIAN, *TITLES), ("0.6", "#92c5de", "#4393c3", "#5aae61", "#d6604d", "#b2182b"), strict=True))
+COLORS["best of 4"] = "0.3"
 
 
 def folder_of(stage: str, seed: int) -> Path:
@@ -46,27 +60,61 @@ def folder_of(stage: str, seed: int) -> Path:
     return RUNS / f"{stage}-seed-{seed}"
 
 
-def train(seed: int, stages: list[str]) -> None:
-    """Runs one seed's stages; finished ones return at once."""
-    pairs, start = folder_of("pairs", seed), folder_of("nll", seed)
-    options = {"output_dir": pairs, "seed": (seed + 1) * 10_000_000}
-    build_pairs(dataclasses.replace(load_yaml(PairsConfig, PRESETS / "signal_leak.yaml"), **options))
-    options = {"output_dir": start, "pairs": pairs, "seed": seed, "resume": True}
-    nll.train(dataclasses.replace(load_yaml(nll.NLLConfig, PRESETS / "nll_signal_leak.yaml"), **options))
-    if "reinforce" in stages:
-        preset = load_yaml(reinforce.ReinforceConfig, PRESETS / "reinforce_transfer.yaml")
-        options = {"output_dir": folder_of("reinforce", seed), "init_from": str(start), "seed": seed, "resume": True}
-        reinforce.train(dataclasses.replace(preset, **options))
+def run(train: Callable[[Any], Any], cls: type, preset: str, stage: str, seed: int, **options: Any) -> None:
+    """Runs a shipped preset with a few options set; a finished one returns at once."""
+    if "resume" in {field.name for field in dataclasses.fields(cls)}:
+        options["resume"] = True
+    if "seed" in {field.name for field in dataclasses.fields(cls)}:
+        options.setdefault("seed", seed)
+    config = load_yaml(cls, PRESETS / preset)
+    train(dataclasses.replace(config, output_dir=folder_of(stage, seed), **options))
 
 
-def images_of(stage: str, seed: int) -> int:
+def train(seed: int, methods: list[str]) -> None:
+    """Runs one seed's stages."""
+    if "leak" in methods:
+        first = (seed + 1) * 10_000_000
+        run(pairs.build_pairs, pairs.PairsConfig, "signal_leak.yaml", "leak-pairs", seed, seed=first)
+        made = {"pairs": folder_of("leak-pairs", seed)}
+        run(nll.train, nll.NLLConfig, "nll_signal_leak.yaml", "leak", seed, **made)
+    if not {"shared", "ppo", "dpo"} & set(methods):
+        return
+    run(collect.collect, collect.CollectConfig, "collect_same_noise.yaml", "tried", seed)
+    made = {"rollouts": folder_of("tried", seed)}
+    run(shared_noise.build_pairs, shared_noise.SharedNoiseConfig, "shared_noise.yaml", "shared-pairs", seed, **made)
+    made = {"pairs": folder_of("shared-pairs", seed)}
+    run(nll.train, nll.NLLConfig, "nll_shared_noise.yaml", "shared", seed, **made)
+    start = str(folder_of("shared", seed))
+    if "dpo" in methods:
+        run(collect.collect, collect.CollectConfig, "collect.yaml", "rollouts", seed, policy=start)
+        made = {"rollouts": folder_of("rollouts", seed)}
+        run(dpo.train, dpo.DPOConfig, "dpo.yaml", "dpo", seed, init_from=start, **made)
+    if "ppo" in methods:
+        run(ppo.train, ppo.PPOConfig, "ppo_transfer.yaml", "ppo", seed, init_from=start)
+
+
+def images_of(method: str, seed: int) -> int:
     """Pictures that were denoised to train a policy, those of the stages before it included."""
-    made = read_manifest(folder_of("pairs", seed))
-    before = made["pairs"] * made["rounds"]
-    return before + (int(read_records(folder_of(stage, seed))[-1]["charts/images"]) if stage == "reinforce" else 0)
+    if method == "leak":
+        made = read_manifest(folder_of("leak-pairs", seed))
+        return made["pairs"] * made["rounds"]
+    total = read_manifest(folder_of("tried", seed))["rollouts"]
+    if method == "dpo":
+        total += read_manifest(folder_of("rollouts", seed))["rollouts"]
+    if method in ("ppo", "cold"):
+        total += int(read_records(folder_of("ppo", seed))[-1]["charts/images"])
+    return total
 
 
-def picture(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> None:
+def policy_of(method: str, seed: int) -> NoiseARPolicy:
+    """A trained policy; ``cold`` is PPO's at a lower temperature."""
+    policy = load_policy(folder_of("ppo" if method == "cold" else method, seed))
+    if method == "cold":
+        policy.config = dataclasses.replace(policy.config, temperature=COLD)
+    return policy
+
+
+def bar_chart(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> None:
     """Draws the share of right pictures by category; ``bars`` holds scores ``(P, …)`` in % by method."""
     figure, axes = plt.subplots(figsize=(10, 3.4), dpi=110)
     width = 0.8 / len(bars)
@@ -83,31 +131,50 @@ def picture(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> 
     save_figure(figure, path)
 
 
+def curves(path: Path, rows: list[tuple[int, float, float, float]], gaussian: float) -> None:
+    """Draws PPO's checkpoints of the first seed: right pictures against images, diversity against KL."""
+    images, right, kl, spread = (np.array(column) for column in zip(*rows, strict=True))
+    figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110)
+    left.plot(images, right, "o-", color=COLORS["ppo"])
+    left.axhline(gaussian, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
+    left.set(xlabel="training images", ylabel="exactly right, %", title="held-out captions along PPO")
+    left.legend(frameon=False)
+    middle.plot(kl, spread, "o-", color=COLORS["ppo"])
+    middle.set(xlabel="KL to N(0, I), nats a noise", ylabel="diversity, Gaussian = 1", ylim=(0, 1.05))
+    for axes in (left, middle):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, choices=SEEDS, help="train one seed and stop")
-    parser.add_argument("--stages", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="methods to include")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to include")
     arguments = parser.parse_args()
     for seed in SEEDS if arguments.train is None else [arguments.train]:
-        train(seed, arguments.stages)
+        train(seed, arguments.methods)
     if arguments.train is not None:
         return
 
     captions = balanced_captions("held_out", CAPTIONS)
     prompts, categories = [c.text for c in captions], np.array([c.category for c in captions])
-    policies = {f"{stage} {seed}": load_policy(folder_of(stage, seed)) for stage in arguments.stages for seed in SEEDS}
+    shown = [name for name in TITLES if name in arguments.methods or (name == "cold" and "ppo" in arguments.methods)]
+    policies = {f"{method} {seed}": policy_of(method, seed) for method in shown for seed in SEEDS}
+    checkpoints = sorted((folder_of("ppo", 0) / "checkpoints").glob("step-*")) if "ppo" in shown else []
+    along = {checkpoint.name: load_policy(checkpoint) for checkpoint in checkpoints}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward(SCORERS)
-    methods = {GAUSSIAN: None} | policies
+    methods = {GAUSSIAN: None} | policies | along
     results = evaluate(denoiser, reward, methods, prompts, SAMPLES, seed=2_000_000, keep_images=SAMPLES)
-    report(results, categories, arguments.stages)
+    report(results, categories, shown, list(along))
 
 
-def report(results: dict[str, MethodScores], categories: np.ndarray, stages: list[str]) -> None:
-    """Writes the table and the picture."""
+def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list[str], along: list[str]) -> None:
+    """Writes the table and the pictures."""
     embed = ShapesClip().image_features
     with torch.no_grad():
-        spread = {name: diversity(result.images, embed).mean() for name, result in results.items()}
+        spread = {name: float(diversity(result.images, embed).mean()) for name, result in results.items()}
     exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     baseline, estimate = exact[GAUSSIAN], lambda scores: bootstrap(scores, list(categories))
     four = best_of(results[GAUSSIAN].scores, 4, "shapes-match")["shapes-exact"] * 100
@@ -125,15 +192,15 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, stages: lis
         f"{estimate(four).mean - estimate(baseline).mean:+.1f} | | 0 | |",
     ]
     bars = {GAUSSIAN: baseline}
-    for stage in stages:
-        names = [f"{stage} {seed}" for seed in SEEDS]
+    for method in shown:
+        names = [f"{method} {seed}" for seed in SEEDS]
         stacked = np.stack([exact[name] for name in names])  # (seeds, P, S)
         each = [estimate(scores) for scores in stacked]
-        bars[stage] = stacked.mean(0)
+        bars[method] = stacked.mean(0)
         lines.append(
-            f"| {TITLES[stage]} | {images_of(stage, 0):,} | "
+            f"| {TITLES[method]} | {images_of(method, 0):,} | "
             + " | ".join(str(e) for e in each)
-            + f" | {estimate(bars[stage])} | {plus(estimate(bars[stage] - baseline))} "
+            + f" | {estimate(bars[method])} | {plus(estimate(bars[method] - baseline))} "
             + f"| {np.std([e.mean for e in each], ddof=1):.1f} "
             + f"| {np.mean([results[name].kl_to_gaussian for name in names]):.0f} "
             + f"| {np.mean([spread[name] for name in names]) / spread[GAUSSIAN]:.2f} |"
@@ -143,9 +210,37 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, stages: lis
     for name, scores in bars.items():
         means = " | ".join(f"{scores[categories == category].mean():.1f}" for category in CATEGORIES)
         lines.append(f"| {TITLES.get(name, name)} | {means} |")
-    lines += ["", f"Command: `python benchmarks/held_out.py --stages {' '.join(stages)}`. Evaluated at {provenance()}."]
+    for method in ("shared", "ppo", "dpo", "cold"):
+        if method in shown:
+            behind = estimate(bars[method].mean(1, keepdims=True) - four.mean(1, keepdims=True))
+            lines += ["", f"{TITLES[method].removeprefix('… then ')} against best of 4, paired: {plus(behind)}."]
+    if "dpo" in shown:
+        records = [
+            max(r["eval/rewards/accuracies"] for r in read_records(folder_of("dpo", seed))) * 100 for seed in SEEDS
+        ]
+        count = len(load_rollouts(folder_of("rollouts", 0)).dataset)
+        accuracy = ", ".join(f"{record:.1f}" for record in records)
+        lines += ["", f"DPO: {count:,} rollouts; accuracy on pairs of held-out prompts in %, by seed: {accuracy}."]
+    if along:
+        lines += [
+            "",
+            "PPO along the way, first seed:",
+            "",
+            "| training images | right | KL | diversity |",
+            "|---" * 4 + "|",
+        ]
+        records = {record["step"]: record["charts/images"] for record in read_records(folder_of("ppo", 0))}
+        rows = []
+        for name in ["shared 0", *along]:
+            images = images_of("shared", 0) + (0 if name == "shared 0" else int(records[int(name.split("-")[1])]))
+            right, kl, ratio = estimate(exact[name]), results[name].kl_to_gaussian, spread[name] / spread[GAUSSIAN]
+            rows.append((images, right.mean, kl, ratio))
+            lines.append(f"| {images:,} | {right} | {kl:.0f} | {ratio:.2f} |")
+        curves(RESULTS / "held_out_curves.png", rows, estimate(baseline).mean)
+    command = f"python benchmarks/held_out.py --methods {' '.join(name for name in shown if name != 'cold')}"
+    lines += ["", f"Command: `{command}`. Evaluated at {provenance()}."]
     write_atomically(RESULTS / "held_out.md", "\n".join(lines) + "\n")
-    picture(RESULTS / "held_out.png", bars, categories)
+    bar_chart(RESULTS / "held_out.png", bars, categories)
     print("\n".join(lines))
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
-    "pairs": ("noisear_rl.pairs", "build weak-to-strong pairs"),
+    "pairs": ("noisear_rl.pairs", "build pairs to pretrain on: weak-to-strong, or leaks of good pictures"),
+    "shared-noise": ("noisear_rl.shared_noise", "build pairs from noises that many prompts were tried on"),
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
     "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
     "ppo": ("noisear_rl.algos.ppo", "improve a policy with PPO"),

@@ -10,12 +10,14 @@ import torch
 from noisear_rl import cli
 from noisear_rl.algos.collect import CollectConfig
 from noisear_rl.algos.dpo import DPOConfig
+from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.pairs import PairsConfig
 from noisear_rl.policy import NoiseARConfig
+from noisear_rl.shared_noise import SharedNoiseConfig
 from noisear_rl.training import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
 from tests.conftest import random_policy
 
@@ -77,7 +79,14 @@ PRESETS = {
     "shapes/dpo": DPOConfig,
     "shapes/collect": CollectConfig,
     "shapes/reward_gradient": RewardGradientConfig,
+    "shapes/collect_same_noise": CollectConfig,
+    "shapes/shared_noise": SharedNoiseConfig,
+    "shapes/nll_shared_noise": NLLConfig,
+    "shapes/ppo_transfer": PPOConfig,
 }
+STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}
+PRESETS |= {f"{model}/{stage}": STAGES[stage] for model in ("sdxl", "dreamshaper", "hunyuan_dit") for stage in STAGES}
 
 
 @pytest.mark.parametrize(("name", "cls"), PRESETS.items())

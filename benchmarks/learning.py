@@ -1,0 +1,37 @@
+"""What do the algorithms reach? Runs the learning benchmarks and puts their tables on one page.
+
+    python benchmarks/learning.py           # train what is missing, evaluate, write the page
+    python benchmarks/learning.py --join    # the page alone, from the tables that are there
+
+The tables: ``few_captions.py`` (captions trained on, fresh noise) and ``held_out.py`` (captions that no training
+saw). Writes ``benchmarks/results/learning.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from noisear_rl.training import write_atomically
+
+HERE = Path(__file__).parent
+PARTS = {"few_captions": "Few captions: trained on, fresh noise", "held_out": "Held-out captions"}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--join", action="store_true", help="join the tables that are there and train nothing")
+    if not parser.parse_args().join:
+        for name in PARTS:
+            subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
+    page = ["`python benchmarks/learning.py`; each part names the command and the commit it was evaluated with."]
+    for name, title in PARTS.items():
+        page += [f"# {title}", (HERE / "results" / f"{name}.md").read_text().strip()]
+    write_atomically(HERE / "results" / "learning.md", "\n\n".join(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
