@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
+    "sample": ("noisear_rl.sample", "draw pictures from Gaussian noise and from a policy's noise side by side"),
     "pairs": ("noisear_rl.pairs", "build pairs to pretrain on: weak-to-strong, or leaks of good pictures"),
     "shared-noise": ("noisear_rl.shared_noise", "build pairs from noises that many prompts were tried on"),
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),

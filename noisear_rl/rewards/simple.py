@@ -30,8 +30,8 @@ class Brightness:
 class JpegCompressibility:
     """Minus the size as JPEG of quality 95, in kilobytes (Black et al. 2023, arXiv 2305.13301).
 
-    Smooth pictures score high; below 0, about -2 for a picture of `shapes`, -300 for 1024×1024 pixels. The prompt does not
-    matter.
+    Smooth pictures score high. Below 0: about -2 for a picture of `shapes`, hundreds for 1024×1024 pixels. The prompt
+    does not matter.
     """
 
     name = "jpeg-compressibility"

@@ -1,0 +1,121 @@
+"""Pictures from Gaussian noise and from a policy's noise side by side, for those who want pictures and no training.
+
+    noisear sample "a photo of two squares" --denoiser shapes-turbo --policy runs/ppo
+    noisear sample "a lighthouse at dawn" --denoiser sdxl --policy OWNER/POLICY --seeds 0 1 2 3
+
+The same seed is the same draw in both rows: a policy shifts and scales it. Writes ``comparison.png``, every picture as
+a PNG of its own, and ``noise.safetensors`` with the noises ``(P·S, C, h, w)`` by method, prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import save_file
+
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.evaluation import GAUSSIAN
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.report import save_figure
+from noisear_rl.training import load_policy, parse_config
+
+
+@dataclass
+class SampleConfig:
+    """Options of sampling."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What the pictures must show."""
+    policy: str = ""
+    """Checkpoint, run folder or Hub id; unset for Gaussian noise alone."""
+    denoiser: str = "shapes"
+    """Denoiser's name or folder."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """One picture a seed, prompt and method."""
+    temperature: float | None = None
+    """Factor on the policy's standard deviation; unset for its own."""
+    output_dir: Path = Path("runs/sample")
+    """Where the pictures go."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32`, `path FOLDER` or `num_inference_steps 30`."""
+
+
+def draw(
+    denoiser: Denoiser, policy: NoiseARPolicy | None, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noises ``(P·S, C, h, w)`` and their pictures ``(P·S, 3, H, W)``, prompt by prompt.
+
+    Args:
+        denoiser: Frozen diffusion model.
+        policy: ``None`` for Gaussian noise.
+        prompts: ``P``.
+        seeds: ``S``, the same for every prompt.
+    """
+    conditioning = denoiser.encode([prompt for prompt in prompts for _ in seeds])
+    repeated = [seed for _ in prompts for seed in seeds]
+    if policy is None:
+        noise = standard_noise(repeated, denoiser.latent_shape)
+    else:
+        text, mask = conditioning.policy_embeds, conditioning.policy_mask
+        noise = policy.to(text.device).noise(policy.sample(text, mask, seeds=repeated))
+    return noise, denoiser.denoise(noise, conditioning, repeated)
+
+
+def sample(config: SampleConfig) -> Path:
+    """Writes the pictures; returns the comparison's path.
+
+    Raises:
+        ValueError: If there is no prompt or seed, the temperature is not positive, or the policy does not fit.
+    """
+    if not config.prompts or not config.seeds:
+        raise ValueError('say what the pictures must show: noisear sample "a photo of two squares"')
+    denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
+    methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
+    if config.policy:
+        policy = load_policy(config.policy)
+        sizes = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
+        if name := policy.config.size_mismatch(sizes | {"patch_size": policy.config.patch_size}):
+            raise ValueError(
+                f"{config.policy} was made for another denoiser: its {name} is {getattr(policy.config, name)}"
+            )
+        if config.temperature is not None:
+            policy.config = replace(policy.config, temperature=config.temperature)
+        methods["policy"] = policy
+    drawn = {name: draw(denoiser, policy, config.prompts, config.seeds) for name, policy in methods.items()}
+
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    rows, columns = len(config.prompts) * len(methods), len(config.seeds)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns + 0.6, 2.2 * rows), dpi=120, squeeze=False)
+    for m, (name, (_, images)) in enumerate(drawn.items()):
+        for i, image in enumerate(images):
+            prompt, column = divmod(i, columns)
+            pixels = to_uint8(image)
+            Image.fromarray(pixels).save(config.output_dir / f"{prompt}-{name.lower()}-{config.seeds[column]}.png")
+            cell = axes[prompt * len(methods) + m, column]
+            cell.imshow(pixels)
+            cell.set(xticks=[], yticks=[])
+            if column == 0:
+                cell.set_title(f"{name}: {config.prompts[prompt]}", loc="left", fontsize=9)
+    figure.tight_layout()
+    path = config.output_dir / "comparison.png"
+    save_figure(figure, path)
+    noises = {name.lower(): noise.contiguous() for name, (noise, _) in drawn.items()}
+    save_file(noises, config.output_dir / "noise.safetensors")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    print(f"pictures: {sample(parse_config(SampleConfig, argv, __doc__))}")
+
+
+if __name__ == "__main__":
+    main()
