@@ -60,37 +60,32 @@ def folder_of(stage: str, seed: int) -> Path:
     return RUNS / f"{stage}-seed-{seed}"
 
 
-def run(train: Callable[[Any], Any], cls: type, preset: str, stage: str, seed: int, **options: Any) -> None:
+def run(train: Callable[[Any], Any], cls: type, preset: str, folder: Path, **options: Any) -> None:
     """Runs a shipped preset with a few options set; a finished one returns at once."""
     if "resume" in {field.name for field in dataclasses.fields(cls)}:
         options["resume"] = True
-    if "seed" in {field.name for field in dataclasses.fields(cls)}:
-        options.setdefault("seed", seed)
-    config = load_yaml(cls, PRESETS / preset)
-    train(dataclasses.replace(config, output_dir=folder_of(stage, seed), **options))
+    train(dataclasses.replace(load_yaml(cls, PRESETS / preset), output_dir=folder, **options))
 
 
 def train(seed: int, methods: list[str]) -> None:
     """Runs one seed's stages."""
+    at = lambda stage: folder_of(stage, seed)
     if "leak" in methods:
         first = (seed + 1) * 10_000_000
-        run(pairs.build_pairs, pairs.PairsConfig, "signal_leak.yaml", "leak-pairs", seed, seed=first)
-        made = {"pairs": folder_of("leak-pairs", seed)}
-        run(nll.train, nll.NLLConfig, "nll_signal_leak.yaml", "leak", seed, **made)
+        run(pairs.build_pairs, pairs.PairsConfig, "signal_leak.yaml", at("leak-pairs"), seed=first)
+        run(nll.train, nll.NLLConfig, "nll_signal_leak.yaml", at("leak"), pairs=at("leak-pairs"), seed=seed)
     if not {"shared", "ppo", "dpo"} & set(methods):
         return
-    run(collect.collect, collect.CollectConfig, "collect_same_noise.yaml", "tried", seed)
-    made = {"rollouts": folder_of("tried", seed)}
-    run(shared_noise.build_pairs, shared_noise.SharedNoiseConfig, "shared_noise.yaml", "shared-pairs", seed, **made)
-    made = {"pairs": folder_of("shared-pairs", seed)}
-    run(nll.train, nll.NLLConfig, "nll_shared_noise.yaml", "shared", seed, **made)
-    start = str(folder_of("shared", seed))
+    run(collect.collect, collect.CollectConfig, "collect_same_noise.yaml", at("tried"), seed=seed)
+    chosen = {"rollouts": at("tried")}
+    run(shared_noise.build_pairs, shared_noise.SharedNoiseConfig, "shared_noise.yaml", at("shared-pairs"), **chosen)
+    run(nll.train, nll.NLLConfig, "nll_shared_noise.yaml", at("shared"), pairs=at("shared-pairs"), seed=seed)
+    start = str(at("shared"))
     if "dpo" in methods:
-        run(collect.collect, collect.CollectConfig, "collect.yaml", "rollouts", seed, policy=start)
-        made = {"rollouts": folder_of("rollouts", seed)}
-        run(dpo.train, dpo.DPOConfig, "dpo.yaml", "dpo", seed, init_from=start, **made)
+        run(collect.collect, collect.CollectConfig, "collect.yaml", at("rollouts"), policy=start, seed=seed)
+        run(dpo.train, dpo.DPOConfig, "dpo.yaml", at("dpo"), rollouts=at("rollouts"), init_from=start, seed=seed)
     if "ppo" in methods:
-        run(ppo.train, ppo.PPOConfig, "ppo_transfer.yaml", "ppo", seed, init_from=start)
+        run(ppo.train, ppo.PPOConfig, "ppo_transfer.yaml", at("ppo"), init_from=start, seed=seed)
 
 
 def images_of(method: str, seed: int) -> int:

@@ -18,6 +18,8 @@ ENVIRONMENTS = {
     "NoiseAR-SDXL-v0": "sdxl",
     "NoiseAR-DreamShaper-v0": "dreamshaper",
     "NoiseAR-HunyuanDiT-v0": "hunyuan-dit",
+    "NoiseAR-PixArtSigma-v0": "pixart-sigma",
+    "NoiseAR-SD3-v0": "sd3",
 }
 
 for _id, _denoiser in ENVIRONMENTS.items():

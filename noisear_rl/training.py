@@ -233,13 +233,19 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_policy(path: str | Path) -> NoiseARPolicy:
-    """Loads a policy from a checkpoint, a run folder (its newest checkpoint) or the Hub, in eval mode.
+    """Loads a policy in eval mode.
+
+    Args:
+        path: A checkpoint, a run folder (its newest checkpoint), a Hub id, or a ``.pth`` file of the authors' network
+            (:meth:`~noisear_rl.policy.NoiseARPolicy.from_reference`).
 
     Raises:
         FileNotFoundError: If a folder holds no policy.
         ValueError: If the weights are truncated or of another architecture.
     """
     folder = Path(path)
+    if folder.suffix == ".pth":
+        return NoiseARPolicy.from_reference(folder)
     if folder.is_dir():
         runs = sorted(folder.glob("checkpoints/step-*"))
         folder = runs[-1] if runs else folder

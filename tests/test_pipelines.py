@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
+import noisear_rl
 from noisear_rl.algos import collect, dpo, evaluate, nll, ppo
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
@@ -27,7 +28,7 @@ from tests import tiny_pipelines
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
 NAMES = tuple(tiny_pipelines.BUILDERS)
-ENVIRONMENTS = {"sdxl": "NoiseAR-SDXL-v0", "hunyuan-dit": "NoiseAR-HunyuanDiT-v0"}
+IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
 SMALL = NoiseARConfig(d_model=32, d_ff=32, n_heads=4, n_layers=1, log_variance="shared")
 pytestmark = pytest.mark.filterwarnings("ignore:prompt holds words")
 
@@ -174,14 +175,16 @@ def test_the_whole_loop(denoiser, tmp_path):
     assert "nll" in rows and (tmp_path / "evaluation/results.json").is_file()
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_reinforcement_learning_through_the_environment(name, folders, tmp_path):
     """PPO, rollouts and DPO by the environment's id, as with the published weights."""
     options = {"path": str(folders / name), "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
-    shared = {"env_id": ENVIRONMENTS[name], "denoiser_options": options, "reward": "brightness", "prompts": PROMPTS}
+    shared = {"env_id": IDS[name], "denoiser_options": options, "reward": "brightness", "prompts": PROMPTS}
     sizes = {"prompts_per_update": 2, "samples_per_prompt": 4, "updates": 1, "policy": SMALL}
     policy = ppo.train(ppo.PPOConfig(output_dir=tmp_path / "ppo", **shared, **sizes))
-    assert policy.kl_divergence(torch.zeros(1, 16, 64), torch.randn(1, 5, policy.config.text_dim)).sum() > 0
+    assert (
+        policy.kl_divergence(torch.zeros(1, 16, policy.patch_dim), torch.randn(1, 5, policy.config.text_dim)).sum() > 0
+    )
     rollouts = {"num_prompts": 3, "samples_per_prompt": 3, "prompts_per_shard": 2, "policy": str(tmp_path / "ppo")}
     collect.collect(collect.CollectConfig(output_dir=tmp_path / "rollouts", **shared, **rollouts))
     assert len(load_rollouts(tmp_path / "rollouts").dataset) == 9
@@ -195,27 +198,32 @@ def write_prompts(folder):
     return file
 
 
-@pytest.mark.parametrize(("folder", "name"), [("sdxl", "sdxl"), ("hunyuan_dit", "hunyuan-dit")])
-def test_shipped_presets_on_the_command_line(folder, name, folders, tmp_path):
-    """Each shipped preset with another model path and sizes for a test: pairs, NLL, PPO, evaluation."""
-    where = ["path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
+    """The shipped presets with another model path and sizes for a test: pairs, NLL, PPO, evaluation."""
+    folder = name.replace("-", "_") if (ROOT / "configs" / name.replace("-", "_")).is_dir() else "sdxl"
+    where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
     small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
-    prompts = ["--prompts", str(write_prompts(tmp_path))]
-    preset = lambda stage: ["--config", f"configs/{folder}/{stage}.yaml"]
-    out = lambda stage: ["--output-dir", str(tmp_path / stage)]
-    pairs = ["pairs", *preset("pairs"), *prompts, "--pairs", "4", *out("pairs")]
-    pretrain = ["nll", *preset("nll"), *small, "--pairs", str(tmp_path / "pairs"), "--epochs", "1"]
-    improve = ["ppo", *preset("ppo"), *small, *prompts, "--init-from", str(tmp_path / "nll")]
-    improve += ["--updates", "1", "--samples-per-prompt", "2", *out("ppo")]
-    judge = ["evaluate", *preset("evaluate"), *prompts, "--policies", f"ppo={tmp_path / 'ppo'}"]
-    commands = [pairs, [*pretrain, "--batch-size", "2", *out("nll")], improve, [*judge, *out("evaluation")]]
-    script = "from noisear_rl.cli import main\nfor line in {!r}:\n    main(line)"
-    lines = [[*command, "--denoiser-options", *where] for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script.format(lines)], cwd=ROOT, capture_output=True, text=True
-    )
+    file = folders / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+
+    def command(stage, *options, prompts=True):
+        kind = ["--env-id", IDS[name]] if stage == "ppo" else ["--denoiser", name]
+        text = ["--prompts", str(file)] if prompts else []
+        out = ["--output-dir", str(tmp_path / stage)]
+        return [stage, "--config", f"configs/{folder}/{stage}.yaml", *kind, *text, *out, *options, *where]
+
+    pretraining = ["--pairs", str(tmp_path / "pairs"), "--epochs", "1", "--batch-size", "2"]
+    commands = [
+        command("pairs", "--pairs", "4"),
+        command("nll", *small, *pretraining, prompts=False),
+        command("ppo", *small, "--init-from", str(tmp_path / "nll"), "--updates", "1", "--samples-per-prompt", "2"),
+        command("evaluate", "--policies", f"ppo={tmp_path / 'ppo'}"),
+    ]
+    script = f"from noisear_rl.cli import main\nfor line in {commands!r}:\n    main(line)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| ppo |" in (tmp_path / "evaluation/table.md").read_text()
+    assert "| ppo |" in (tmp_path / "evaluate/table.md").read_text()
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])

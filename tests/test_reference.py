@@ -201,6 +201,7 @@ def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head
     latents = expected.reshape(3, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 4, 8, 8)  # channels lie first
     torch.testing.assert_close(policy.noise(sample), latents, rtol=1e-4, atol=1e-4)
 
+    assert load_policy(tmp_path / "model.pth").config == policy.config  # every command takes the file itself
     policy.save_pretrained(tmp_path / "converted")
     again = load_policy(tmp_path / "converted")
     assert again.config == policy.config
