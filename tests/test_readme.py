@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from noisear_rl.algos.collect import CollectConfig
 from noisear_rl.algos.dpo import DPOConfig
@@ -12,13 +14,17 @@ from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.denoisers import load_denoiser
 from noisear_rl.pairs import PairsConfig
+from noisear_rl.shared_noise import SharedNoiseConfig
 from noisear_rl.training import parse_config
+from tests.conftest import random_policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = {
     "noisear_rl.pairs": PairsConfig,
+    "noisear_rl.shared_noise": SharedNoiseConfig,
     "algos/nll.py": NLLConfig,
     "algos/reinforce.py": ReinforceConfig,
     "algos/ppo.py": PPOConfig,
@@ -28,13 +34,21 @@ CONFIGS = {
 }
 
 
-def test_python_runs():
+def test_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    policy = random_policy()
+    policy.save_pretrained(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert blocks
+    assert len(blocks) == 2
     for block in blocks:
         scope = {}
-        exec(block, scope)
-        assert scope["image"].shape == (64, 64, 3) and scope["terminated"]
+        exec(block.replace('"runs/prior"', repr(str(tmp_path))), scope)
+        assert np.asarray(scope["image"]).shape == (64, 64, 3)
+
+    # A policy sees in a user's pipeline what it sees in ours.
+    text = load_denoiser("shapes", dtype="float32").encode([scope["prompt"]])
+    expected = policy.noise(policy.sample(text.policy_embeds, text.policy_mask, seeds=[0]))
+    torch.testing.assert_close(scope["latents"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python (.*?)(?:\s{2,}#.*)?$", README, flags=re.M))

@@ -1,0 +1,284 @@
+"""What does a run cost? Parameters, FLOPs, memory and disk of every preset, counted or measured, not guessed.
+
+    python benchmarks/resources.py
+
+Denoising networks are built from their published configurations without weights; matrix products and convolutions are
+counted by torch, one multiply-add as two FLOPs, attention included. Policies are the paper's size: width 2048, one
+layer, one head, 32 × 32 patches. One policy trains and samples here, each measurement in a process of its own.
+
+Memory of training in float32, with P the bytes of the policy's parameters and C those of the critic's:
+
+- NLL: weights, gradients and Adam's two moments, 4 P, and the activations of a batch.
+- DPO: the same, the frozen reference and the best policy so far, 6 P, and the activations of a batch of pairs.
+- PPO, natural steps: weights, gradients, reference, 3 P, and the critic that is built but not trained, C; then the
+  larger of the activations of all episodes, and of 10 P with the activations of the Fisher product. The 10 vectors at
+  the peak of a step: flat gradient, solution, residual, direction, last product, the Jacobian's graph, and within a
+  product its parts, their join, the damping term and the sum.
+- PPO, Adam and a trained critic: 5 P, 4 C, and the activations of all episodes.
+
+Activations are what autograd saves for the backward pass: distinct storages that are not parameters. Backward and
+optimiser need some temporary memory on top; the measured peaks show how much. Dropout is 0. Writes
+``benchmarks/results/resources.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta  # beside this file
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from noisear_rl.algos.dpo import DPOConfig
+from noisear_rl.algos.evaluate import provenance
+from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.ppo import PPOConfig
+from noisear_rl.critic import NoiseARCritic
+from noisear_rl.denoisers.presets import PRESETS
+from noisear_rl.losses import nll_loss, ppo_loss, reconstruction_loss
+from noisear_rl.natural_gradient import fisher_product
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.preference_losses import PairLogProbs, Strength, preference_loss
+from noisear_rl.training import load_yaml, write_atomically
+
+ROOT = Path(__file__).parents[1]
+GIB, KIB = 2**30, 2**10
+REFERENCE_PARAMETERS = 113.3e6  # of the authors' network for SDXL
+PAPER_IMAGE, PAPER_NOISE = 2600e9, 23.12e9  # the paper's Table 3, which calls them FLOPs
+PAIRS, PROMPT_BYTES, BATCH, REPEATS = 100_000, 60, 2, 5
+Text = dict[str, torch.Tensor]
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check(what: str, counted: float, published: float) -> None:
+    """Refuses a network that is not the published one.
+
+    Raises:
+        ValueError: If the two differ by more than 1 %.
+    """
+    if abs(counted / published - 1) > 0.01:
+        raise ValueError(f"{what} has {counted:.4g} parameters, published are {published:.4g}")
+
+
+def flops(call: Callable[[], Any]) -> dict[str, int]:
+    """FLOPs by operation; attention as plain products (``aten.bmm``), since fused kernels are not all counted."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+
+
+@functools.cache
+def denoiser_cost(name: str) -> tuple[int, dict[str, int]]:
+    """Parameters, and FLOPs of one evaluation by operation."""
+    network = NETWORKS[name]
+    with torch.device("meta"):
+        module = network.cls(**network.config).eval()
+    check(name, parameters_of(module), network.parameters)
+    text = {key: meta(1, *shape) for key, shape in network.conditioning.items()}
+    return parameters_of(module), flops(lambda: network.evaluate(module, meta(1, *network.latent_shape), meta(1), text))
+
+
+def policy_config(network: Network, architecture: str) -> NoiseARConfig:
+    """The paper's sizes."""
+    sizes = {"d_model": 2048, "d_ff": 4096, "n_heads": 1, "n_layers": 1, "architecture": architecture}
+    return NoiseARConfig(network.latent_shape, 32, network.conditioning["prompt_embeds"][1], **sizes)
+
+
+def batch_of(policy: NoiseARPolicy, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random patches, text and its mask."""
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    text = torch.randn(rows, tokens, policy.config.text_dim)
+    return torch.randn(rows, policy.n_patches, policy.patch_dim), text, mask
+
+
+def growing_prefix_flops(config: NoiseARConfig, tokens: int) -> int:
+    """Sampling as the authors' code does it: at every patch text, prefix and both heads on all of it anew."""
+    total = 0
+    for length in range(1, 17):
+        with torch.device("meta"):
+            policy = NoiseARPolicy(replace(config, latent_shape=(config.latent_shape[0], 32, 32 * length)))
+        patches, text = meta(1, length, policy.patch_dim), meta(1, tokens, config.text_dim)
+
+        def step(policy: NoiseARPolicy = policy, patches: torch.Tensor = patches, text: torch.Tensor = text) -> None:
+            features = policy.features(patches, text, None)
+            policy.prediction_head_mu(features), policy.prediction_head_logvar(features)
+
+        total += sum(flops(step).values())
+    return total
+
+
+def saved_bytes(call: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes of the distinct storages, parameters aside, that autograd saves."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = call()
+    del kept
+    return sum(storage.nbytes() for address, storage in found.items() if address not in own)
+
+
+def nll_of(policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """NLL's loss with its reconstruction term."""
+    distribution = policy.distribution(patches, text, mask)
+    return nll_loss(distribution, patches) + 0.2 * reconstruction_loss(distribution, patches, torch.randn_like(patches))
+
+
+def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> dict[str, int]:
+    """Saved bytes of one sample: a pair for NLL and DPO, else an episode."""
+    one, two = batch_of(policy, tokens, 1), batch_of(policy, tokens, 2)
+
+    def dpo() -> torch.Tensor:
+        chosen, rejected = policy.log_prob(*two).chunk(2)
+        pairs = PairLogProbs(chosen, rejected, chosen.detach(), rejected.detach())
+        return preference_loss(pairs, ("sigmoid",), (1.0,), Strength())
+
+    def ppo() -> torch.Tensor:
+        log_prob = policy.log_prob(*one)
+        return ppo_loss(log_prob, log_prob.detach(), torch.ones_like(log_prob), 0.5)
+
+    return {
+        "NLL": saved_bytes(lambda: nll_of(policy, *one), policy),
+        "DPO": saved_bytes(dpo, policy),
+        "PPO": saved_bytes(ppo, policy),
+        "Fisher": saved_bytes(lambda: fisher_product(policy, *one, 0.01), policy),
+        "critic": saved_bytes(lambda: critic(*one).square().mean(), critic),
+    }
+
+
+def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
+    """Parameters, FLOPs of a sample and GiB of training, by what the presets of ``configs/`` say."""
+    network = NETWORKS[name]
+    tokens, config = network.conditioning["prompt_embeds"][0], policy_config(network, architecture)
+    policy, critic = NoiseARPolicy(config).eval(), NoiseARCritic(config).eval()
+    one = batch_of(policy, tokens, 1)
+    sampled = sum(flops(lambda: policy.sample(one[1], one[2], seeds=[0])).values())
+    weights, head = 4 * parameters_of(policy), 4 * parameters_of(critic)
+    saved, presets = activations(policy, critic, tokens), ROOT / "configs" / "sdxl"
+    nll, dpo = load_yaml(NLLConfig, presets / "nll.yaml"), load_yaml(DPOConfig, presets / "dpo.yaml")
+    ppo = load_yaml(PPOConfig, presets / "ppo.yaml")
+    episodes, measured = ppo.prompts_per_update * ppo.samples_per_prompt, ppo.fisher_episodes
+    return {
+        "parameters": weights / 4,
+        "flops": sampled,
+        "NLL": (4 * weights + nll.batch_size * saved["NLL"]) / GIB,
+        "DPO": (6 * weights + dpo.batch_size * saved["DPO"]) / GIB,
+        "PPO, natural": (3 * weights + head + max(episodes * saved["PPO"], 10 * weights + measured * saved["Fisher"]))
+        / GIB,
+        "PPO, Adam, critic": (5 * weights + 4 * head + episodes * (saved["PPO"] + saved["critic"])) / GIB,
+    }
+
+
+def measure(what: str) -> dict[str, float]:
+    """Seconds (median) and peak memory of this process: a training step or sampling of the authors' network."""
+    policy = NoiseARPolicy(policy_config(SDXL, "reference"))
+    check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
+    patches, text, mask = batch_of(policy, 77, BATCH)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nll_of(policy.train(), patches, text, mask).backward()
+        optimizer.step()
+
+    calls = {"train": train, "sample": lambda: policy.eval().sample(text, mask, seeds=range(BATCH))}
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        calls[what]()
+        seconds.append(time.perf_counter() - began)
+    status = Path("/proc/self/status").read_text()  # Linux; getrusage would count the parent's memory, too
+    peak = int(status.split("VmHWM:")[1].split()[0]) * KIB / GIB
+    return {"seconds": float(np.median(seconds)), "GiB": peak}
+
+
+def table(title: str, *rows: tuple) -> str:
+    """Markdown: a sentence, a head and rows."""
+    lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in rows]
+    return "\n".join([title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def denoisers() -> str:
+    rows = []
+    for title in tqdm(DISTINCT, desc="denoisers"):
+        name = title.split(",")[0]
+        count, counted = denoiser_cost(name)
+        total, nfe = sum(counted.values()) / 1e12, 2 * PRESETS[name].num_inference_steps
+        image, weights = f"{nfe * total:.0f}", f"{2 * count / GIB:.1f} GiB"
+        rows.append((title, f"{count / 1e9:.2f} G", f"{total:.2f}", nfe, image, weights))
+    head = ("denoiser", "parameters", "TFLOPs an evaluation", "evaluations", "TFLOPs an image", "weights, float16")
+    title = "Denoisers at 1024 × 1024 pixels; guidance doubles the evaluations. A multiply-add is two FLOPs."
+    return table(title, head, *rows)
+
+
+def policies() -> str:
+    kinds, rows = ("NLL", "DPO", "PPO, natural", "PPO, Adam, critic"), []
+    for title in tqdm(DISTINCT, desc="policies"):
+        cost = policy_cost(title.split(",")[0])
+        numbers = f"{cost['parameters'] / 1e6:.0f} M", f"{cost['flops'] / 1e9:.1f}"
+        rows.append((title, *numbers, *(f"{cost[kind]:.1f}" for kind in kinds)))
+    head = ("policy for", "parameters", "GFLOPs a sample", *(f"{kind}, GiB" for kind in kinds))
+    title = "Policies of the paper's size (width 2048, one layer), float32, at the batch sizes of `configs/sdxl`."
+    theirs = growing_prefix_flops(policy_config(SDXL, "reference"), 77) / 1e9
+    ours = policy_cost("sdxl", "reference")["flops"] / 1e9
+    return table(title, head, *rows) + (
+        f"\n\nThe authors' network ({REFERENCE_PARAMETERS / 1e6:.1f} M) samples with {ours:.1f} GFLOPs here, and with "
+        f"{theirs:.1f} if everything is computed anew at every patch, as their code does. The paper's Table 3 says "
+        f"{PAPER_NOISE / 1e9:.2f} for the noise and {PAPER_IMAGE / 1e9:.0f} for an image; it seems to count a "
+        "multiply-add once."
+    )
+
+
+def pairs() -> str:
+    sizes = {title: PAIRS * (2 * int(np.prod(n.latent_shape)) + PROMPT_BYTES) / GIB for title, n in DISTINCT.items()}
+    disk = ", ".join(f"{size:.1f} GiB ({title})" for title, size in sizes.items())
+    return f"{PAIRS:,} weak-to-strong pairs: {4 * PAIRS:,} evaluations, two guided predictions a pair. On disk: {disk}."
+
+
+def measured() -> str:
+    rows = []
+    for what, title in (("train", f"an NLL step with Adam, batch {BATCH}"), ("sample", f"{BATCH} noises")):
+        command = [sys.executable, __file__, "--measure", what]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        rows.append((title, f"{found['seconds']:.2f}", f"{found['GiB']:.2f} GiB"))
+    title = "Measured: the authors' network at full size, float32, on a CPU."
+    return table(title, ("what", "seconds", "peak memory of the process"), *rows)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=("train", "sample"), help="measure one thing in this process and stop")
+    if (what := parser.parse_args().measure) is not None:
+        print(json.dumps(measure(what)))
+        return
+    page = [denoisers(), policies(), pairs(), measured(), f"Command: `python benchmarks/resources.py`. {provenance()}"]
+    text = "\n\n".join(page) + "\n"
+    write_atomically(ROOT / "benchmarks/results/resources.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
