@@ -170,7 +170,7 @@ def test_unknown_id_and_missing_weights(monkeypatch):
     needs_weights = [name for name, denoiser in noisear_rl.ENVIRONMENTS.items() if denoiser not in EMBEDDED]
     assert len(needs_weights) == 5
     for name in needs_weights:
-        with pytest.raises(FileNotFoundError, match="download them first"):
+        with pytest.raises(FileNotFoundError, match="not on this machine and could not be fetched"):
             gymnasium.make(name, reward="shapes-match")
 
 

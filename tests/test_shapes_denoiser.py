@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 
 import numpy as np
@@ -141,8 +142,14 @@ def test_bad_input(shapes, tmp_path):
         shapes.encode(["a photo of a red circle " * 4])
     with pytest.raises(ValueError, match="unknown denoiser"):
         load_denoiser("shape")
-    with pytest.raises(FileNotFoundError, match="could not be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         load_denoiser(str(tmp_path))
+    broken = tmp_path / "broken"
+    shutil.copytree(ASSETS / "pipeline", broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FileNotFoundError, match="could not be loaded; are they whole"):
+        load_denoiser(str(broken))
 
 
 def test_judges_on_rendered_held_out_pictures():
