@@ -163,7 +163,7 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 
 def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str]:
-    """Resolves the ``prompts`` argument of :class:`NoiseTask`.
+    """Resolves the ``prompts`` argument of :class:`NoiseTask`. A line that comes twice in a file counts once.
 
     Raises:
         ValueError: If there is no prompt, or one is empty.
@@ -180,7 +180,8 @@ def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str
             return [caption.text for caption in balanced_captions(prompts.removesuffix("-balanced"), BALANCED)]
         if not Path(prompts).is_file():
             raise FileNotFoundError(f"prompts: {prompts!r} is neither a file nor (for 'shapes') one of {SPLITS}")
-        prompts = [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]
+        lines = (line.strip() for line in Path(prompts).read_text().splitlines())
+        prompts = list(dict.fromkeys(line for line in lines if line))
     if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
         raise ValueError("prompts must be a non-empty list of non-empty strings")
     return list(prompts)

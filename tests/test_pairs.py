@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +86,21 @@ def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
     conditioning = random_denoiser.encode([row["prompt"]])
     target = weak_to_strong(random_denoiser, standard_noise([row["seed"]], (4, 8, 8)), conditioning)
     np.testing.assert_allclose(target.flatten(), row["target"], atol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same(tmp_path):
+    """Shards are shared out; a prompt that comes twice in a file counts once."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([*PROMPTS, PROMPTS[0]]))
+    options = ["--denoiser", "shapes", "--prompts", str(prompts), "--pairs", "7", "--shard-size", "2"]
+    script = ["-m", "noisear_rl.pairs", *options, "--denoiser-options", "dtype", "float32", "--output-dir"]
+    subprocess.run([sys.executable, *script, str(tmp_path / "one")], check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    subprocess.run([*launch, *script, str(tmp_path / "two")], check=True)
+    one, two = load_pairs(tmp_path / "one"), load_pairs(tmp_path / "two")
+    assert one["prompt"][:] == two["prompt"][:] == [PROMPTS[i % 3] for i in range(7)]
+    np.testing.assert_allclose(np.array(one["target"][:]), np.array(two["target"][:]), atol=2e-3)
 
 
 def test_filter_keeps_what_the_reward_prefers(tmp_path, shapes):
