@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from seeds import HEAD, SEEDS, baseline_rows, seeds_row  # beside this file
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.evaluate import categories_of, provenance
@@ -31,7 +32,6 @@ from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.training import load_policy, read_records, write_atomically
 
-SEEDS = (0, 1, 2)
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
 RUNS, RESULTS = Path("runs/few_captions"), Path(__file__).parent / "results"
 CATEGORIES = ("counting", "position", "color_attr")
@@ -131,26 +131,16 @@ def main() -> None:
         "noises, 1 network evaluation an image, 95 % intervals over noise (mean over categories). Rewards alone, no "
         "reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1.",
         "",
-        "| method | training images | seed 0 | seed 1 | seed 2 | pooled | gain | std of seeds | KL | diversity |",
-        "|" + "---|" * 10,
-        f"| Gaussian | 0 | | | | {estimate(baseline)} | | | 0 | 1.00 |",
-        f"| Gaussian, best of 4 by the training reward (4 x the cost) | 0 | | | | {estimate(four)} | "
-        f"{estimate(four).mean - estimate(baseline).mean:+.1f} | | 0 | |",
+        HEAD,
+        *baseline_rows(estimate(baseline), estimate(four)),
     ]
     for algorithm in ALGORITHMS:
         names = [f"{algorithm} {seed}" for seed in SEEDS]
         stacked = np.stack([exact[name] for name in names])
-        each = [estimate(scores) for scores in stacked]
-        images = read_records(folder_of(algorithm, 0))[-1]["charts/images"]
-        gain = estimate((stacked - baseline).mean(0))
-        lines.append(
-            f"| {TITLES[algorithm]} | {images:,} | "
-            + " | ".join(str(e) for e in each)
-            + f" | {estimate(stacked.mean(0))} | {'+' if gain.mean >= 0 else ''}{gain} "
-            + f"| {np.std([e.mean for e in each], ddof=1):.1f} "
-            + f"| {np.mean([results[name].kl_to_gaussian for name in names]):.0f} "
-            + f"| {np.mean([spread[name] for name in names]) / spread[GAUSSIAN]:.2f} |"
-        )
+        images = int(read_records(folder_of(algorithm, 0))[-1]["charts/images"])
+        kl = float(np.mean([results[name].kl_to_gaussian for name in names]))
+        ratio = float(np.mean([spread[name] for name in names]) / spread[GAUSSIAN])
+        lines.append(seeds_row(TITLES[algorithm], images, stacked, baseline, estimate, kl, ratio))
 
     # Where along the way: images and diversity against the gain, from the first seed's checkpoints.
     lines += ["", "The first seed along the way (16 noises a caption):", ""]

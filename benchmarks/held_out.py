@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from seeds import HEAD, SEEDS, baseline_rows, seeds_row, signed  # beside this file
 
 from noisear_rl import pairs, shared_noise
 from noisear_rl.algos import collect, dpo, nll, ppo
@@ -36,7 +37,6 @@ from noisear_rl.rollouts import load_rollouts
 from noisear_rl.shards import read_manifest
 from noisear_rl.training import load_policy, load_yaml, read_records, write_atomically
 
-SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/held_out"), ROOT / "benchmarks/results"
 PRESETS = ROOT / "configs/shapes"
@@ -173,33 +173,23 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
     exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     baseline, estimate = exact[GAUSSIAN], lambda scores: bootstrap(scores, list(categories))
     four = best_of(results[GAUSSIAN].scores, 4, "shapes-match")["shapes-exact"] * 100
-    plus = lambda gain: f"{'+' if gain.mean >= 0 else ''}{gain}"
     lines = [
         f"Exactly right pictures in %, held-out detector, {CAPTIONS} captions that no training saw x {SAMPLES} noises, "
         "1 network evaluation an image; mean over the six categories, 95 % intervals over captions, gains paired. "
         "Rewards alone, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1. "
         "Training images include those of the stages before.",
         "",
-        "| method | training images | seed 0 | seed 1 | seed 2 | pooled | gain | std of seeds | KL | diversity |",
-        "|" + "---|" * 10,
-        f"| Gaussian | 0 | | | | {estimate(baseline)} | | | 0 | 1.00 |",
-        f"| Gaussian, best of 4 by the training reward (4 x the cost) | 0 | | | | {estimate(four)} | "
-        f"{estimate(four).mean - estimate(baseline).mean:+.1f} | | 0 | |",
+        HEAD,
+        *baseline_rows(estimate(baseline), estimate(four)),
     ]
     bars = {GAUSSIAN: baseline}
     for method in shown:
         names = [f"{method} {seed}" for seed in SEEDS]
         stacked = np.stack([exact[name] for name in names])  # (seeds, P, S)
-        each = [estimate(scores) for scores in stacked]
         bars[method] = stacked.mean(0)
-        lines.append(
-            f"| {TITLES[method]} | {images_of(method, 0):,} | "
-            + " | ".join(str(e) for e in each)
-            + f" | {estimate(bars[method])} | {plus(estimate(bars[method] - baseline))} "
-            + f"| {np.std([e.mean for e in each], ddof=1):.1f} "
-            + f"| {np.mean([results[name].kl_to_gaussian for name in names]):.0f} "
-            + f"| {np.mean([spread[name] for name in names]) / spread[GAUSSIAN]:.2f} |"
-        )
+        kl = float(np.mean([results[name].kl_to_gaussian for name in names]))
+        ratio = float(np.mean([spread[name] for name in names])) / spread[GAUSSIAN]
+        lines.append(seeds_row(TITLES[method], images_of(method, 0), stacked, baseline, estimate, kl, ratio))
     bars["best of 4"] = four
     lines += ["", "By category:", "", "| method | " + " | ".join(CATEGORIES) + " |", "|---" * 7 + "|"]
     for name, scores in bars.items():
@@ -208,7 +198,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
     for method in ("shared", "ppo", "dpo", "cold"):
         if method in shown:
             behind = estimate(bars[method].mean(1, keepdims=True) - four.mean(1, keepdims=True))
-            lines += ["", f"{TITLES[method].removeprefix('… then ')} against best of 4, paired: {plus(behind)}."]
+            lines += ["", f"{TITLES[method].removeprefix('… then ')} against best of 4, paired: {signed(behind)}."]
     if "dpo" in shown:
         records = [
             max(r["eval/rewards/accuracies"] for r in read_records(folder_of("dpo", seed))) * 100 for seed in SEEDS

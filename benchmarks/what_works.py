@@ -19,6 +19,7 @@ from typing import Any
 import held_out  # beside this file
 import matplotlib.pyplot as plt
 import numpy as np
+from seeds import SEEDS
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.evaluate import categories_of, provenance
@@ -29,7 +30,6 @@ from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.training import load_policy, read_records, write_atomically
 
-SEEDS = (0, 1, 2)
 RUNS, RESULTS = Path("runs/what_works"), Path(__file__).parent / "results"
 PROMPTS = tuple((Path(__file__).parent / "hard_captions.txt").read_text().splitlines()[:6])
 SAMPLES = 64
