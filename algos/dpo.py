@@ -4,8 +4,8 @@
 
 ``x_w`` and ``x_l`` are noises of one prompt of which the first earned more; log-probabilities are summed over all
 patches (NoiseAR, appendix D). The reference is frozen: the policy training began with, or N(0, I). Prompts of
-held-out pairs are never trained on; training stops when the accuracy on these pairs no longer rises, and the
-policy that was best on them is what remains.
+held-out pairs are never trained on; with ``patience``, training stops when the accuracy on these pairs no longer rises,
+and the policy that was best on them is what remains.
 
     python algos/collect.py --output-dir runs/rollouts
     python algos/dpo.py --config configs/shapes/dpo.yaml --rollouts runs/rollouts
@@ -87,7 +87,7 @@ class DPOConfig:
     evaluate_every: int = 20
     """Updates between evaluations on held-out pairs."""
     patience: int = 10
-    """Stop after so many evaluations without a better held-out accuracy."""
+    """Stop after so many evaluations without a better held-out accuracy, and keep the best; 0 keeps the last policy."""
     max_kl: float | None = None
     """Stop beyond this KL to the reference, in nats a whole noise: a loss that never saturates would run away."""
     rounds: int = 1
@@ -162,7 +162,8 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     # Prompts of held-out pairs are not trained on.
     order = np.random.default_rng([config.seed, 3]).permutation(len(names))
     is_held_out = np.isin(prompt_of[pairs.chosen], order[: max(1, int(config.held_out_share * len(names)))])
-    train_pairs, held_out_pairs = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)[:2048]
+    train_pairs, held_out_pairs = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    held_out_pairs = np.random.default_rng([config.seed, 5]).permutation(held_out_pairs)[:2048]
     if not len(train_pairs) or not len(held_out_pairs):
         raise ValueError(f"{len(pairs)} pairs are too few to hold some out: collect more prompts or lower threshold")
 
@@ -222,7 +223,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
 
     bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="dpo", unit="update")
     for update in bar:
-        if counters.stale >= config.patience:
+        if 0 < config.patience <= counters.stale:
             break
         epoch, index = divmod(update, updates_per_epoch)
         order = np.random.default_rng([config.seed, 4, epoch]).permutation(train_pairs)
@@ -248,9 +249,10 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
                 break
         if counters.step % config.save_every == 0:
             run.save(policy, counters, **parts)
-    policy.load_state_dict(best.state_dict())
+    if config.patience > 0:
+        policy.load_state_dict(best.state_dict())
     run.save(policy, counters, **parts)
-    print(f"held-out pair accuracy: {counters.best:.3f} after {counters.step} updates", flush=True)
+    print(f"held-out pair accuracy: {counters.best:.3f} at best in {counters.step} updates", flush=True)
     run.close()
     return policy
 

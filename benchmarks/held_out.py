@@ -200,9 +200,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
             behind = estimate(bars[method].mean(1, keepdims=True) - four.mean(1, keepdims=True))
             lines += ["", f"{TITLES[method].removeprefix('… then ')} against best of 4, paired: {signed(behind)}."]
     if "dpo" in shown:
-        records = [
-            max(r["eval/rewards/accuracies"] for r in read_records(folder_of("dpo", seed))) * 100 for seed in SEEDS
-        ]
+        records = [read_records(folder_of("dpo", seed))[-1]["eval/rewards/accuracies"] * 100 for seed in SEEDS]
         count = len(load_rollouts(folder_of("rollouts", 0)).dataset)
         accuracy = ", ".join(f"{record:.1f}" for record in records)
         lines += ["", f"DPO: {count:,} rollouts; accuracy on pairs of held-out prompts in %, by seed: {accuracy}."]

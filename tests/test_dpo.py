@@ -70,6 +70,16 @@ def test_the_best_policy_on_held_out_pairs_remains(tmp_path, rollouts):
     assert {"rewards/chosen", "rewards/margins", "logps/chosen", "loss"} <= logged[0].keys()
 
 
+def test_without_patience_the_last_policy_remains(tmp_path, rollouts):
+    """So a finished run can go on: one epoch and another equal two, where the reference does not move."""
+    options = {"learning_rate": 3e-3, "patience": 0, "evaluate_every": 1, "reference": "gaussian"}
+    whole = dpo.train(config(rollouts, tmp_path / "a", epochs=2, **options))
+    dpo.train(config(rollouts, tmp_path / "b", epochs=1, **options))
+    longer = dpo.train(config(rollouts, tmp_path / "b", epochs=2, resume=True, **options))
+    for a, b in zip(whole.parameters(), longer.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_reference_is_frozen_and_starts_equal(tmp_path, rollouts):
     """With a step of size 0 every margin is 0: policy and reference are the same density, whatever the dropout."""
     options = {"policy": NoiseARConfig(dropout=0.5), "learning_rate": 0.0, "epochs": 1, "evaluate_every": 1}
