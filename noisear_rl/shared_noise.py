@@ -8,7 +8,7 @@ each prompt's own are many layouts, which blur into an average of none. Rewards 
 
     python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
     python -m noisear_rl.shared_noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
-    python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/pairs
+    python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/shared
 
 Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``D`` text width.
 """
@@ -38,7 +38,7 @@ class SharedNoiseConfig:
 
     rollouts: Path = Path("runs/rollouts")
     """Folder that `algos/collect.py --same-noise` wrote."""
-    output_dir: Path = Path("runs/pairs")
+    output_dir: Path = Path("runs/shared")
     """Where the pairs go, one a prompt."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts to choose for, a text file, or a split of `shapes`; unset for those that were tried."""
