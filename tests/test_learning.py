@@ -79,19 +79,29 @@ def test_adam_learns_too(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "prompts", "limit"),
-    [(SMALL, 128, 2.0), pytest.param(LARGE, 512, 3.0, marks=pytest.mark.slow)],
+    ("sizes", "prompts", "limit", "patience"),
+    [(SMALL, 128, 2.0, 10), pytest.param(LARGE, 512, 3.0, 0, marks=pytest.mark.slow)],
     ids=["16", "4096"],
 )
-def test_dpo_on_rollouts_solves_the_bandit(tmp_path, sizes, prompts, limit):
-    """Four rounds of collecting and training, each at most a few nats from where it began."""
+def test_dpo_on_rollouts_solves_the_bandit(tmp_path, sizes, prompts, limit, patience):
+    """Four rounds of collecting and training, each at most a few nats from where it began.
+
+    With 4,096 elements a pair tells little: the last policy of a round is better than the one that ranks 51 held-out
+    pairs best.
+    """
     names = tuple(f"prompt {i}" for i in range(prompts))
     env_id = toys.register(toys.Target(), **sizes, prompts=names)
     collecting = {"num_prompts": prompts, "samples_per_prompt": 8, "prompts_per_shard": prompts}
     collect(CollectConfig(env_id, output_dir=tmp_path / "rollouts", **collecting))
     options = {"optimizer": "natural", "kl_per_update": limit / 3, "max_kl": limit, "evaluate_every": 1}
     config = dpo.DPOConfig(
-        tmp_path / "rollouts", output_dir=tmp_path / "dpo", threshold=0.0, rounds=4, batch_size=512, **options
+        tmp_path / "rollouts",
+        output_dir=tmp_path / "dpo",
+        threshold=0.0,
+        rounds=4,
+        batch_size=512,
+        patience=patience,
+        **options,
     )
     dpo.iterate(config, toys.NoDenoiser(**sizes))
     collect(CollectConfig(env_id, policy=str(tmp_path / "dpo" / "round-3"), output_dir=tmp_path / "end", **collecting))
