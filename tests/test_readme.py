@@ -42,7 +42,7 @@ def test_python_runs(tmp_path, monkeypatch):
     assert len(blocks) == 2
     for block in blocks:
         scope = {}
-        exec(block.replace('"runs/prior"', repr(str(tmp_path))), scope)
+        exec(block.replace('"runs/transfer"', repr(str(tmp_path))), scope)
         assert np.asarray(scope["image"]).shape == (64, 64, 3)
 
     # A policy sees in a user's pipeline what it sees in ours.
