@@ -85,9 +85,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     # Policy.
     torch.manual_seed(config.seed)
     shape, width = tuple(denoiser.latent_shape), denoiser.text_shape[1]
-    sizes = {"latent_shape": shape, "patch_size": denoiser.patch_size, "text_dim": width}
-    policy = initial_policy(config.init_from, config.policy.resized(sizes)).to(run.device)
-    if name := policy.config.size_mismatch(sizes | {"patch_size": policy.config.patch_size}):
+    sizes = {"latent_shape": shape, "text_dim": width}  # patches may be of another size than the denoiser's own
+    fresh = config.policy.resized(sizes | {"patch_size": denoiser.patch_size})
+    policy = initial_policy(config.init_from, fresh).to(run.device)
+    if name := policy.config.size_mismatch(sizes):
         raise ValueError(f"{config.init_from}: its {name} is {getattr(policy.config, name)}, not {sizes[name]}")
     held_out = max(1, int(config.held_out_share * len(pairs)))
     train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)

@@ -214,7 +214,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
         ]
         records = {record["step"]: record["charts/images"] for record in read_records(folder_of("ppo", 0))}
         rows = []
-        for name in ["shared 0", *along]:
+        for name in [name for name in ("shared 0", *along) if name in results]:
             images = images_of("shared", 0) + (0 if name == "shared 0" else int(records[int(name.split("-")[1])]))
             right, kl, ratio = estimate(exact[name]), results[name].kl_to_gaussian, spread[name] / spread[GAUSSIAN]
             rows.append((images, right.mean, kl, ratio))

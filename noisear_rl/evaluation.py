@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers import Denoiser
+from noisear_rl.denoisers import Conditioning, Denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARPolicy
@@ -48,6 +48,16 @@ class MethodScores:
     nfe: int
     seconds_per_image: float
     images: torch.Tensor
+
+
+def draw_noise(
+    policy: NoiseARPolicy | None, conditioning: Conditioning, seeds: Sequence[int], shape: Sequence[int]
+) -> torch.Tensor:
+    """A method's noise ``(B, C, h, w)`` for ``B`` prompts and seeds; ``None`` is Gaussian noise."""
+    if policy is None:
+        return standard_noise(seeds, shape)
+    text = conditioning.policy_embeds
+    return policy.to(text.device).noise(policy.sample(text, conditioning.policy_mask, seeds=seeds))
 
 
 @torch.no_grad()
@@ -88,17 +98,12 @@ def evaluate(
             texts, seeds = [prompts[i // s] for i in index], [seed + i for i in index]
             conditioning = denoiser.encode(texts)
             began = time.perf_counter()
-            if policy is None:
-                noise = standard_noise(seeds, denoiser.latent_shape)
-            else:
-                text, mask = conditioning.policy_embeds, conditioning.policy_mask
-                policy.to(text.device)
-                sample = policy.sample(text, mask, seeds=seeds)
-                noise = policy.noise(sample)
+            noise = draw_noise(policy, conditioning, seeds, denoiser.latent_shape)
             pictures = denoiser.denoise(noise, conditioning, seeds)
             seconds += time.perf_counter() - began
             if policy is not None:
                 patches = patchify(noise, policy.config.patch_size)
+                text, mask = conditioning.policy_embeds, conditioning.policy_mask
                 total_kl += policy.kl_divergence(patches, text, mask).sum().item()
             moments += [noise.double().sum().item(), noise.double().square().sum().item()]
             for key, values in reward.components(pictures, texts).items():

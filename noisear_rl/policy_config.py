@@ -85,8 +85,8 @@ class NoiseARConfig:
         return replace(self, **sizes)
 
     def size_mismatch(self, sizes: Mapping[str, Any]) -> str | None:
-        """The first of the sizes that differs from the policy's own; ``None`` if all agree."""
-        return next((name for name in SIZES if getattr(self, name) != sizes[name]), None)
+        """The first of the given sizes that differs from the policy's own; ``None`` if all agree."""
+        return next((name for name in SIZES if name in sizes and getattr(self, name) != sizes[name]), None)
 
 
 def reference_config(state: Mapping[str, Any], n_heads: int = 1) -> NoiseARConfig:

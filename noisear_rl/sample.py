@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation import GAUSSIAN
-from noisear_rl.gaussian import standard_noise
+from noisear_rl.evaluation import GAUSSIAN, draw_noise
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.report import save_figure
 from noisear_rl.training import load_policy, parse_config
@@ -61,11 +60,7 @@ def draw(
     """
     conditioning = denoiser.encode([prompt for prompt in prompts for _ in seeds])
     repeated = [seed for _ in prompts for seed in seeds]
-    if policy is None:
-        noise = standard_noise(repeated, denoiser.latent_shape)
-    else:
-        text, mask = conditioning.policy_embeds, conditioning.policy_mask
-        noise = policy.to(text.device).noise(policy.sample(text, mask, seeds=repeated))
+    noise = draw_noise(policy, conditioning, repeated, denoiser.latent_shape)
     return noise, denoiser.denoise(noise, conditioning, repeated)
 
 
@@ -82,7 +77,7 @@ def sample(config: SampleConfig) -> Path:
     if config.policy:
         policy = load_policy(config.policy)
         sizes = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
-        if name := policy.config.size_mismatch(sizes | {"patch_size": policy.config.patch_size}):
+        if name := policy.config.size_mismatch(sizes):
             raise ValueError(
                 f"{config.policy} was made for another denoiser: its {name} is {getattr(policy.config, name)}"
             )
