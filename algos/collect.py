@@ -39,7 +39,7 @@ class CollectConfig:
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
-    """Scorer; unset for the environment's default."""
+    """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     policy: str | None = None
@@ -73,6 +73,8 @@ def collect(config: CollectConfig) -> None:
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
+    if task.reward.normalize == "running":
+        raise ValueError("running statistics depend on what was collected before; use normalize: reference")
 
     # Policy: an untrained one is Gaussian noise.
     gaussian = NoiseARConfig(log_variance="fixed").resized(task.policy_sizes)
@@ -95,6 +97,8 @@ def collect(config: CollectConfig) -> None:
         "same_noise": config.same_noise,
         "save_images": config.save_images,
     }
+    if config.reward:  # what later rounds must use again
+        manifest["reward_spec"] = config.reward
     check_manifest(config.output_dir, manifest)
     features = rollout_features([reward.name for reward, _ in task.reward.rewards], config.save_images)
 
@@ -152,11 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(CollectConfig, argv, __doc__)
     collect(config)
     rollouts = load_rollouts(config.output_dir)
-    rewards = rollouts.rewards.reshape(-1, config.samples_per_prompt)  # rows of a prompt lie together
-    spread = (rewards.max(1) - rewards.min(1)).mean()
+    rewards, prompts = rollouts.rewards, np.array(rollouts.prompts)
+    starts = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])  # rows of a prompt lie together
+    best, worst = np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
     print(
-        f"{rewards.size} rollouts of {len(rewards)} prompts in {config.output_dir}; reward {rewards.mean():.3f}, "
-        f"best of a prompt {rewards.max(1).mean():.3f}, best minus worst {spread:.3f}"
+        f"{rewards.size} rollouts of {len(starts)} prompts in {config.output_dir}; reward {rewards.mean():.3f}, best "
+        f"of a prompt {best.mean():.3f}, best minus worst {(best - worst).mean():.3f}; dropped {rollouts.dropped}"
     )
 
 

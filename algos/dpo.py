@@ -32,7 +32,6 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.preference_losses import PairLogProbs, Strength, check_losses, preference_loss
-from noisear_rl.rewards import REWARDS
 from noisear_rl.rollouts import load_rollouts, preference_pairs
 from noisear_rl.training import Counters, Run, initial_policy, parse_config
 
@@ -266,11 +265,10 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
         folder = config.output_dir / f"round-{number}"
         if number:
             rollouts = folder / "rollouts"
-            scorer = next((name for name in manifest["reward"] if name in REWARDS), None)
             again = CollectConfig(
                 env_id=manifest["env_id"],
                 denoiser_options=config.denoiser_options,
-                reward=scorer,
+                reward=manifest.get("reward_spec"),
                 prompts=prompts,
                 policy=start,
                 output_dir=rollouts,

@@ -27,7 +27,7 @@ import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.critic import NoiseARCritic
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.losses import generalized_advantages, group_advantages, ppo_loss
+from noisear_rl.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
@@ -42,7 +42,7 @@ class PPOConfig:
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
-    """Scorer; unset for the environment's default."""
+    """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
@@ -134,6 +134,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     critic = NoiseARCritic(policy.config).to(run.device).eval()
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate)
     parts: dict[str, Any] = {"optimizer": optimizer}
+    if task.reward.normalize == "running":  # else it has no state
+        parts |= {"reward": task.reward}
     if config.advantage == "gae":  # else it is never trained
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     counters = run.load(policy, **parts) if config.resume else Counters()
@@ -155,6 +157,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             observation, rewards, *_, info = envs.step(actions[:, patch])
         patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
         reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
+        kept = finite_episodes(reward, groups.to(run.device))  # the others are dropped and counted
+        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups.to(run.device)))
 
         # The policy that sampled. Scored by the same pass as in the update, so that the first ratio is exactly 1.
         with torch.no_grad():
@@ -168,7 +172,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                 values = critic(patches, text, mask)  # (B, N)
             advantages, returns = generalized_advantages(reward, values, config.gae_lambda)
         else:
-            episodic = group_advantages(reward, groups.to(run.device), config.advantage, counters.reward_ema)
+            episodic = group_advantages(reward, group, config.advantage, counters.reward_ema)
             advantages = episodic[:, None].expand_as(old_log_prob)
         advantages = advantages / (advantages.std() + 1e-8)
         average = reward.mean().item()
@@ -178,7 +182,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         ratios, losses, clipped, approx_kl = [], [], [], 0.0
         for step in range(steps):
             if step % config.minibatches == 0:
-                order = torch.from_numpy(rng.permutation(batch) if config.minibatches > 1 else np.arange(batch))
+                count = len(kept)
+                order = torch.from_numpy(rng.permutation(count) if config.minibatches > 1 else np.arange(count))
             rows = order.chunk(config.minibatches)[step % config.minibatches]
             distribution = policy.distribution(patches[rows], text[rows], mask[rows])
             log_prob = distribution.log_prob(patches[rows])  # (b, N)
@@ -205,7 +210,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         record = {}
         if config.advantage == "gae":
             for _ in range(config.critic_steps):
-                rows = torch.from_numpy(rng.permutation(batch)[:256])
+                rows = torch.from_numpy(rng.permutation(len(kept))[:256])
                 value_loss = 0.5 * (critic(patches[rows], text[rows], mask[rows]) - returns[rows]).square().mean()
                 critic_optimizer.zero_grad(set_to_none=True)
                 value_loss.backward()
@@ -219,6 +224,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         kl_to_prior = kl_to_gaussian(old).sum(1).mean().item()
         record |= {
             "charts/episodic_return": average,
+            "charts/dropped_episodes": batch - len(kept),
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
             "charts/learning_rate": optimizer.adam.param_groups[0]["lr"],
@@ -231,7 +237,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "policy/std": gaussian.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_prior,
         }
-        record |= {key: float(np.mean(info[key])) for key in info if key.startswith("reward/")}
+        record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{average:.3f}", kl=f"{kl_to_prior:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.losses import group_advantages, reinforce_loss
+from noisear_rl.losses import finite_episodes, group_advantages, reinforce_loss
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
@@ -38,7 +39,7 @@ class ReinforceConfig:
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
-    """Scorer; unset for the environment's default."""
+    """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
@@ -107,7 +108,10 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         fisher_episodes=config.fisher_episodes,
         max_grad_norm=config.max_grad_norm,
     )
-    counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
+    parts: dict[str, Any] = {"optimizer": optimizer}
+    if task.reward.normalize == "running":  # else it has no state
+        parts |= {"reward": task.reward}
+    counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
     bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
@@ -125,9 +129,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             observation, rewards, *_, info = envs.step(actions[:, patch])
         patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
         reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
+        kept = finite_episodes(reward, groups.to(run.device))  # the others are dropped and counted
+        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups.to(run.device)))
 
         # Advantages in standard deviations of this update's rewards.
-        advantages = group_advantages(reward, groups.to(run.device), config.baseline, counters.reward_ema)
+        advantages = group_advantages(reward, group, config.baseline, counters.reward_ema)
         advantages = advantages / (advantages.std() + 1e-8)
         average = reward.mean().item()
         counters.reward_ema = average if counters.reward_ema is None else 0.9 * counters.reward_ema + 0.1 * average
@@ -148,7 +154,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         counters.seconds = time.time() - began
         gaussian = distribution.base_dist
         record = {
-            "charts/episodic_return": reward.mean().item(),
+            "charts/episodic_return": average,
+            "charts/dropped_episodes": batch - len(kept),
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
             "losses/policy_loss": policy_loss.item(),
@@ -158,11 +165,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             "policy/std": gaussian.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
-        record |= {key: float(np.mean(info[key])) for key in info if key.startswith("reward/")}
+        record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates:
-            run.save(policy, counters, optimizer=optimizer)
+            run.save(policy, counters, **parts)
     envs.close()
     run.close()
     return policy

@@ -108,19 +108,19 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         images = task.denoiser.denoise_differentiably(leaf, conditioning)
         reward = task.reward.score(images.clamp(0, 1), prompts)  # (B,)
         (gradient,) = torch.autograd.grad(reward.sum(), leaf)
-        length = gradient.flatten(1).norm(dim=1)
-        if not length.isfinite().all():
+        kept = reward.isfinite().nonzero()[:, 0]  # the others are dropped and counted
+        length = gradient[kept].flatten(1).norm(dim=1)
+        if not len(kept) or not length.isfinite().all():
             raise ValueError("the reward's gradient holds NaN or infinite values: is every scorer differentiable?")
-        gradient = (
-            gradient * (config.max_noise_gradient / length.clamp(min=config.max_noise_gradient))[:, None, None, None]
-        )
+        scale = config.max_noise_gradient / length.clamp(min=config.max_noise_gradient)
+        gradient = gradient[kept] * scale[:, None, None, None]
 
         # From the noise to the parameters, through the mean, the variance and every prefix.
         norm = noise.flatten(1).norm(dim=1)
         reno = (0.5 * norm.square() - (noise[0].numel() - 1) * norm.log()).mean()
         distribution = policy.distribution(sample.patches, text, mask)
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
-        surrogate = -(gradient * noise).flatten(1).sum(1).mean()
+        surrogate = -(gradient * noise[kept]).flatten(1).sum(1).mean()
         policy.zero_grad(set_to_none=True)
         (surrogate + config.kl_coef * kl_to_prior + config.norm_coef * reno).backward()
         kl = optimizer.step(sample.patches.detach(), text, mask)
@@ -130,7 +130,8 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         counters.seconds = time.time() - began
         gaussian = distribution.base_dist
         record = {
-            "charts/episodic_return": reward.mean().item(),
+            "charts/episodic_return": reward[kept].mean().item(),
+            "charts/dropped_episodes": batch - len(kept),
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
             "losses/noise_gradient": length.mean().item(),

@@ -34,7 +34,7 @@ class Outcome:
     """What ``B`` finished episodes gave.
 
     Attributes:
-        rewards: ``(B,)`` float32.
+        rewards: ``(B,)`` float32; NaN where a scorer failed.
         components: Every scorer's own ``(B,)`` score by name.
         noise: ``(B, C, h, w)`` float32.
         images: ``(B, 3, H, W)`` float32 in [0, 1].

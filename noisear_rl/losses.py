@@ -40,6 +40,30 @@ def reconstruction_loss(distribution: Independent, target: torch.Tensor, noise: 
     return (sample - target).square().mean()
 
 
+def finite_episodes(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Which episodes can be trained on: a scorer may give NaN for a picture.
+
+    Args:
+        rewards: ``(B,)``, one an episode.
+        groups: ``(B,)`` integers; episodes of one prompt share a number.
+
+    Returns:
+        Row numbers ``(b,)`` of the episodes with a finite reward; without those that are left alone of a prompt that
+        had several, which have nothing to be compared with.
+
+    Raises:
+        ValueError: If no episode is left.
+    """
+    finite = rewards.isfinite()
+    if not finite.all():
+        same = groups[:, None] == groups
+        alone = ((same & finite).sum(1) < 2) & (same.sum(1) > 1)
+        finite &= ~alone
+    if not finite.any():
+        raise ValueError("no episode of this update has a finite reward: which scorer gives NaN or infinity, and why?")
+    return finite.nonzero()[:, 0]
+
+
 def group_advantages(
     rewards: torch.Tensor, groups: torch.Tensor, baseline: str, ema: float | None = None
 ) -> torch.Tensor:

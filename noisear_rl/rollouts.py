@@ -49,7 +49,7 @@ def policy_sha256(policy: NoiseARPolicy) -> str:
 
 def rollout_manifest(task: NoiseTask) -> dict[str, Any]:
     """What rollouts must agree on to be used together."""
-    denoiser = task.denoiser
+    denoiser, statistics = task.denoiser, task.reward.statistics
     return {
         "denoiser": denoiser.name,
         "num_inference_steps": denoiser.num_inference_steps,
@@ -58,7 +58,7 @@ def rollout_manifest(task: NoiseTask) -> dict[str, Any]:
         "patch_size": task.patch_size,
         "text_shape": list(denoiser.text_shape),
         "reward": {reward.name: weight for reward, weight in task.reward.rewards},
-    }
+    } | ({"statistics": {name: list(values) for name, values in statistics.items()}} if statistics else {})
 
 
 @dataclass
@@ -68,10 +68,12 @@ class Rollouts:
     Attributes:
         dataset: ``R`` rows.
         manifest: How they were collected.
+        dropped: Rows left out, because a scorer gave NaN or infinity.
     """
 
     dataset: Dataset
     manifest: dict[str, Any]
+    dropped: int = 0
 
     @property
     def prompts(self) -> list[str]:
@@ -114,7 +116,7 @@ def load_rollouts(folder: str | Path) -> Rollouts:
 
     Raises:
         FileNotFoundError: If there is nothing.
-        ValueError: If a reward or a noise is not finite, or the collection was interrupted.
+        ValueError: If no reward is finite, or the collection was interrupted.
     """
     dataset = load_shards(folder, "rollouts", "python algos/collect.py")
     manifest = read_manifest(folder)
@@ -126,11 +128,12 @@ def load_rollouts(folder: str | Path) -> Rollouts:
             f"{folder}: the collection was interrupted at {len(dataset)} of {manifest['rollouts']} rollouts; "
             "run the same collect command again to finish it"
         )
-    rollouts = Rollouts(dataset, manifest)
-    bad = ~np.isfinite(rollouts.rewards)
-    if bad.any():
-        raise ValueError(f"{folder}: {bad.sum()} rewards are NaN or infinite, the first in row {bad.argmax()}")
-    return rollouts
+    good = np.isfinite(np.array(dataset["reward"], dtype=np.float32))
+    if not good.any():
+        raise ValueError(f"{folder}: not one of {len(good)} rewards is finite: look at the scorers")
+    if good.all():
+        return Rollouts(dataset, manifest)
+    return Rollouts(dataset.select(np.flatnonzero(good)), manifest, int((~good).sum()))
 
 
 @dataclass

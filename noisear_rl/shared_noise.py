@@ -127,11 +127,11 @@ def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray]:
+def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
     """Arranges rollouts that ``collect.py --same-noise`` wrote.
 
     Returns:
-        ``P`` prompts, their rewards ``(P, S)`` and the noises ``(S, C·h·w)``, float32.
+        ``P`` prompts, their rewards ``(P, S)``, the noises ``(S, C·h·w)``, float32, and their ``S`` seeds.
 
     Raises:
         ValueError: If the prompts were not tried on the same noises.
@@ -139,8 +139,14 @@ def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndar
     if not rollouts.manifest.get("same_noise"):
         raise ValueError("these rollouts have noises of their own for every prompt: collect with --same-noise")
     count = rollouts.manifest["samples_per_prompt"]
-    noise = rollouts.dataset.with_format("numpy")[:count]["noise"]
-    return rollouts.prompts[::count], rollouts.rewards.reshape(-1, count), np.stack(noise).astype(np.float32)
+    prompts = np.array(rollouts.prompts)  # rows of a prompt lie together
+    _, first, rows = np.unique(prompts, return_index=True, return_counts=True)
+    whole = np.sort(first[rows == count])  # not those of which a scorer failed on a picture
+    if not len(whole):
+        raise ValueError("no prompt has a finite reward on every noise: look at the scorers")
+    drawn = rollouts.dataset.with_format("numpy")[whole[0] : whole[0] + count]
+    rewards = rollouts.rewards[whole[:, None] + np.arange(count)]
+    return prompts[whole].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
 
 
 def text_features(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
@@ -160,7 +166,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     if not 0 < config.noise_scale < 1:
         raise ValueError(f"noise_scale must lie between 0 and 1, got {config.noise_scale}")
     rollouts = load_rollouts(config.rollouts)
-    tried, rewards, noise = rewards_by_noise(rollouts)
+    tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
     prompts = tried if config.prompts is None else load_prompts(config.prompts, denoiser.name)
     choice = choose_noise(rewards, text_features(denoiser, tried), text_features(denoiser, prompts), config.noises)
@@ -168,7 +174,6 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     manifest["asked_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     check_manifest(config.output_dir, manifest)
     targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
-    seeds = rollouts.dataset[: rewards.shape[1]]["seed"]
     rows = {"prompt": prompts, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
     write_shard(config.output_dir, 0, rows, PAIR_FEATURES)
     return choice

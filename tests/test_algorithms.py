@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,29 +15,17 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.pairs import PairsConfig, build_pairs, load_pairs, weak_to_strong
 from noisear_rl.policy import NoiseARConfig
-from noisear_rl.rewards import REWARDS
 from noisear_rl.training import load_policy
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
 
 
-class TopLeftBrightness:
-    """A smooth reward that a policy can raise by the first patch."""
-
-    name, statistics = "top-left", (0.5, 0.1)
-
-    def score(self, images, prompts):
-        return -images[:, :, :16, :16].mean((1, 2, 3)) * 10
-
-
-@pytest.fixture
-def brightness(monkeypatch):
-    monkeypatch.setitem(REWARDS, "top-left", TopLeftBrightness)
+TOP_LEFT = str(Path(__file__).parent / "data/top_left.py")
 
 
 def config(folder, **options):
     defaults = {
-        "reward": "top-left",
+        "reward": TOP_LEFT,
         "prompts": PROMPTS,
         "prompts_per_update": 2,
         "samples_per_prompt": 8,
@@ -50,7 +39,7 @@ def records(folder):
 
 
 @pytest.mark.parametrize(("optimizer", "baseline"), [("natural", "leave_one_out"), ("adam", "ema")])
-def test_resumed_equals_uninterrupted(tmp_path, brightness, optimizer, baseline):
+def test_resumed_equals_uninterrupted(tmp_path, optimizer, baseline):
     options = {"optimizer": optimizer, "baseline": baseline, "save_every": 2}
     whole = reinforce.train(config(tmp_path / "a", **options))
     reinforce.train(config(tmp_path / "b", **options, updates=2))
@@ -63,7 +52,7 @@ def test_resumed_equals_uninterrupted(tmp_path, brightness, optimizer, baseline)
     assert load_policy(tmp_path / "a").config == whole.config
 
 
-def test_reinforce_improves_its_reward(tmp_path, brightness):
+def test_reinforce_improves_its_reward(tmp_path):
     """30 updates of 64 images darken the corner by more than two standard deviations of Gaussian noise."""
     options = {"samples_per_prompt": 32, "updates": 30, "kl_per_update": 1.0}
     reinforce.train(config(tmp_path, **options))
@@ -74,7 +63,7 @@ def test_reinforce_improves_its_reward(tmp_path, brightness):
     assert list((tmp_path / "tensorboard").rglob("events.*"))
 
 
-def test_kl_penalty_holds_the_policy_back(tmp_path, brightness):
+def test_kl_penalty_holds_the_policy_back(tmp_path):
     free = reinforce.train(config(tmp_path / "free", updates=6))
     held = reinforce.train(config(tmp_path / "held", updates=6, kl_coef=10.0))
     text = load_denoiser("shapes").encode(PROMPTS).policy_embeds
@@ -82,7 +71,7 @@ def test_kl_penalty_holds_the_policy_back(tmp_path, brightness):
     assert held.kl_divergence(patches, text).sum() < 0.5 * free.kl_divergence(patches, text).sum()
 
 
-def test_reinforce_bad_input(tmp_path, brightness):
+def test_reinforce_bad_input(tmp_path):
     with pytest.raises(ValueError, match="unknown optimizer"):
         reinforce.train(config(tmp_path, optimizer="sgd"))
     with pytest.raises(ValueError, match="unknown baseline"):
@@ -148,10 +137,10 @@ def test_nll_bad_input(tmp_path, pairs):
 
 
 @pytest.mark.parametrize("optimizer", ["natural", "adam"])
-def test_reward_gradients_learn(tmp_path, brightness, optimizer):
+def test_reward_gradients_learn(tmp_path, optimizer):
     options = {"optimizer": optimizer, "learning_rate": 3e-3, "kl_per_update": 2.0}
     settings = RewardGradientConfig(
-        reward="top-left", prompts=PROMPTS, output_dir=tmp_path, prompts_per_update=2, samples_per_prompt=8, updates=12
+        reward=TOP_LEFT, prompts=PROMPTS, output_dir=tmp_path, prompts_per_update=2, samples_per_prompt=8, updates=12
     )
     reward_gradient.train(dataclasses.replace(settings, **options))
     returns = [record["charts/episodic_return"] for record in records(tmp_path)]

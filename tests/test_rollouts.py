@@ -141,11 +141,17 @@ def test_bad_folders(tmp_path, rollouts):
     file = shard_file(tmp_path / "nan", 0)
     data = Dataset.from_parquet(str(file), keep_in_memory=True)
     file.unlink()
-    rewards = [float("nan"), *data["reward"][1:]]
-    order, features = data.column_names, data.features
-    changed = data.remove_columns("reward").add_column("reward", rewards).select_columns(order)
-    changed.cast(features).to_parquet(file)
-    with pytest.raises(ValueError, match="1 rewards are NaN or infinite, the first in row 0"):
+    order, features, whole = data.column_names, data.features, load_rollouts(rollouts)
+    for bad in (1, len(data)):
+        rewards = [float("nan")] * bad + data["reward"][bad:]
+        changed = data.remove_columns("reward").add_column("reward", rewards).select_columns(order)
+        changed.cast(features).to_parquet(file)
+        if bad < len(whole.dataset):
+            assert load_rollouts(tmp_path / "nan").dropped == bad
+            np.testing.assert_array_equal(load_rollouts(tmp_path / "nan").rewards, whole.rewards[bad:])
+    for other in (tmp_path / "nan").glob("shard-*.parquet"):
+        shutil.copy(file, other) if other != file else None
+    with pytest.raises(ValueError, match=r"not one of \d+ rewards is finite"):
         load_rollouts(tmp_path / "nan")
     shutil.copytree(rollouts, tmp_path / "pairs")
     manifest = json.loads((rollouts / "manifest.json").read_text())

@@ -91,7 +91,7 @@ def tried(tmp_path_factory):
 
 def test_collected_noises_are_the_same_for_all_prompts(tried):
     rollouts = load_rollouts(tried)
-    prompts, rewards, noise = rewards_by_noise(rollouts)
+    prompts, rewards, noise, seeds = rewards_by_noise(rollouts)
     assert len(set(prompts)) == 5 and rewards.shape == (5, 4) and noise.shape == (4, 256)
     everything = np.stack(rollouts.dataset.with_format("numpy")["noise"][:]).reshape(5, 4, 256)
     assert (everything == noise.astype(np.float16)).all()
@@ -105,7 +105,7 @@ def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
     config = SharedNoiseConfig(tried, tmp_path / "pairs", prompts=asked, noises=1, noise_scale=0.7)
     choice = build_pairs(config, turbo)
     rows = load_pairs(tmp_path / "pairs").with_format("numpy")[:]
-    _, rewards, noise = rewards_by_noise(load_rollouts(tried))
+    _, rewards, noise, _ = rewards_by_noise(load_rollouts(tried))
     assert len(set(choice.noise)) == 1 and rewards.mean(0).argmax() == choice.noise[0]
     target = 0.51**0.5 * noise[choice.noise[0]]
     np.testing.assert_allclose(rows["target"][0], target, atol=2e-3)

@@ -1,108 +1,171 @@
 """Rewards: images and prompts in, one number an image out; higher is better.
 
-Shapes: images ``(B, 3, H, W)`` in [0, 1], scores ``(B,)`` float32.
+A reward is asked for by name (:data:`REWARDS`), by names and weights, by a file with one function of the user's, or by
+a YAML file that says all there is to say (:class:`RewardConfig`).
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["REWARDS", "Reward", "WeightedReward", "load_reward"]
+from noisear_rl.rewards.weighted import Reward, WeightedReward
 
+__all__ = ["REWARDS", "FunctionReward", "Reward", "RewardConfig", "WeightedReward", "load_reward", "reward_config"]
 
-@runtime_checkable
-class Reward(Protocol):
-    """A scorer.
-
-    Attributes:
-        name: What records and logs call it.
-        statistics: Mean and standard deviation over Gaussian noise on the default denoiser, for normalisation.
-    """
-
-    name: str
-    statistics: tuple[float, float]
-
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, H, W)`` images in [0, 1] against their prompts: ``(B,)`` float32."""
-        ...
-
-
-def _from(module: str, name: str) -> Callable[[], Reward]:
-    """A scorer whose module is imported when it is asked for; some load transformers."""
-    return lambda: getattr(importlib.import_module(f"noisear_rl.rewards.{module}"), name)()
-
-
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "shapes-match": _from("shapes", "ShapesMatch"),
-    "shapes-clip": _from("shapes", "ShapesClip"),
-    "shapes-exact": _from("shapes", "ShapesExact"),
-    "brightness": _from("simple", "Brightness"),
-    "jpeg-compressibility": _from("simple", "JpegCompressibility"),
+BACKENDS = ("native", "package")
+ENTRY_POINTS = "noisear_rl.rewards"
+PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from anywhere: configs/rewards/paper.yaml
+REWARDS: dict[str, tuple[str, str]] = {  # imported when asked for: some load transformers
+    "shapes-match": ("shapes", "ShapesMatch"),
+    "shapes-clip": ("shapes", "ShapesClip"),
+    "shapes-exact": ("shapes", "ShapesExact"),
+    "brightness": ("simple", "Brightness"),
+    "jpeg-compressibility": ("simple", "JpegCompressibility"),
+    "image-reward": ("image_reward", "ImageReward"),
+    "pickscore": ("pickscore", "PickScore"),
+    "hpsv2": ("hpsv2", "HPSv2"),
+    "hpsv2.1": ("hpsv2", "HPSv21"),
+    "mps": ("mps", "MPS"),
+    "aesthetic-v1": ("aesthetic", "AestheticV1"),
+    "aesthetic-v2": ("aesthetic", "AestheticV2"),
+    "clip-score": ("clip", "CLIPScore"),
 }
 
 
-class WeightedReward:
-    """A weighted sum of scorers: the paper's reward is of this form (NoiseAR, appendix D).
+@dataclass
+class RewardConfig:
+    """A reward as a YAML file holds it.
 
-    Args:
-        rewards: Scorers and their weights.
-        normalize: Standardise every scorer by its ``statistics`` first, so that weights are comparable.
-
-    Raises:
-        ValueError: If there is no scorer, two have one name, or a weight is not finite.
+    Attributes:
+        weights: Weight by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
+        normalize: ``none``, ``running`` or ``reference``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
+        statistics: Mean and standard deviation by scorer; ``noisear reward-statistics`` writes them.
+        options: Arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package`` asks the
+            scorer's own package (:mod:`noisear_rl.rewards.package`).
+        measured: How the statistics were measured.
     """
 
-    def __init__(self, rewards: Sequence[tuple[Reward, float]], normalize: bool = False):
-        names = [reward.name for reward, _ in rewards]
-        if not rewards or len(set(names)) != len(names):
-            raise ValueError(f"expected at least one scorer and no name twice, got {names}")
-        if not all(torch.isfinite(torch.tensor(float(weight))) for _, weight in rewards):
-            raise ValueError("reward weights must be finite")
-        self.rewards, self.normalize = list(rewards), normalize
-        self.name = "+".join(names)
+    weights: dict[str, float]
+    normalize: str = "none"
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
-    def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Every scorer's own score, ``(B,)`` each, not normalised.
 
-        Raises:
-            ValueError: If images and prompts do not fit together or a score is not finite.
-        """
-        if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(prompts):
-            raise ValueError(f"expected images ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
-        scores = {reward.name: reward.score(images, prompts).float() for reward, _ in self.rewards}
-        for name, values in scores.items():
-            if not values.isfinite().all():
-                raise ValueError(f"reward {name!r} gave NaN or infinite scores for {(~values.isfinite()).sum()} images")
-        return scores
+class FunctionReward:
+    """A scorer from a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
 
-    def total(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum ``(B,)`` of what :meth:`components` returned."""
-        total = torch.zeros_like(next(iter(components.values())))
-        for reward, weight in self.rewards:
-            mean, std = reward.statistics if self.normalize else (0.0, 1.0)
-            total = total + weight * (components[reward.name] - mean) / std
-        return total
+    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]):
+        self.name, self.function = name, function
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The weighted sum ``(B,)``."""
-        return self.total(self.components(images, prompts))
+        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32."""
+        return torch.as_tensor(self.function(images, prompts), dtype=torch.float32, device=images.device)
 
 
-def load_reward(spec: str | Mapping[str, float], normalize: bool = False) -> WeightedReward:
-    """Builds a reward from names.
+def load_reward(
+    spec: str | Mapping[str, float] | RewardConfig,
+    normalize: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> WeightedReward:
+    """Builds a reward.
 
     Args:
-        spec: A scorer's name, or weights by name: ``{"shapes-match": 1.0, "shapes-clip": 0.1}``.
-        normalize: See :class:`WeightedReward`.
+        spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its content.
+        normalize: Overrides the spec's.
+        options: Arguments by scorer, besides the spec's.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name, an option or a key is unknown.
+        FileNotFoundError: If a file is missing. Weights are looked for when they are first used.
     """
-    weights = {spec: 1.0} if isinstance(spec, str) else dict(spec)
-    if unknown := [name for name in weights if name not in REWARDS]:
-        raise ValueError(f"unknown reward {unknown[0]!r}; expected one of {sorted(REWARDS)}")
-    return WeightedReward([(REWARDS[name](), float(weight)) for name, weight in weights.items()], normalize)
+    config = reward_config(spec)
+    given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
+    if foreign := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
+        raise ValueError(f"options for {sorted(foreign)}, which the reward does not use")
+    rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
+    return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+
+
+def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfig:
+    """What :func:`load_reward` was asked for, spelled out."""
+    if isinstance(spec, RewardConfig):
+        return spec
+    if not isinstance(spec, str):
+        return RewardConfig({name: float(weight) for name, weight in spec.items()})
+    if spec.endswith((".yaml", ".yml")):
+        from noisear_rl.training import load_yaml
+
+        path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{spec}: no such reward file")
+        try:
+            return load_yaml(RewardConfig, path)
+        except TypeError as error:
+            raise ValueError(f"{spec}: no `weights`: expected weights by scorer") from error
+    return RewardConfig({spec: 1.0})
+
+
+def make_reward(name: str, backend: str = "native", **options: Any) -> Reward:
+    """One scorer by name; see :func:`load_reward`.
+
+    Raises:
+        ValueError: If the name, the backend or an option is unknown.
+        FileNotFoundError: If a user's file is missing.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {BACKENDS}")
+    if ".py" in name:
+        return _from_file(name, options)
+    if backend == "package":
+        from noisear_rl.rewards.package import PackageReward
+
+        return PackageReward(name, **options)
+    if name not in REWARDS:
+        return _from_entry_point(name, options)
+    module, attribute = REWARDS[name]
+    scorer = getattr(importlib.import_module(f"noisear_rl.rewards.{module}"), attribute)
+    try:
+        return scorer(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+
+
+def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
+    """``FILE.py`` has one function ``score``; ``FILE.py:FUNCTION`` names another."""
+    file, _, function = name.partition(".py")
+    path, function = Path(f"{file}.py"), function.removeprefix(":") or "score"
+    if not path.is_file():
+        raise FileNotFoundError(f"reward {name!r}: no such file")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function!r}: define {function}(images, prompts)")
+    if options:
+        raise ValueError(f"reward {name!r} takes no options")
+    return FunctionReward(path.stem if function == "score" else function, getattr(module, function))
+
+
+def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
+    """A function that an installed package offers under the group ``noisear_rl.rewards``."""
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in installed:
+        known = sorted([*REWARDS, *installed])
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown reward {name!r}{hint} Expected FILE.py or one of {known}")
+    if options:
+        raise ValueError(f"reward {name!r} takes no options")
+    return FunctionReward(name, installed[name].load())

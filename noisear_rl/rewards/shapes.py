@@ -78,8 +78,8 @@ class ShapesClip:
         self.tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
         self._text: dict[str, torch.Tensor] = {}
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit vectors ``(B, 128)``."""
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors ``(B, 128)`` of pictures."""
         return F.normalize(self.clip.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -94,7 +94,7 @@ class ShapesClip:
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``."""
-        return self.clip.logit_scale.exp() * (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return self.clip.logit_scale.exp() * (self.embed(images) * self.text_features(prompts)).sum(-1)
 
 
 class ShapesExact:

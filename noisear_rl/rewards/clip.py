@@ -1,0 +1,113 @@
+"""CLIPScore, and what the scorers built on CLIP share.
+
+Source: Radford et al. 2021 (arXiv 2103.00020), weights ``openai/clip-vit-large-patch14`` (ViT-L/14, MIT licence of the
+code; the model card asks for research use). Rescaling: Hessel et al. 2021 (arXiv 2104.08718).
+Preprocessing: OpenAI's, by torchvision on PIL (:class:`~noisear_rl.rewards.preprocess.Preprocess`), 224 px, 77 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from noisear_rl.rewards.preprocess import Preprocess
+from noisear_rl.rewards.pretrained import PretrainedReward
+
+VIT_L_14: dict[str, Any] = {
+    "projection_dim": 768,
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+VIT_H_14: dict[str, Any] = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+    },
+}
+RESCALINGS = ("hessel", "cosine")
+
+
+class CLIPReward(PretrainedReward):
+    """A scorer whose network is a CLIP; ``architecture`` has the names of :class:`transformers.CLIPConfig`."""
+
+    architecture = VIT_L_14
+
+    def build(self) -> torch.nn.Module:
+        """See the base class."""
+        from transformers import CLIPConfig, CLIPModel
+
+        return CLIPModel(CLIPConfig(**self.architecture))
+
+    def convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Older files also hold position ids."""
+        return {name: value for name, value in state.items() if not name.endswith("position_ids")}
+
+    def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Unit vectors ``(B, D)`` of the prompts, float32: half precision would round the cosines that matter."""
+        return (F.normalize(self.network.get_text_features(ids).pooler_output.float(), dim=-1),)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors ``(B, D)`` of pictures ``(B, 3, H, W)`` in [0, 1], to tell how different they are."""
+        self.load()
+        with torch.no_grad():
+            return self.image_features(self.preprocessing.exact(images).to(self.device, self.dtype)).float().cpu()
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit vectors ``(B, D)`` of preprocessed pictures, float32."""
+        return F.normalize(self.network.get_image_features(pixels).pooler_output.float(), dim=-1)
+
+
+class CLIPScore(CLIPReward):
+    """Agreement of picture and prompt by CLIP ViT-L/14.
+
+    Args:
+        rescale: ``hessel`` is ``2.5 · max(cos, 0)`` in [0, 2.5], about 0.5 to 0.9, as the definition of CLIPScore has
+            it; ``cosine`` is the plain cosine in [-1, 1], as the ``image-reward`` package has it.
+        **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`.
+    """
+
+    name = "clip-score"
+    source = "openai/clip-vit-large-patch14/model.safetensors"
+    how = "Pass weights=FOLDER with model.safetensors of openai/clip-vit-large-patch14."
+    default_tokenizer = "openai/clip-vit-large-patch14"
+    preprocessing = Preprocess("torchvision")
+
+    def __init__(self, *args: Any, rescale: str = "hessel", **options: Any):
+        if rescale not in RESCALINGS:
+            raise ValueError(f"unknown rescale {rescale!r}; expected one of {RESCALINGS}")
+        super().__init__(*args, **options)
+        self.rescale = rescale
+
+    def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        cosine = (self.image_features(pixels) * text[0]).sum(-1)
+        return 2.5 * cosine.clamp(min=0) if self.rescale == "hessel" else cosine

@@ -1,0 +1,44 @@
+"""Runs in the environment of a scorer's own package, started by :mod:`noisear_rl.rewards.package`.
+
+    python package_worker.py image-reward|hpsv2|hpsv2.1 [DEVICE]
+
+Reads a JSON object a line, ``{"files": [...], "prompts": [...]}``, and answers with a JSON list of scores. Uses nothing
+of this library, and of other packages only the scorer's own and Pillow.
+"""
+
+import json
+import sys
+
+from PIL import Image
+
+
+def image_reward(device):
+    """The scorer of ``image-reward``: (PIL image, prompt) → score."""
+    import ImageReward
+
+    model = ImageReward.load("ImageReward-v1.0", **({"device": device} if device else {}))
+    return lambda image, prompt: model.score(prompt, image)
+
+
+def hpsv2(version):
+    """The scorer of ``hpsv2``; the package reads its checkpoint at every call."""
+    import hpsv2 as package
+
+    return lambda image, prompt: float(package.score(image, prompt, hps_version=version)[0])
+
+
+def main(name, device=""):
+    """Answers until the input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # packages print
+    score = image_reward(device) if name == "image-reward" else hpsv2("v2.1" if name == "hpsv2.1" else "v2.0")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        scores = []
+        for file, prompt in zip(asked["files"], asked["prompts"]):  # noqa: B905 (older interpreters)
+            with Image.open(file) as image:
+                scores.append(float(score(image.convert("RGB"), prompt)))
+        print(json.dumps(scores), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

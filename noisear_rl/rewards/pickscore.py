@@ -1,0 +1,29 @@
+"""PickScore v1: which of two pictures people would pick.
+
+Source: Kirstain et al. 2023 (arXiv 2305.01569), weights ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, MIT licence).
+Range: ``exp(logit_scale) · cos(text, image)``, in practice 16 to 26; the probability that a picture is preferred to
+another of the same prompt is the sigmoid of the difference.
+Preprocessing: ``CLIPImageProcessor`` of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, 224 px, 77 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from noisear_rl.rewards.clip import VIT_H_14, CLIPReward
+from noisear_rl.rewards.preprocess import Preprocess
+
+
+class PickScore(CLIPReward):
+    """See the module's docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
+
+    name = "pickscore"
+    architecture = VIT_H_14
+    source = "yuvalkirstain/PickScore_v1/model.safetensors"
+    how = "Pass weights=FOLDER with model.safetensors of yuvalkirstain/PickScore_v1."
+    default_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    preprocessing = Preprocess("transformers")
+
+    def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return self.network.logit_scale.exp() * (self.image_features(pixels) * text[0]).sum(-1)

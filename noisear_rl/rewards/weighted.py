@@ -1,0 +1,143 @@
+"""A weighted sum of scorers: the form of the paper's reward (NoiseAR, appendix D).
+
+Shapes: ``B`` pictures ``(B, 3, H, W)`` in [0, 1], scores ``(B,)`` float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+NORMALIZATIONS = ("none", "running", "reference")
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A scorer: higher is better. Its class documents source, range and licence.
+
+    Attributes:
+        name: What records and logs call it.
+    """
+
+    name: str
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``(B, 3, H, W)`` images in [0, 1] against their prompts: ``(B,)`` float32."""
+        ...
+
+
+class WeightedReward:
+    """``R = Σ_k w_k · z_k``, where ``z_k`` is a scorer's score, standardised or not.
+
+    Args:
+        rewards: Scorers and their weights.
+        normalize: ``none``: scores as they are. ``reference``: standardised by fixed means and standard deviations,
+            those of Gaussian noise, so that a weight counts standard deviations. ``running``: by those of all scores
+            so far, which depend on what came before; checkpoints keep them.
+        statistics: Mean and standard deviation by scorer's name, for ``reference``
+            (:mod:`noisear_rl.rewards.reference` measures them); a scorer's own ``statistics`` stand in.
+
+    Raises:
+        ValueError: If there is no scorer, two have one name, a weight is not finite, the normalisation is unknown, or
+            ``reference`` lacks a scorer's statistics.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[tuple[Reward, float]],
+        normalize: str = "none",
+        statistics: Mapping[str, Sequence[float]] | None = None,
+    ):
+        names = [reward.name for reward, _ in rewards]
+        if not rewards or len(set(names)) != len(names):
+            raise ValueError(f"expected at least one scorer and no name twice, got {names}")
+        if not all(math.isfinite(weight) for _, weight in rewards):
+            raise ValueError("reward weights must be finite")
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"unknown normalize {normalize!r}; expected one of {NORMALIZATIONS}")
+        self.rewards, self.normalize = list(rewards), normalize
+        self.name = "+".join(names)
+        self.statistics: dict[str, tuple[float, float]] = {}
+        if normalize == "reference":
+            self.statistics = {reward.name: _reference(reward, statistics or {}) for reward, _ in rewards}
+        self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
+
+    def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Every scorer's own score, ``(B,)`` each, not standardised; NaN where a scorer fails on a picture.
+
+        Raises:
+            ValueError: If images and prompts do not fit together, or a scorer gives other than one number a picture.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+            raise ValueError(f"expected images ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
+        scores = {reward.name: reward.score(images, prompts).float() for reward, _ in self.rewards}
+        for name, values in scores.items():
+            if values.shape != (len(prompts),):
+                raise ValueError(f"reward {name!r} gave scores {tuple(values.shape)}, expected ({len(prompts)},)")
+        return scores
+
+    def total(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum ``(B,)`` of what :meth:`components` returned; NaN where a component is not finite.
+
+        Algorithms drop and count such episodes. With ``running``, the scores join the statistics first.
+        """
+        total = torch.zeros_like(next(iter(components.values())))
+        for reward, weight in self.rewards:
+            values = components[reward.name]
+            if self.normalize == "running":
+                self._observe(reward.name, values.detach())
+            mean, std = self._statistics(reward.name)
+            total = total + weight * (values - mean) / std
+        return torch.where(total.isfinite(), total, torch.nan)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """The weighted sum ``(B,)``."""
+        return self.total(self.components(images, prompts))
+
+    def _observe(self, name: str, values: torch.Tensor) -> None:
+        """Adds scores to the running moments (Chan et al. 1979)."""
+        values = values[values.isfinite()].double()
+        if not len(values):
+            return
+        count, mean, squares = self.moments[name]
+        total, shift = count + len(values), values.mean().item() - mean
+        squares += (values - values.mean()).square().sum().item() + shift**2 * count * len(values) / total
+        self.moments[name] = [total, mean + shift * len(values) / total, squares]
+
+    def _statistics(self, name: str) -> tuple[float, float]:
+        if self.normalize == "reference":
+            return self.statistics[name]
+        count, mean, squares = self.moments[name]
+        if self.normalize == "none" or count < 2 or squares <= 0:
+            return 0.0 if self.normalize == "none" else mean, 1.0
+        return mean, math.sqrt(squares / (count - 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running moments, for checkpoints."""
+        return {"moments": {name: list(values) for name, values in self.moments.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of other scorers.
+        """
+        if state["moments"].keys() != self.moments.keys():
+            raise ValueError(f"the checkpoint's scorers are {sorted(state['moments'])}, not {sorted(self.moments)}")
+        self.moments = {name: list(values) for name, values in state["moments"].items()}
+
+
+def _reference(reward: Reward, statistics: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+    found = statistics.get(reward.name, getattr(reward, "statistics", None))
+    if found is None:
+        raise ValueError(
+            f"normalize 'reference' needs the statistics of {reward.name!r}: measure them with "
+            "`noisear reward-statistics`, or set normalize to 'running' or 'none'"
+        )
+    mean, std = (float(value) for value in found)
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ValueError(f"statistics of {reward.name!r} must be a mean and a positive deviation, got {found}")
+    return mean, std

@@ -1,0 +1,128 @@
+"""Published weights of scorers: where they are, reading them without running a pickle's code, what they must hold."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+def find_weights(weights: str | Path | None, source: str, how: str) -> Path:
+    """The file that holds a scorer's weights.
+
+    Args:
+        weights: The user's file or folder; ``None`` for the published ones.
+        source: ``OWNER/REPOSITORY/FILE`` on the Hub, an address to download, or "" where there is none.
+        how: What the error says about getting the file.
+
+    Raises:
+        FileNotFoundError: If the file is not there and cannot be downloaded.
+    """
+    if weights is not None:
+        path = Path(weights)
+        if path.is_dir():
+            path = path / source.rsplit("/", 1)[-1]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such weights. {how}")
+        return path
+    if not source:
+        raise FileNotFoundError(f"these weights must be given as a file. {how}")
+    try:
+        if source.startswith("https://"):
+            return _download(source)
+        from huggingface_hub import hf_hub_download
+
+        owner, repository, file = source.split("/", 2)
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # the Hub, the network and the disk each raise their own
+        raise FileNotFoundError(f"{source} is neither on disk nor can it be downloaded ({error}). {how}") from error
+
+
+def _download(address: str) -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / address.rsplit("/", 1)[-1]
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path))  # through a temporary file
+    return path
+
+
+class _Inert:
+    """What a class or function in a pickle becomes: it keeps the attributes and runs nothing."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Reads tensors by name: safetensors, a saved state dict (bare or under ``state_dict``), or a saved module.
+
+    A saved module is a pickle of classes. It is read with ``weights_only``, every class and function in it replaced by
+    an inert holder, so that none of its code runs.
+
+    Raises:
+        ValueError: If the file is damaged or holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_holder(name), name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
+    if isinstance(content, _Inert):
+        return dict(_tensors_of(content))
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no weights by name but {type(content).__name__}")
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _holder(name: str) -> type:
+    return type(name.rsplit(".", 1)[-1], (_Inert,), {})
+
+
+def _tensors_of(module: _Inert, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    own = vars(module)
+    volatile = own.get("_non_persistent_buffers_set", ())
+    found = [(prefix + name, value) for name, value in own.get("_parameters", {}).items() if value is not None]
+    found += [
+        (prefix + name, value)
+        for name, value in own.get("_buffers", {}).items()
+        if value is not None and name not in volatile
+    ]
+    for name, child in own.get("_modules", {}).items():
+        if child is not None:
+            found += _tensors_of(child, f"{prefix}{name}.")
+    return found
+
+
+def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Puts weights into a network that was built on the ``meta`` device; every name and shape must fit.
+
+    Raises:
+        ValueError: If a tensor is missing, left over or of another shape.
+    """
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    problems = [f"{name} is missing" for name in own if name not in given]
+    problems += [f"{name} is not part of it" for name in given if name not in own]
+    problems += [f"{n} is {given[n]}, not {own[n]}" for n in own if n in given and own[n] != given[n]]
+    if problems:
+        shown = "; ".join(problems[:3])
+        raise ValueError(f"these are not the weights of {what}: {shown} ({len(problems)} differences)")
+    network.load_state_dict(dict(state), assign=True)
+    for module in network.modules():  # the one buffer that transformers does not save
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, torch.Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1]).expand(ids.shape)

@@ -1,0 +1,439 @@
+"""Scorers with published weights: equal to a plain computation, loading, preprocessing, batches, bad input."""
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import tiny_scorers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil
+
+from noisear_rl.rewards import make_reward
+from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2
+from noisear_rl.rewards.clip import CLIPScore
+from noisear_rl.rewards.mps import MPS, OVERALL
+from noisear_rl.rewards.package import WORKER, PackageReward
+from noisear_rl.rewards.pickscore import PickScore
+from noisear_rl.rewards.preprocess import Preprocess
+from noisear_rl.rewards.weights import load_weights, read_state_dict
+
+NAMES = ("clip-score", "pickscore", "aesthetic-v1", "aesthetic-v2", "mps")
+PROMPTS = ["a photo of a red circle", "two squares", "a photo of a blue cross above a red circle", "three crosses"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny_scorers.write(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(4, 3, 40, 64, generator=torch.Generator().manual_seed(2))
+
+
+def pil(images):
+    return [Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images]
+
+
+def tokens(prompts):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_scorers.TOKENIZER)
+    options = {"padding": "max_length", "max_length": tiny_scorers.TOKENS, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(prompts, **options).input_ids
+
+
+def pixels(images):
+    """As CLIP's published processor makes them: on these pictures all orders but `float` agree with it."""
+    size = tiny_scorers.SIZE
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return processor(pil(images), return_tensors="pt").pixel_values
+
+
+def plain_mps(network, layers, images, prompts, threshold):
+    """MPS's score of each picture by itself, in loops over heads and tokens' rotations by complex numbers."""
+    with torch.no_grad():
+        project = lambda ids: network.text_projection(network.text_model(ids).last_hidden_state)[0]
+        condition, scores = project(tokens([OVERALL])), []
+        for picture, prompt in zip(pixels(images), prompts, strict=True):
+            ids = tokens([prompt])
+            text, pooled = project(ids), network.text_projection(network.text_model(ids).pooler_output)[0]
+            close = torch.stack([torch.stack([token @ word for word in condition]).max() for token in text])
+            mask = torch.where(close / close.max() > threshold, 0.0, -torch.inf)
+            x = network.visual_projection(network.vision_model(picture[None]).last_hidden_state)[0]
+            for layer in layers:
+                x = plain_layer(layer, x, text, mask)
+            scores.append(network.logit_scale.exp() * F.cosine_similarity(x[0], pooled, dim=0))
+    return torch.stack(scores)
+
+
+def plain_layer(layer, x, text, mask):
+    def swiglu(y):
+        half = y.shape[-1] // 2
+        return y[:, half:] * torch.sigmoid(y[:, half:]) * y[:, :half]
+
+    def turn(y):
+        angle = torch.arange(len(y))[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+        turned = torch.complex(y[:, :32], y[:, 32:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag], 1)
+
+    h = layer.cross_norm(x)
+    q, (k, v) = layer.to_q(h), layer.to_kv(text).chunk(2, -1)
+    read = [((q[:, i : i + 64] @ k.T) / 8 + mask).softmax(-1) @ v for i in range(0, q.shape[1], 64)]
+    x = x + layer.to_out(torch.cat(read, 1)) + layer.cross_down(swiglu(layer.cross_up(h)))
+    width = x.shape[1]
+    mixed = layer.fused(layer.self_norm(x))
+    q, k, v, up = (
+        mixed[:, :width],
+        mixed[:, width : width + 64],
+        mixed[:, width + 64 : width + 128],
+        mixed[:, width + 128 :],
+    )
+    read = [((turn(q[:, i : i + 64]) @ turn(k).T) / 8).softmax(-1) @ v for i in range(0, width, 64)]
+    return x + layer.self_out(torch.cat(read, 1)) + layer.self_down(swiglu(up))
+
+
+def plain(name, networks, images, prompts):
+    """What the originals compute, from transformers' own processor, network and tokenizer."""
+    if name == "mps":
+        return plain_mps(*networks["mps"], images, prompts, 0.3)
+    network = networks["clip-score" if name.startswith("aesthetic") else name]
+    network, head = network if isinstance(network, tuple) else (network, None)
+    if name.startswith("aesthetic"):
+        network, head = networks[name]
+    with torch.no_grad():
+        output = network(tokens(prompts), pixels(images))
+        image, text = output.image_embeds, output.text_embeds  # unit vectors
+        if name == "pickscore":
+            return output.logits_per_image.diagonal()
+        if name == "clip-score":
+            return 2.5 * (image * text).sum(-1).clamp(min=0)
+        weights = [value for key, value in head.state_dict().items() if key.endswith("weight")]
+        biases = [value for key, value in head.state_dict().items() if key.endswith("bias")]
+        for weight, bias in zip(weights, biases, strict=True):
+            image = image @ weight.T + bias
+        return image[:, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_a_plain_computation(name, made, images):
+    scorers, networks = made
+    scores = scorers[name]().score(images, PROMPTS)
+    assert scores.shape == (4,) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, plain(name, networks, images, PROMPTS), rtol=0, atol=1e-5)
+    assert scores.std() > 1e-3  # pictures and prompts matter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_does_not_depend_on_the_batch(name, made, images):
+    scorer = made[0][name](batch_size=3)
+    whole = scorer.score(images, PROMPTS)
+    single = torch.cat([scorer.score(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(whole, single, rtol=0, atol=1e-5)
+    order = [2, 0, 3, 1]
+    shuffled = made[0][name]().score(images[order], [PROMPTS[i] for i in order])
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scorer.score(pil(images), PROMPTS), whole, rtol=0, atol=1e-5)
+
+
+def test_mps_masks_by_the_prompts_own_maximum_unless_told_otherwise(made, images):
+    """Prompts whose similarities to the condition differ by a factor: a score of its own must not notice."""
+    scorer, coupled = made[0]["mps"](threshold=0.55), made[0]["mps"](threshold=0.55, batch_coupled=True)
+    own = scorer.score(images, PROMPTS)
+    torch.testing.assert_close(own, plain_mps(*made[1]["mps"], images, PROMPTS, 0.55), rtol=0, atol=1e-5)
+    torch.testing.assert_close(coupled.score(images, PROMPTS), own)  # here all prompts have the same maximum
+    tokens_of, prompt, similarity = scorer.text(PROMPTS)
+    factors = torch.tensor([1.0, 0.9, 0.8, 0.7])[:, None]
+    seen = scorer.preprocessing.exact(images)
+    with torch.no_grad():
+        scaled = scorer.compare(seen, tokens_of, prompt, factors * similarity)
+        together = coupled.compare(seen, tokens_of, prompt, factors * similarity)
+        kept = factors * similarity / (factors * similarity).max() > 0.55
+        original = scorer.network(seen, tokens_of, kept)
+    torch.testing.assert_close(scaled, own, rtol=0, atol=1e-5)
+    cosine = F.cosine_similarity(original, prompt)
+    torch.testing.assert_close(together, scorer.network.clip.logit_scale.exp() * cosine, rtol=0, atol=1e-5)
+    assert (together - own).abs()[1:].max() > 1e-2 and (together - own).abs()[0] < 1e-5
+
+
+def test_mps_condition_and_threshold_matter(made, images):
+    default = made[0]["mps"]().score(images, PROMPTS)
+    high = made[0]["mps"](threshold=0.6).score(images, PROMPTS)
+    other = made[0]["mps"](threshold=0.6, condition="a red circle").score(images, PROMPTS)
+    assert (high - default).abs().min() > 1e-3 and (other - high).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="a condition and a threshold"):
+        MPS(condition=" ")
+    with pytest.raises(ValueError, match="a condition and a threshold"):
+        MPS(threshold=1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_device_and_half_precision(name, made, images):
+    exact = made[0][name]().score(images, PROMPTS)
+    scorer = made[0][name](preprocess="tensor")
+    tensor = images.clone().requires_grad_()
+    scores = scorer.score(tensor, PROMPTS)
+    scale = exact.std()
+    assert (scores.detach() - exact).abs().max() < 0.1 * scale  # 8-bit rounding on noise, the worst of pictures
+    (gradient,) = torch.autograd.grad(scores.sum(), tensor)
+    moves = scores.detach() != 0  # CLIPScore is cut at 0
+    assert gradient.isfinite().all() and (gradient[moves].abs().amax((1, 2, 3)) > 0).all() and moves.any()
+    half = made[0][name](dtype="bfloat16").score(images, PROMPTS)
+    assert half.dtype == torch.float32 and (half - exact).abs().max() < 0.05 * exact.abs().max() + 0.5 * scale
+    with pytest.raises(ValueError, match="no gradient; use preprocess='tensor'"):
+        made[0][name]().score(tensor, PROMPTS)
+
+
+def test_text_is_computed_once(made, images, monkeypatch):
+    scorer = made[0]["pickscore"]()
+    scorer.load()
+    calls, encode = [], scorer.encode_text
+    monkeypatch.setattr(scorer, "encode_text", lambda ids, mask: calls.append(len(ids)) or encode(ids, mask))
+    first = scorer.score(images, PROMPTS)
+    again = scorer.score(images, PROMPTS)
+    assert len(calls) == 4 and torch.equal(first, again)
+
+
+def test_loads_once_from_many_threads(made, images):
+    scorer, results = made[0]["pickscore"](), []
+    builds, build = [], scorer.build
+    scorer.build = lambda: builds.append(1) or build()
+    threads = [threading.Thread(target=lambda: results.append(scorer.score(images, PROMPTS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1 and len(results) == 4
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_clip_score_rescaling(made, images):
+    hessel = made[0]["clip-score"]().score(images, PROMPTS)
+    cosine = made[0]["clip-score"](rescale="cosine").score(images, PROMPTS)
+    torch.testing.assert_close(hessel, 2.5 * cosine.clamp(min=0))
+    assert cosine.abs().max() <= 1
+    with pytest.raises(ValueError, match="unknown rescale"):
+        CLIPScore(rescale="percent")
+
+
+def test_long_prompts_warn_once(made, images):
+    scorer = made[0]["pickscore"]()
+    long = " ".join(["a photo of a red circle"] * 5)
+    with pytest.warns(UserWarning, match=r"pickscore reads 16 tokens of a prompt; one has \d\d"):
+        scores = scorer.score(images[:2], [long, PROMPTS[0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scorer.score(images[:1], [long + " two"])
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input(name, made, images):
+    scorer = made[0][name]()
+    assert scorer.score(images[:0], []).shape == (0,)
+    assert scorer.score([], []).shape == (0,)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from -0.5"):
+        scorer.score(images - 0.5, PROMPTS)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        scorer.score(images * torch.nan, PROMPTS)
+    with pytest.raises(ValueError, match="as many prompts as images"):
+        scorer.score(images, PROMPTS[:3])
+    with pytest.raises(ValueError, match="as many prompts as images"):
+        scorer.score(images[:1], "a")
+    with pytest.raises(ValueError, match="non-empty strings"):
+        scorer.score(images[:1], [" "])
+    with pytest.raises(ValueError, match=r"floating-point images \(B, 3, H, W\)"):
+        scorer.score(images[:, :1], PROMPTS)
+    with pytest.raises(ValueError, match=r"tensor .* or PIL"):
+        scorer.score([np.zeros((8, 8, 3))], ["a"])
+
+
+def test_bad_options(tmp_path):
+    with pytest.raises(ValueError, match="unknown preprocess"):
+        PickScore(preprocess="fast")
+    with pytest.raises(ValueError, match="unknown dtype"):
+        PickScore(dtype="int8")
+    with pytest.raises(ValueError, match="batch_size"):
+        PickScore(batch_size=0)
+    with pytest.raises(ValueError, match=r"'pickscore'.*weight_file"):
+        make_reward("pickscore", weight_file="x")
+
+
+def test_weights_that_are_missing_wrong_or_damaged(made, images, tmp_path):
+    tiny = tiny_scorers.shrunk(PickScore)
+    with pytest.raises(FileNotFoundError, match=r"no such weights. Pass weights=FOLDER with model.safetensors"):
+        tiny(tmp_path / "none.safetensors").score(images, PROMPTS)
+    with pytest.raises(FileNotFoundError, match="Kwai-Kolors/MPS"):
+        MPS().score(images, PROMPTS)
+    network = made[1]["pickscore"]
+    state = network.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    folder = tiny(tmp_path).score(images, PROMPTS)  # a folder with the published name in it
+    torch.testing.assert_close(folder, made[0]["pickscore"]().score(images, PROMPTS))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged or no file of weights"):
+        tiny(tmp_path).score(images, PROMPTS)
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="is damaged or no file of weights"):
+        tiny(tmp_path / "page.pt").score(images, PROMPTS)
+    torch.save({"step": 3}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="holds no weights by name"):
+        tiny(tmp_path / "step.pt").score(images, PROMPTS)
+    save_file({"a": torch.ones(2)} | state, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"not the weights of pickscore: a is not part of it \(1 differences\)"):
+        tiny(tmp_path / "more.safetensors").score(images, PROMPTS)
+    state["visual_projection.weight"] = state["visual_projection.weight"][:, :4].clone()
+    state.pop("logit_scale")
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(
+        ValueError, match=r"logit_scale is missing; visual_projection.weight is \(128, 4\), not \(128, 48\)"
+    ):
+        tiny(tmp_path / "less.safetensors").score(images, PROMPTS)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .*pass tokenizer=FOLDER"):
+        made[0]["pickscore"](tokenizer=tmp_path / "nowhere").score(images, PROMPTS)
+
+
+class Evil(torch.nn.Module):
+    """A module whose pickle would run code."""
+
+    ran = []
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 2)
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("volatile", torch.ones(2), persistent=False)
+
+    def __setstate__(self, state):
+        Evil.ran.append(1)
+        super().__setstate__(state)
+
+
+def test_a_pickled_module_is_read_without_its_code(tmp_path):
+    module = Evil()
+    torch.save(module, tmp_path / "module.pth")
+    state = read_state_dict(tmp_path / "module.pth")
+    assert state.keys() == {"inner.weight", "inner.bias", "kept"} and not Evil.ran
+    assert torch.equal(state["inner.weight"], module.inner.weight)
+    torch.load(tmp_path / "module.pth", weights_only=False)
+    assert Evil.ran  # it would have
+
+
+@pytest.mark.parametrize("scorer", [CLIPScore, PickScore, MPS])
+def test_published_sizes(scorer):
+    """Parameters at full size, as the model cards tell them; names must fit the published ones."""
+    with torch.device("meta"):
+        network = scorer().build()
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == {"clip-score": 427_616_513, "pickscore": 986_109_441, "mps": 1_104_614_913}[scorer.name]
+    names = set(network.state_dict())
+    if scorer is MPS:
+        clip = {f"model.{name.removeprefix('clip.')}" for name in names if name.startswith("clip.")}
+        layers = {
+            f"cross_model.layers.{i}.{name}"
+            for i in range(4)
+            for name in (
+                *(f"0.fn.{part}.weight" for part in ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2")),
+                *(f"1.fn.{part}.weight" for part in ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")),
+                *("0.fn.norm.bias", "1.fn.norm.bias", "1.fn.rotary_emb.inv_freq"),
+            )
+        }
+        published = {name: torch.empty(0) for name in clip | layers}
+        assert set(scorer().convert(published)) == names
+    else:
+        old = {name: torch.empty(0) for name in names} | {"text_model.embeddings.position_ids": torch.empty(0)}
+        assert set(scorer().convert(old)) == names
+
+
+def test_heads_have_their_published_names_and_shapes():
+    published = {
+        "layers.0": (1024, 768),
+        "layers.2": (128, 1024),
+        "layers.4": (64, 128),
+        "layers.6": (16, 64),
+        "layers.7": (1, 16),
+    }
+    state = {f"{name}.weight": torch.empty(*shape) for name, shape in published.items()}
+    state |= {f"{name}.bias": torch.empty(shape[0]) for name, shape in published.items()}
+    with torch.device("meta"):
+        two, one = AestheticV2.make_head(768), AestheticV1.make_head(768)
+    load_weights(two, state, "aesthetic-v2")
+    load_weights(one, {"weight": torch.empty(1, 768), "bias": torch.empty(1)}, "aesthetic-v1")
+    with pytest.raises(ValueError, match="not the weights of aesthetic-v1"):
+        load_weights(one, state, "aesthetic-v1")
+
+
+def odd_pictures():
+    rng = np.random.default_rng(0)
+    noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)
+    yield from (
+        Image.fromarray(noise(h, w, 3)) for h, w in [(1, 1), (10, 700), (700, 10), (28, 28), (29, 28), (57, 91)]
+    )
+    yield Image.fromarray(noise(2160, 3840, 3))
+    yield from (
+        Image.fromarray(noise(33, 47)),
+        Image.fromarray(noise(33, 48, 4)),
+        Image.fromarray(noise(40, 31, 2), "LA"),
+    )
+    yield Image.fromarray(noise(33, 47, 3)).convert("P")
+    yield Image.fromarray(noise(33, 47)).convert("1")
+    yield Image.fromarray(noise(50, 60, 4), "CMYK")
+    yield from (Image.fromarray(noise(h, h + 1, 3)) for h in (224, 225, 300, 331, 512, 640, 777))
+
+
+def test_odd_pictures_like_the_published_processor():
+    processor, preprocess = CLIPImageProcessorPil(), Preprocess("transformers")
+    pictures = list(odd_pictures())
+    assert len(pictures) == 20
+    for picture in pictures:
+        expected = processor(picture.convert("RGB"), return_tensors="pt").pixel_values
+        torch.testing.assert_close(preprocess.exact([picture]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["torchvision", "transformers", "float"])
+def test_tensor_preprocessing_agrees_with_exact_on_smooth_pictures(order):
+    """Within two 8-bit steps; channels are standardised to about unit variance, where a step is 1/68."""
+    grid = torch.linspace(0, 1, 300)
+    image = torch.stack([grid[:200, None] * grid, grid.expand(200, -1), 1 - grid[:200, None].expand(-1, 300)])[None]
+    preprocess = Preprocess(order)
+    difference = (preprocess.tensor(image) - preprocess.exact(image)).abs().max()
+    assert difference < 2 / 68
+    assert preprocess.exact(image).shape == (1, 3, 224, 224)
+
+
+FAKE = "def load(name, **options):\n    return Model()\n\nclass Model:\n    def score(self, prompt, image):\n"
+
+
+def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
+    """The package is a small one of our own with the original's name and calls; the process and the pipe are real."""
+    (tmp_path / "ImageReward.py").write_text(
+        f"{FAKE}        print('noise')\n        return len(prompt) + image.size[0]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reward = make_reward("image-reward", backend="package", python=sys.executable)
+    images = torch.zeros(2, 3, 8, 16)
+    assert reward.score(images, ["abc", "a"]).tolist() == [19.0, 17.0]
+    process = reward._process
+    assert reward.score(images[:1], ["abcd"]).tolist() == [20.0] and reward._process is process
+    (tmp_path / "ImageReward.py").write_text("raise ImportError('no weights here')\n")
+    with pytest.raises(RuntimeError, match=r"(?s)image-reward failed: .*no weights here"):
+        make_reward("image-reward", backend="package", python=sys.executable).score(images[:1], ["a"])
+    with pytest.raises(FileNotFoundError, match="-m venv packages"):
+        PackageReward("hpsv2")
+    with pytest.raises(ValueError, match="no package computes 'mps'"):
+        PackageReward("mps", sys.executable)
+
+
+def test_package_worker_needs_nothing_of_this_library():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['noisear_rl'] = None; "
+        f"exec(open({str(WORKER)!r}).read().split('if __name__')[0])"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)

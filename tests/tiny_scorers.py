@@ -1,0 +1,86 @@
+"""Scorers of published architectures, shrunk, with random weights in files that have the published names."""
+
+from functools import partial
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
+
+from noisear_rl.denoisers.shapes.architecture import ASSETS
+from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2, linear_head, mlp_head
+from noisear_rl.rewards.clip import CLIPScore
+from noisear_rl.rewards.mps import MPS, NAMES, CrossLayer
+from noisear_rl.rewards.pickscore import PickScore
+from noisear_rl.rewards.preprocess import Preprocess
+
+TOKENIZER = ASSETS / "pipeline" / "tokenizer"
+WIDTH, SIZE, TOKENS = 128, 28, 16
+
+
+def architecture(activation="quick_gelu"):
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": activation, "projection_dim": WIDTH}
+    text = {"vocab_size": 27, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": TOKENS}
+    return {
+        "projection_dim": WIDTH,
+        "text_config": {"hidden_size": 64, "intermediate_size": 96, **text, **shared},
+        "vision_config": {"hidden_size": 48, "intermediate_size": 80, "image_size": SIZE, "patch_size": 7, **shared},
+    }
+
+
+def shrunk(scorer, **changes):
+    """A scorer's class with tiny sizes; code, names and preprocessing stay its own."""
+    changes = {
+        "architecture": architecture(scorer.architecture["text_config"].get("hidden_act", "quick_gelu")),
+        "max_tokens": TOKENS,
+        "preprocessing": Preprocess(scorer.preprocessing.order, SIZE),
+        "default_tokenizer": str(TOKENIZER),
+    } | changes
+    return type(f"Tiny{scorer.__name__}", (scorer,), changes)
+
+
+def random_clip(activation="quick_gelu"):
+    """With larger weights than fresh ones, so that scores differ between pictures and prompts."""
+    network = CLIPModel(CLIPConfig(**architecture(activation))).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+        network.logit_scale.fill_(3.0)
+    return network
+
+
+def published_mps(network, layers=2):
+    """A state dict with MPS's published names, and the layers as ours has them."""
+    ours = [CrossLayer(WIDTH) for _ in range(layers)]
+    state = {f"model.{name}": value for name, value in network.state_dict().items()}
+    published = {own: name for name, own in NAMES.items()}
+    for i, layer in enumerate(ours):
+        for name, value in layer.state_dict().items():
+            part, kind = name.rsplit(".", 1)
+            state[f"cross_model.layers.{i}.{published[part]}.{kind}"] = value
+        state[f"cross_model.layers.{i}.1.fn.rotary_emb.inv_freq"] = torch.ones(32)
+    return state, ours
+
+
+def write(folder):
+    """Writes files of weights and returns scorers that read them, by name, with the networks that made them."""
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    scorers, networks = {}, {}
+    for scorer, activation in ((CLIPScore, "quick_gelu"), (PickScore, "gelu")):
+        network = networks[scorer.name] = random_clip(activation)
+        save_file(network.state_dict(), folder / f"{scorer.name}.safetensors")
+        scorers[scorer.name] = partial(shrunk(scorer), folder / f"{scorer.name}.safetensors")
+    for scorer, make in ((AestheticV1, linear_head), (AestheticV2, mlp_head)):
+        head = make(WIDTH)
+        for parameter in head.parameters():
+            parameter.data.mul_(2)
+        networks[scorer.name] = networks["clip-score"], head
+        torch.save(head.state_dict(), folder / f"{scorer.name}.pth")
+        files = folder / "clip-score.safetensors", folder / f"{scorer.name}.pth"
+        scorers[scorer.name] = partial(shrunk(scorer), files[0], head=files[1])
+    network = random_clip("gelu")
+    state, layers = published_mps(network)
+    networks["mps"] = network, layers
+    torch.save({"state_dict": state}, folder / "mps.pth")
+    scorers["mps"] = partial(shrunk(MPS, layers=2), folder / "mps.pth")
+    return scorers, networks
