@@ -1,54 +1,88 @@
-"""Compares policies with Gaussian noise at equal cost: same prompts, same seeds, a held-out judge, intervals.
+"""Is this noise better, by how much, and at what cost? Methods on the same prompts and seeds, a judge, intervals.
 
-    python algos/evaluate.py --policies reinforce=runs/reinforce nll=runs/nll --prompts held_out
+    python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts held_out
+    python algos/evaluate.py --config configs/sdxl/evaluate.yaml --methods "NoiseAR=model.pth" --prompts drawbench
+    accelerate launch --num-processes 4 algos/evaluate.py …    # the same results
 
-Prints a table by category with 95 % intervals and writes ``results.json`` and ``table.md``.
+Three stages, each in shards that several processes share: pictures of every method; when all are there, scores of
+every picture; then ``results.json``, ``timing.json`` and ``table.md``. A shard follows from its prompts and seeds
+alone; the same command, started again, goes on with those that are missing, and may add methods. ``noisear table``
+and ``noisear report`` read the folder.
+
+A method is ``NAME=PATH`` (a policy or an NPNet; several paths ``NAME=PATH,PATH`` are training seeds of one method) or a
+search that starts from Gaussian noise or from a named method: ``best-of-N``, ``search-N`` (zeroth-order), ``reno-N``
+(gradients of the reward), ``NAME+best-of-N``. N is how many pictures it denoises. Gaussian noise is always first.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import EMBEDDED, load_denoiser
-from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, parse_caption
-from noisear_rl.envs.noise_task import load_prompts
-from noisear_rl.evaluation import GAUSSIAN, MethodScores, evaluate, table
-from noisear_rl.policy import NoiseARPolicy
-from noisear_rl.rewards import load_reward
-from noisear_rl.training import load_policy, parse_config, to_mapping, write_atomically
+from noisear_rl.denoisers.shapes.captions import SPLITS, parse_caption
+from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.evaluation import diversity, finite_components, radial_spectrum
+from noisear_rl.methods import Method, SearchConfig, plan_methods
+from noisear_rl.prompt_sets import PromptSet, load_prompt_set, shapes_prompt_set
+from noisear_rl.results import VERSION, load_results, picture_path
+from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
+from noisear_rl.rewards.layouts import layout_diversity
+from noisear_rl.rewards.preprocess import to_tensor
+from noisear_rl.rewards.shapes import ShapesExact
+from noisear_rl.samplers import Sampler
+from noisear_rl.shards import check_manifest
+from noisear_rl.table import render, results_table
+from noisear_rl.training import parse_config, to_mapping, write_atomically
 
 
 @dataclass
 class EvaluateConfig:
     """Options of evaluation."""
 
-    policies: tuple[str, ...] = ()
-    """Methods as NAME=PATH: checkpoints, run folders or Hub ids. Gaussian noise is always compared."""
+    methods: tuple[str, ...] = ()
+    """NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
     denoiser: str = "shapes"
     """Denoiser's name or folder."""
-    prompts: str | None = "held_out"
-    """A split of `shapes` (drawn with equal shares of the categories), or a text file with a prompt a line."""
-    num_prompts: int = 120
-    """How many captions of a split; files are used whole."""
+    prompts: str = "held_out"
+    """Prompt set: a file, a published set's name, or a split of `shapes` (equal shares of the categories)."""
+    num_prompts: int | None = None
+    """How many: captions of a split (120 if unset), or prompts of a file from its start (all if unset)."""
+    skip_bad_rows: bool = False
+    """Leave malformed rows of the prompt file out."""
     samples: int = 8
     """Noises a prompt."""
     scorers: tuple[str, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
-    """Scorers; the first one makes the table and must not have been trained on."""
+    """Scorers, or a reward file; the first one judges and must not have been trained on or chosen by."""
+    choose_by: str | None = None
+    """The reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """Settings of `search-N` and `reno-N`."""
+    temperature: float | None = None
+    """Factor on the policies' standard deviation; unset for their own."""
     resample: str = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on these very prompts."""
     seed: int = 1_000_000
     """First seed of the noises; training uses others."""
     batch_size: int = 64
-    """Noises at once."""
+    """Noises at once: a shard."""
     output_dir: Path = Path("runs/evaluate")
-    """Where `table.md` and `results.json` go."""
+    """Where pictures and results go."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32`."""
 
@@ -76,50 +110,204 @@ def provenance() -> dict[str, str | int]:
     return {"commit": commit, "torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
 
 
-def summary(results: dict[str, MethodScores], prompts: Sequence[str]) -> dict:
-    """Everything but the images, as plain values."""
-    methods = {}
-    for name, result in results.items():
-        methods[name] = {
-            "scores": {scorer: values.round(4).tolist() for scorer, values in result.scores.items()},
-            "kl_to_gaussian": result.kl_to_gaussian,
-            "noise_mean": result.noise_mean,
-            "noise_std": result.noise_std,
-            "nfe": result.nfe,
-            "seconds_per_image": result.seconds_per_image,
+def prompt_set(config: EvaluateConfig) -> PromptSet:
+    """The prompts to evaluate on."""
+    if config.denoiser in EMBEDDED and config.prompts in SPLITS:
+        return shapes_prompt_set(config.prompts, config.num_prompts or 120)
+    found = load_prompt_set(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.num_prompts)
+    if config.denoiser in EMBEDDED:
+        return dataclasses.replace(found, categories=categories_of(found.prompts))
+    return found
+
+
+def scorers_of(config: EvaluateConfig) -> RewardConfig:
+    """Scorers in order; the first one judges."""
+    if len(config.scorers) == 1:
+        return dataclasses.replace(reward_config(config.scorers[0]), normalize="none")
+    return RewardConfig({name: 1.0 for name in config.scorers})
+
+
+def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, method: Method, sampler: Sampler) -> None:
+    """Draws the pictures of some prompts; writes them, and last what is to know about their noise."""
+    samples = config.samples
+    texts = [prompts[row] for row in rows for _ in range(samples)]
+    seeds = [config.seed + row * samples + j for row in rows for j in range(samples)]
+    began = time.perf_counter()
+    drawn = sampler(texts, seeds)
+    seconds = time.perf_counter() - began
+    for i, image in enumerate(drawn.images):
+        path = picture_path(config.output_dir, method.slug, rows[i // samples], i % samples)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(to_uint8(image)).save(path.with_suffix(".tmp"), format="PNG")
+        path.with_suffix(".tmp").replace(path)
+    noise = drawn.noise.double().cpu()
+    facts = {
+        "sums": torch.stack([noise.sum(), noise.square().sum(), torch.tensor(float(noise.numel()))]).double(),
+        "map": noise.mean(1).sum(0),  # (h, w)
+        "spectrum": radial_spectrum(noise) * len(noise),
+        "cost": torch.tensor([drawn.nfe * len(noise), seconds], dtype=torch.float64),
+    }
+    if drawn.kl_to_gaussian is not None:
+        facts["kl"] = drawn.kl_to_gaussian.double().sum()[None].cpu()
+    file = _file(config, "noise", method, rows, "safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in facts.items()}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def score_shard(
+    config: EvaluateConfig, reward: WeightedReward, prompts: Sequence[str], rows: range, method: Method
+) -> None:
+    """Scores the pictures of some prompts, as they lie on disk, and how much a prompt's pictures differ."""
+    count = config.samples
+    texts = [prompts[row] for row in rows for _ in range(count)]
+    files = [picture_path(config.output_dir, method.slug, row, j) for row in rows for j in range(count)]
+    images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])
+    components = finite_components(reward, images, texts, method.name)
+    record = {"scores": {name: _rounded(values.reshape(-1, count)) for name, values in components.items()}}
+    record["diversity"] = _spread(reward, images.unflatten(0, (-1, count))) if count > 1 else {}
+    write_atomically(_file(config, "scores", method, rows, "json"), json.dumps(record))
+
+
+def _spread(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
+    """Mean pairwise distance of every prompt's pictures ``(P, S, 3, H, W)``, by what the scorers can measure."""
+    spread = {}
+    for scorer, _ in reward.rewards:
+        if embed := getattr(scorer, "embed", None):
+            spread[scorer.name] = _rounded(torch.from_numpy(diversity(images, embed)))
+        if isinstance(scorer, ShapesExact):
+            spread["layout"] = [round(layout_diversity(scorer.detector.detect(part)), 6) for part in images]
+    return spread
+
+
+def join(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
+    """Puts the shards together: ``results.json``, ``timing.json``, ``table.md``."""
+    found, timing, images = {}, {}, len(chosen) * config.samples
+    for method in methods:
+        scores = [json.loads(_file(config, "scores", method, rows, "json").read_text()) for rows in shards]
+        noise = [load_file(_file(config, "noise", method, rows, "safetensors")) for rows in shards]
+        total = {name: torch.stack([part[name] for part in noise]).sum(0) for name in noise[0]}
+        mean, square = (total["sums"][:2] / total["sums"][2]).tolist()
+        merge = lambda kind, scores=scores: {
+            name: [value for part in scores for value in part[kind][name]] for name in scores[0][kind]
         }
-    return {"prompts": list(prompts), "methods": methods}
+        found[method.name] = {
+            "group": method.group,
+            "slug": method.slug,
+            "trained": method.trained,
+            "scores": merge("scores"),
+            "nfe": round(total["cost"][0].item() / images, 6),
+            "kl_to_gaussian": round(total["kl"].item() / images, 6) if "kl" in total else None,
+            "noise_mean": round(mean, 6),
+            "noise_std": round((square - mean**2) ** 0.5, 6),
+            "radial_spectrum": _rounded(total["spectrum"] / images),
+            "noise_map": _rounded(total["map"] / images),
+            "diversity": merge("diversity"),
+        }
+        timing[method.name] = total["cost"][1].item() / images
+    options = {key: value for key, value in to_mapping(config).items() if key not in ("output_dir", "denoiser_options")}
+    record = {
+        "version": VERSION,
+        "provenance": provenance(),
+        "config": options | {"denoiser_options": config.denoiser_options},
+        "denoiser": config.denoiser,
+        "prompt_set": chosen.name,
+        "prompts": chosen.prompts,
+        "categories": chosen.categories,
+        "samples": config.samples,
+        "judge": next(iter(scorers_of(config).weights)),
+        "methods": found,
+    }
+    write_atomically(config.output_dir / "timing.json", json.dumps(timing, indent=1))
+    write_atomically(config.output_dir / "results.json", json.dumps(record))
+
+
+def _rounded(values: torch.Tensor) -> list:
+    return np.round(values.double().cpu().numpy(), 6).tolist()
+
+
+def _file(config: EvaluateConfig, kind: str, method: Method, rows: range, suffix: str) -> Path:
+    return config.output_dir / kind / method.slug / f"{rows[0]:05d}.{suffix}"
 
 
 def run(config: EvaluateConfig) -> str:
-    """Evaluates and returns the table; see the module's docstring."""
-    policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
-    for item in config.policies:
-        name, _, path = item.partition("=")
-        if not path or name in policies:
-            raise ValueError(f"policies must be distinct NAME=PATH items, got {item!r}")
-        policies[name] = load_policy(path)
+    """Evaluates and returns the table; see the module's docstring.
+
+    Raises:
+        ValueError: If an option is wrong, a scorer fails, or the folder holds an evaluation of other settings.
+    """
+    if min(config.samples, config.batch_size) < 1:
+        raise ValueError("samples and batch_size must be at least 1")
+    state = PartialState()
+    chosen, scorers = prompt_set(config), scorers_of(config)
+    if config.choose_by in scorers.weights and config.choose_by == next(iter(scorers.weights)):
+        raise ValueError(f"{config.choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
-    if config.denoiser in EMBEDDED and config.prompts in SPLITS:
-        prompts = [caption.text for caption in balanced_captions(config.prompts, config.num_prompts)]
-    else:
-        prompts = load_prompts(config.prompts, denoiser.name)
-    reward = load_reward({name: 1.0 for name in config.scorers})
-    results = evaluate(
-        denoiser, reward, policies, prompts, config.samples, seed=config.seed, batch_size=config.batch_size
-    )
-    text = table(results, categories_of(prompts), scorer=config.scorers[0], resample=config.resample)
+    choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
+    methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
+
+    # The folder: of these prompts, seeds and scorers, whatever the methods.
+    manifest = {
+        "version": VERSION,
+        "prompts_sha256": hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest(),
+        "prompts": len(chosen),
+        "samples": config.samples,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "scorers": to_mapping(scorers),
+        "denoiser": config.denoiser,
+        "denoiser_options": config.denoiser_options,
+        "num_inference_steps": denoiser.num_inference_steps,
+        "guidance_scale": denoiser.guidance_scale,
+    }
+    if state.is_main_process:
+        check_manifest(config.output_dir, manifest)
+        for method in methods:
+            check_manifest(config.output_dir / "noise" / method.slug, {"method": method.name, "is": method.identity})
+    state.wait_for_everyone()
+
+    step = max(1, config.batch_size // config.samples)
+    shards = [range(start, min(start + step, len(chosen))) for start in range(0, len(chosen), step)]
+    work = [(method, rows) for method in methods for rows in shards][state.process_index :: state.num_processes]
+    images = [len(rows) * config.samples for _, rows in work]
+    show: dict[str, Any] = {"unit": "image", "total": sum(images), "disable": not state.is_main_process}
+
+    # Pictures.
+    sampler, made = None, None
+    with tqdm(desc="pictures", **show) as bar:
+        for (method, rows), count in zip(work, images, strict=True):
+            if not _file(config, "noise", method, rows, "safetensors").exists():
+                if made is not method:
+                    sampler, made = method.make(), method
+                assert sampler is not None
+                draw_shard(config, chosen.prompts, rows, method, sampler)
+            bar.update(count)
+    del sampler, denoiser  # scorers want the memory
+    state.wait_for_everyone()
+
+    # Scores, when all pictures are there.
+    reward = load_reward(scorers)
+    with tqdm(desc="scores", **show) as bar:
+        for (method, rows), count in zip(work, images, strict=True):
+            if not _file(config, "scores", method, rows, "json").exists():
+                score_shard(config, reward, chosen.prompts, rows, method)
+            bar.update(count)
+    state.wait_for_everyone()
+
+    # Results.
+    if not state.is_main_process:
+        return ""
+    join(config, chosen, methods, shards)
+    text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
     write_atomically(config.output_dir / "table.md", text + "\n")
-    record = {"config": to_mapping(config), "provenance": provenance(), **summary(results, prompts)}
-    write_atomically(config.output_dir / "results.json", json.dumps(record))
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(EvaluateConfig, argv, __doc__)
-    print(run(config))
-    print(f"\nscorer: {config.scorers[0]}, 95 % intervals over {config.resample}; files: {config.output_dir}")
+    if text := run(config):
+        print(f"{text}\n\nfiles: {config.output_dir}; look at them with `noisear report {config.output_dir}`")
 
 
 if __name__ == "__main__":

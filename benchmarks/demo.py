@@ -16,7 +16,7 @@ import numpy as np
 
 from noisear_rl import demo
 from noisear_rl.algos.evaluate import categories_of
-from noisear_rl.evaluation import bootstrap
+from noisear_rl.statistics import bootstrap
 from noisear_rl.training import write_atomically
 
 SEEDS = (0, 1, 2)

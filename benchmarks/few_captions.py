@@ -25,11 +25,12 @@ from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.evaluate import categories_of, provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import captions_of
-from noisear_rl.evaluation import GAUSSIAN, best_of, bootstrap, diversity, evaluate
+from noisear_rl.evaluation import GAUSSIAN, best_of, diversity, evaluate
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
+from noisear_rl.statistics import bootstrap
 from noisear_rl.training import load_policy, read_records, write_atomically
 
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
@@ -120,7 +121,7 @@ def main() -> None:
             denoiser, reward, {GAUSSIAN: None} | policies, captions, SAMPLES, seed=1_000_000, keep_images=8
         )
     gaussian = results[GAUSSIAN]
-    embed = ShapesClip().image_features
+    embed = ShapesClip().embed
     spread = {name: diversity(result.images, embed).mean() for name, result in results.items()}
     exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     baseline = exact[GAUSSIAN]

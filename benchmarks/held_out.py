@@ -28,13 +28,14 @@ from noisear_rl.algos import collect, dpo, nll, ppo
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
-from noisear_rl.evaluation import GAUSSIAN, MethodScores, best_of, bootstrap, diversity, evaluate
+from noisear_rl.evaluation import GAUSSIAN, MethodScores, best_of, diversity, evaluate
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.report import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.rollouts import load_rollouts
 from noisear_rl.shards import read_manifest
+from noisear_rl.statistics import bootstrap
 from noisear_rl.training import load_policy, load_yaml, read_records, write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +168,7 @@ def main() -> None:
 
 def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list[str], along: list[str]) -> None:
     """Writes the table and the pictures."""
-    embed = ShapesClip().image_features
+    embed = ShapesClip().embed
     with torch.no_grad():
         spread = {name: float(diversity(result.images, embed).mean()) for name, result in results.items()}
     exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}

@@ -18,7 +18,10 @@ COMMANDS = {
     "collect": ("noisear_rl.algos.collect", "collect rollouts on disk"),
     "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
     "reward-gradient": ("noisear_rl.algos.reward_gradient", "improve a policy by gradients through the denoiser"),
-    "evaluate": ("noisear_rl.algos.evaluate", "compare policies with Gaussian noise"),
+    "reward-statistics": ("noisear_rl.rewards.reference", "measure scorers on Gaussian noise, to standardise them by"),
+    "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
+    "table": ("noisear_rl.table", "print tables of evaluations, also in the paper's layouts beside its numbers"),
+    "report": ("noisear_rl.report_page", "write one self-contained page about an evaluation and trainings"),
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges anew"),
 }
 
@@ -26,7 +29,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` tells each command's options."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(f"  {name:17}{text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:19}{text}" for name, (_, text) in COMMANDS.items())
     usage = f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` tells a command's options."
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)

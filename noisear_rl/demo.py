@@ -21,7 +21,7 @@ from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reinforce import train as train_reinforce
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation import GAUSSIAN, evaluate, table
+from noisear_rl.evaluation import GAUSSIAN, evaluate, summary, table
 from noisear_rl.pairs import PairsConfig, build_pairs
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.report import comparison
@@ -116,8 +116,8 @@ def run(config: DemoConfig) -> str:
     write_atomically(folder / "table.md", text + "\n")
     record = {
         "provenance": evaluating.provenance(),
-        "trained": evaluating.summary(on_trained, trained),
-        "held_out": evaluating.summary(on_held_out, held_out),
+        "trained": summary(on_trained, trained),
+        "held_out": summary(on_held_out, held_out),
     }
     write_atomically(folder / "results.json", json.dumps(record))
     return text

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers import Conditioning, Denoiser
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.patches import patchify
+from noisear_rl.denoisers import Denoiser
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.rewards import WeightedReward
+from noisear_rl.samplers import GaussianSampler, PolicySampler, Sampler
+from noisear_rl.statistics import bootstrap
 
 GAUSSIAN = "Gaussian"
-RESAMPLE = ("prompts", "noise")
 
 
 @dataclass
@@ -33,7 +32,7 @@ class MethodScores:
 
     Attributes:
         scores: ``(P, S)`` by scorer.
-        kl_to_gaussian: Mean KL of the noise to N(0, I) in nats.
+        kl_to_gaussian: Mean KL of the noise to N(0, I) in nats; NaN for a method without a density.
         noise_mean: Mean over all noise elements.
         noise_std: Standard deviation over all noise elements.
         nfe: Network evaluations an image.
@@ -45,26 +44,22 @@ class MethodScores:
     kl_to_gaussian: float
     noise_mean: float
     noise_std: float
-    nfe: int
+    nfe: float
     seconds_per_image: float
     images: torch.Tensor
 
 
-def draw_noise(
-    policy: NoiseARPolicy | None, conditioning: Conditioning, seeds: Sequence[int], shape: Sequence[int]
-) -> torch.Tensor:
-    """A method's noise ``(B, C, h, w)`` for ``B`` prompts and seeds; ``None`` is Gaussian noise."""
-    if policy is None:
-        return standard_noise(seeds, shape)
-    text = conditioning.policy_embeds
-    return policy.to(text.device).noise(policy.sample(text, conditioning.policy_mask, seeds=seeds))
+def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sampler:
+    """A policy's sampler, the Gaussian one for ``None``; samplers stay what they are."""
+    if method is None:
+        return GaussianSampler(denoiser)
+    return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
 
 
-@torch.no_grad()
 def evaluate(
     denoiser: Denoiser,
     reward: WeightedReward,
-    policies: Mapping[str, NoiseARPolicy | None],
+    methods: Mapping[str, NoiseARPolicy | Sampler | None],
     prompts: Sequence[str],
     samples: int,
     *,
@@ -72,12 +67,14 @@ def evaluate(
     batch_size: int = 64,
     keep_images: int = 1,
 ) -> dict[str, MethodScores]:
-    """Denoises and scores ``samples`` noises a prompt for every method.
+    """Denoises and scores ``samples`` noises a prompt for every method, in memory.
+
+    ``algos/evaluate.py`` is the same on disk: resumable, in several processes, with pictures kept.
 
     Args:
         denoiser: Frozen diffusion model.
         reward: Scorers; all components are kept.
-        policies: Methods by name; ``None`` is Gaussian noise.
+        methods: Policies and samplers by name; ``None`` is Gaussian noise.
         prompts: ``P`` prompts.
         samples: ``S``.
         seed: Noise ``j`` of prompt ``i`` has seed ``seed + i·S + j`` in every method.
@@ -86,29 +83,29 @@ def evaluate(
 
     Returns:
         Scores by method, in the order given.
+
+    Raises:
+        ValueError: If a scorer gives NaN or infinity: a comparison needs all scores.
     """
     p, s = len(prompts), samples
-    bar = tqdm(total=len(policies) * p * s, desc="evaluate", unit="image")
+    bar = tqdm(total=len(methods) * p * s, desc="evaluate", unit="image")
     results = {}
-    for name, policy in policies.items():
+    for name, method in methods.items():
+        sampler = as_sampler(denoiser, method)
         scores: dict[str, list[np.ndarray]] = {}
-        images, total_kl, seconds, moments = [], 0.0, 0.0, np.zeros(2)
+        images, total_kl, seconds, nfe, moments = [], 0.0, 0.0, 0.0, np.zeros(2)
         for start in range(0, p * s, batch_size):
             index = range(start, min(start + batch_size, p * s))
             texts, seeds = [prompts[i // s] for i in index], [seed + i for i in index]
-            conditioning = denoiser.encode(texts)
             began = time.perf_counter()
-            noise = draw_noise(policy, conditioning, seeds, denoiser.latent_shape)
-            pictures = denoiser.denoise(noise, conditioning, seeds)
+            drawn = sampler(texts, seeds)
             seconds += time.perf_counter() - began
-            if policy is not None:
-                patches = patchify(noise, policy.config.patch_size)
-                text, mask = conditioning.policy_embeds, conditioning.policy_mask
-                total_kl += policy.kl_divergence(patches, text, mask).sum().item()
-            moments += [noise.double().sum().item(), noise.double().square().sum().item()]
-            for key, values in reward.components(pictures, texts).items():
+            nfe += drawn.nfe * len(index)
+            total_kl += float("nan") if drawn.kl_to_gaussian is None else drawn.kl_to_gaussian.sum().item()
+            moments += [drawn.noise.double().sum().item(), drawn.noise.double().square().sum().item()]
+            for key, values in finite_components(reward, drawn.images, texts, name).items():
                 scores.setdefault(key, []).append(values.cpu().numpy())
-            images += [picture for i, picture in zip(index, pictures.cpu(), strict=True) if i % s < keep_images]
+            images += [picture for i, picture in zip(index, drawn.images.cpu(), strict=True) if i % s < keep_images]
             bar.update(len(index))
         elements = p * s * int(np.prod(denoiser.latent_shape))
         mean = moments[0] / elements
@@ -117,12 +114,48 @@ def evaluate(
             total_kl / (p * s),
             mean,
             float(np.sqrt(moments[1] / elements - mean**2)),
-            denoiser.nfe,
+            nfe / (p * s),
             seconds / (p * s),
             torch.stack(images).unflatten(0, (p, -1)) if images else torch.zeros(0),
         )
     bar.close()
     return results
+
+
+def finite_components(
+    reward: WeightedReward, images: torch.Tensor, prompts: Sequence[str], method: str
+) -> dict[str, torch.Tensor]:
+    """Every scorer's scores ``(B,)``; in a comparison none may be missing.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    with torch.no_grad():
+        components = reward.components(images, prompts)
+    for name, values in components.items():
+        if not values.isfinite().all():
+            raise ValueError(f"scorer {name!r} gave NaN or infinity for {method!r}: a comparison needs all scores")
+    return components
+
+
+def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
+    """Power of latents by radial frequency, low to high: 1 everywhere for N(0, I).
+
+    Args:
+        noise: ``(B, C, h, w)``.
+
+    Returns:
+        ``(R,)`` float64, ``R = min(h, w) // 2 + 1``: the mean of ``|FFT|² / (h·w)`` over samples, channels, and the
+        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are left out.
+    """
+    h, w = noise.shape[-2:]
+    power = torch.fft.fft2(noise.double()).abs().square().mean((0, 1)) / (h * w)
+    y, x = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
+    rings = min(h, w) // 2 + 1
+    radius = (y[:, None].square() + x.square()).sqrt().round().long().to(noise.device)
+    inside = radius < rings
+    total = torch.zeros(rings, dtype=torch.float64, device=noise.device).index_add_(0, radius[inside], power[inside])
+    return total / torch.bincount(radius[inside], minlength=rings)
 
 
 def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dict[str, np.ndarray]:
@@ -148,63 +181,16 @@ def diversity(images: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor
 
     Args:
         images: ``(P, K, 3, H, W)`` in [0, 1], ``K`` at least 2.
-        embed: Pictures → unit vectors, such as ``ShapesClip.image_features``.
+        embed: Pictures → unit vectors, such as ``ShapesClip.embed``.
 
     Returns:
         ``(P,)``; 0 where all pictures look the same to ``embed``.
     """
     k = images.shape[1]
     with torch.no_grad():
-        features = torch.stack([embed(part) for part in images])  # (P, K, D)
+        features = torch.stack([embed(part) for part in images]).float()  # (P, K, D)
     cosine = (features @ features.mT).sum((1, 2)) - k  # without the diagonal
     return (1 - cosine / (k * (k - 1))).cpu().numpy()
-
-
-@dataclass
-class Estimate:
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-def bootstrap(
-    scores: np.ndarray, categories: Sequence[str], *, resample: str = "prompts", draws: int = 2000, seed: int = 0
-) -> Estimate:
-    """Mean over categories of ``(P, S)`` scores with a 95 % percentile bootstrap interval.
-
-    Args:
-        scores: ``(P, S)``; a difference of two methods' scores gives the paired interval.
-        categories: ``P`` names; every category counts the same.
-        resample: ``prompts``: to prompts like these (resamples whole prompts within each category).
-            ``noise``: to fresh noise on these very prompts (resamples within each prompt).
-        draws: Bootstrap samples.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: If ``resample`` is unknown.
-    """
-    if resample not in RESAMPLE:
-        raise ValueError(f"unknown resample {resample!r}; expected one of {RESAMPLE}")
-    rng = np.random.default_rng(seed)
-    names = np.array(categories)
-    means, sampled = [], np.zeros(draws)
-    for name in dict.fromkeys(categories):
-        part = scores[names == name]  # (p, S)
-        means.append(part.mean())
-        if resample == "noise" or len(part) == 1:  # one prompt alone can only be resampled by its noise
-            columns = rng.integers(part.shape[1], size=(draws, *part.shape))
-            drawn, n = np.take_along_axis(part[None], columns, 2).mean((1, 2)), part.shape[1]
-        else:
-            drawn, n = part.mean(1)[rng.integers(len(part), size=(draws, len(part)))].mean(1), len(part)
-        # Resampling n items understates their variance by (n - 1) / n.
-        sampled += part.mean() + (drawn - part.mean()) * np.sqrt(n / max(n - 1, 1))
-    sampled /= len(means)
-    return Estimate(float(np.mean(means)), *(float(q) for q in np.quantile(sampled, [0.025, 0.975])))
 
 
 def table(
@@ -235,5 +221,20 @@ def table(
         cells.append(str(bootstrap(scores, categories, resample=resample)))
         gain = bootstrap(scores - baseline * scale, categories, resample=resample)
         cells.append("" if result.scores[scorer] is baseline else ("+" if gain.mean >= 0 else "") + str(gain))
-        lines.append("| " + " | ".join([method, *cells, f"{result.kl_to_gaussian:.1f}", str(result.nfe)]) + " |")
+        lines.append("| " + " | ".join([method, *cells, f"{result.kl_to_gaussian:.1f}", f"{result.nfe:g}"]) + " |")
     return "\n".join(lines)
+
+
+def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict:
+    """Everything but the images, as plain values."""
+    methods = {}
+    for name, result in results.items():
+        methods[name] = {
+            "scores": {scorer: values.round(4).tolist() for scorer, values in result.scores.items()},
+            "kl_to_gaussian": result.kl_to_gaussian,
+            "noise_mean": result.noise_mean,
+            "noise_std": result.noise_std,
+            "nfe": result.nfe,
+            "seconds_per_image": result.seconds_per_image,
+        }
+    return {"prompts": list(prompts), "methods": methods}

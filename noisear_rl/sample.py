@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation import GAUSSIAN, draw_noise
+from noisear_rl.evaluation import GAUSSIAN, as_sampler
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.report import save_figure
 from noisear_rl.training import load_policy, parse_config
@@ -58,10 +58,8 @@ def draw(
         prompts: ``P``.
         seeds: ``S``, the same for every prompt.
     """
-    conditioning = denoiser.encode([prompt for prompt in prompts for _ in seeds])
-    repeated = [seed for _ in prompts for seed in seeds]
-    noise = draw_noise(policy, conditioning, repeated, denoiser.latent_shape)
-    return noise, denoiser.denoise(noise, conditioning, repeated)
+    drawn = as_sampler(denoiser, policy)([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts))
+    return drawn.noise, drawn.images
 
 
 def sample(config: SampleConfig) -> Path:

@@ -113,7 +113,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a text file through a temporary one, so that a killed process leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

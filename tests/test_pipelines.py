@@ -214,11 +214,14 @@ def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
         return [stage, "--config", f"configs/{folder}/{stage}.yaml", *kind, *text, *out, *options, *where]
 
     pretraining = ["--pairs", str(tmp_path / "pairs"), "--epochs", "1", "--batch-size", "2"]
+    free = ["--reward", "jpeg-compressibility"]  # the presets' scorers need weights
     commands = [
         command("pairs", "--pairs", "4"),
         command("nll", *small, *pretraining, prompts=False),
-        command("ppo", *small, "--init-from", str(tmp_path / "nll"), "--updates", "1", "--samples-per-prompt", "2"),
-        command("evaluate", "--policies", f"ppo={tmp_path / 'ppo'}"),
+        command(
+            "ppo", *small, "--init-from", str(tmp_path / "nll"), "--updates", "1", "--samples-per-prompt", "2", *free
+        ),
+        command("evaluate", "--methods", f"ppo={tmp_path / 'ppo'}", "--scorers", "jpeg-compressibility", "brightness"),
     ]
     script = f"from noisear_rl.cli import main\nfor line in {commands!r}:\n    main(line)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True)

@@ -12,12 +12,14 @@ from noisear_rl.algos.collect import CollectConfig
 from noisear_rl.algos.dpo import DPOConfig
 from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.npnet import NPNetTrainingConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.pairs import PairsConfig
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.shared_noise import SharedNoiseConfig
+from noisear_rl.rewards import RewardConfig
 from noisear_rl.training import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
 from tests.conftest import random_policy
 
@@ -83,6 +85,9 @@ PRESETS = {
     "shapes/shared_noise": SharedNoiseConfig,
     "shapes/nll_shared_noise": NLLConfig,
     "shapes/ppo_transfer": PPOConfig,
+    "shapes/npnet": NPNetTrainingConfig,
+    "rewards/paper": RewardConfig,
+    "rewards/metrics": RewardConfig,
 }
 STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}

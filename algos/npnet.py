@@ -1,0 +1,186 @@
+"""NPNet on pairs: regression from Gaussian noise to golden noise (Golden Noise, Zhou et al. 2024, arXiv 2411.09502).
+
+    loss = mean (npnet(x, text) - x')²
+
+with ``x`` the noise of a pair's seed and ``x'`` its target. AdamW, with cosine decay. The authors keep a pair only if
+a reward prefers the picture of its target: ``filter_reward`` of :mod:`noisear_rl.pairs`. Pairs of kinds
+``signal_leak`` and ``shared_noise`` say what the target's mean is and how much noise comes on top of it: that noise
+is then ``x``, drawn anew at every update, and ``x' = mean + noise_scale·x``.
+
+The weights with the least held-out loss are kept; as an untrained network leaves noise as it is, training can only
+lower that loss.
+
+    python -m noisear_rl.pairs --config configs/shapes/pairs.yaml --filter-reward shapes-match --output-dir runs/golden
+    python algos/npnet.py --config configs/shapes/npnet.yaml --pairs runs/golden
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.npnet import NPNet, NPNetConfig, load_npnet
+from noisear_rl.pairs import load_pairs
+from noisear_rl.shards import read_manifest
+from noisear_rl.training import Counters, Run, parse_config
+
+
+@dataclass
+class NPNetTrainingConfig:
+    """Options of training."""
+
+    pairs: Path = Path("runs/golden")
+    """Folder that `python -m noisear_rl.pairs` or `python -m noisear_rl.shared_noise` wrote."""
+    init_from: str | None = None
+    """Checkpoint, run folder, Hub id or `.pth` file of the authors to start from; unset for a fresh network."""
+    output_dir: Path = Path("runs/npnet")
+    """Run folder."""
+    denoiser: str = "shapes"
+    """Denoiser that the pairs were made for; its text embeddings are what the network sees."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
+    npnet: NPNetConfig = field(default_factory=NPNetConfig)
+    """A fresh network; its `latent_shape` and `text_shape` are the denoiser's, whatever is set here."""
+    epochs: int = 30
+    """Passes over the pairs."""
+    batch_size: int = 64
+    """Pairs an update."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate at the start of the cosine decay."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    held_out_share: float = 0.1
+    """Share of the pairs that is only validated on."""
+    evaluate_every: int = 50
+    """Updates between evaluations on held-out pairs."""
+    seed: int = 0
+    """Seed of initialisation, order and noise on top."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+
+def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNet:
+    """Trains a network and returns it in eval mode; see the module's docstring.
+
+    Args:
+        config: Options.
+        denoiser: Whose text embeddings to use, if the pairs' denoiser has no name of its own.
+    """
+    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
+
+    # Data and denoiser; text embeddings are computed once and kept by it.
+    pairs = load_pairs(config.pairs).with_format("numpy")
+    manifest = read_manifest(config.pairs)
+    name = denoiser.name if denoiser else config.denoiser
+    if manifest["denoiser"] != name:
+        raise ValueError(f"{config.pairs} was made for denoiser {manifest['denoiser']!r}, not {name!r}")
+    noise_scale = manifest["noise_scale"]  # 0 where a target belongs to the noise of its seed
+    denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
+    prompts, seeds = [str(prompt) for prompt in pairs["prompt"][:]], pairs["seed"][:]
+
+    # Network; the best so far is one with it at first.
+    torch.manual_seed(config.seed)
+    shape = tuple(denoiser.latent_shape)
+    fresh = dataclasses.replace(config.npnet, latent_shape=shape, text_shape=tuple(denoiser.text_shape))
+    npnet = (load_npnet(config.init_from) if config.init_from else NPNet(fresh)).to(run.device)
+    npnet.check_denoiser(denoiser)
+    best = copy.deepcopy(npnet)
+    held_out = max(1, int(config.held_out_share * len(pairs)))
+    train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[:1024]
+    if not len(train_rows):
+        raise ValueError(f"{len(pairs)} pairs are too few to hold some out: make more, or lower held_out_share")
+    optimizer = torch.optim.AdamW(npnet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    updates_per_epoch = max(1, len(train_rows) // config.batch_size)
+    updates = config.epochs * updates_per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    parts = {"optimizer": optimizer, "schedule": schedule, "best": best}
+    counters = run.load(npnet, **parts) if config.resume else Counters()
+    began = time.time() - counters.seconds
+
+    def batch(rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noise, its target and the text."""
+        target = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
+        if noise_scale:
+            noise = torch.from_numpy(rng.standard_normal(target.shape, dtype=np.float32))
+            target = target + noise_scale * noise
+        else:
+            noise = standard_noise(seeds[rows], shape)
+        text = denoiser.encode([prompts[row] for row in rows]).policy_embeds
+        return noise.to(run.device), target.to(run.device), text.to(run.device)
+
+    @torch.no_grad()
+    def held_out_losses() -> dict[str, float]:
+        rng, sums = np.random.default_rng(config.seed), np.zeros(4)
+        for rows in np.array_split(held_out_rows, -(-len(held_out_rows) // 256)):
+            noise, target, text = batch(rows, rng)
+            golden = npnet(noise, text)
+            compared = (golden, target), (noise, target), (golden, noise), (golden, torch.zeros_like(golden))
+            sums += [F.mse_loss(a, b).item() * len(rows) for a, b in compared]
+        names = "losses/mse_held_out", "losses/mse_of_input", "noise/shift", "noise/std"
+        means = sums / len(held_out_rows)
+        means[2:] **= 0.5
+        return dict(zip(names, means.tolist(), strict=True))
+
+    if counters.best is None:
+        counters.best = held_out_losses()["losses/mse_held_out"]
+    bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="npnet", unit="update")
+    for update in bar:
+        # Every epoch has its own order; update and noise depend on (seed, update) alone.
+        epoch, index = divmod(update, updates_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(train_rows)
+        rows = order[index * config.batch_size : (index + 1) * config.batch_size]
+
+        # Loss and step.
+        noise, target, text = batch(rows, np.random.default_rng([config.seed, 1, update]))
+        loss = F.mse_loss(npnet(noise, text), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(npnet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+
+        # Records, the best so far and checkpoints.
+        counters.step, counters.seconds = update + 1, time.time() - began
+        if counters.step % config.evaluate_every == 0 or counters.step == updates:
+            record = {"losses/mse": loss.item()} | held_out_losses()
+            record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
+            if record["losses/mse_held_out"] < counters.best:
+                counters.best = record["losses/mse_held_out"]
+                best.load_state_dict(npnet.state_dict())
+            run.log(record, counters.step)
+            bar.set_postfix(mse=f"{record['losses/mse']:.4f}", held_out=f"{record['losses/mse_held_out']:.4f}")
+        if counters.step % config.save_every == 0 and counters.step < updates:
+            run.save(npnet, counters, **parts)
+    npnet.load_state_dict(best.state_dict())
+    run.save(npnet, counters, **parts)
+    print(f"held-out loss: {counters.best:.5f} at best in {counters.step} updates", flush=True)
+    run.close()
+    return npnet.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(NPNetTrainingConfig, argv, __doc__)
+    train(config)
+    print(f"network: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
