@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow test-originals lint format clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -26,6 +26,13 @@ test: install  ## Run the test suite
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow
 
+.originals/installed: tests/originals.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target .originals --requirement $<
+	@touch $@
+
+test-originals: install .originals/installed  ## Compare ImageReward and HPSv2 with their authors' packages
+	$(RUN) -m pytest tests/test_original_scorers.py
+
 lint: install  ## Check style and types
 	$(VENV)/bin/ruff check $(CHECKED)
 	$(VENV)/bin/ruff format --check $(CHECKED)
@@ -36,4 +43,4 @@ format: install  ## Format the code
 	$(VENV)/bin/ruff format $(CHECKED)
 
 clean:  ## Remove what can be made again
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache

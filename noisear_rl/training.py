@@ -19,7 +19,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+
+if TYPE_CHECKING:
+    from noisear_rl.npnet import NPNet
 
 Config = TypeVar("Config")
 
@@ -180,11 +183,11 @@ class Run:
         found = sorted((self.folder / "checkpoints").glob("step-*"))
         return found[-1] if found else None
 
-    def save(self, policy: NoiseARPolicy, counters: Counters, **parts: Any) -> None:
+    def save(self, policy: NoiseARPolicy | NPNet, counters: Counters, **parts: Any) -> None:
         """Writes a checkpoint: a temporary folder, then a rename.
 
         Args:
-            policy: The policy.
+            policy: The policy, or another network.
             counters: Where the run stands.
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
@@ -199,12 +202,12 @@ class Run:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 
-    def load(self, policy: NoiseARPolicy, **parts: Any) -> Counters:
+    def load(self, policy: NoiseARPolicy | NPNet, **parts: Any) -> Counters:
         """Restores the newest checkpoint, if there is one; returns where the run stands."""
         path = self.latest()
         if path is None:
             return Counters()
-        saved = load_policy(path)
+        saved = type(policy).from_pretrained(str(path))
         if saved.config != policy.config:
             raise ValueError(f"{path} holds a policy of another configuration: {saved.config}, not {policy.config}")
         policy.load_state_dict(saved.state_dict())

@@ -7,7 +7,10 @@ Preprocessing: OpenAI's, by torchvision on PIL (:class:`~noisear_rl.rewards.prep
 
 from __future__ import annotations
 
-from typing import Any
+import html
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +63,7 @@ class CLIPReward(PretrainedReward):
     """A scorer whose network is a CLIP; ``architecture`` has the names of :class:`transformers.CLIPConfig`."""
 
     architecture = VIT_L_14
+    cleans: ClassVar[bool] = False  # whether the original's tokenizer repairs prompts first
 
     def build(self) -> torch.nn.Module:
         """See the base class."""
@@ -70,6 +74,10 @@ class CLIPReward(PretrainedReward):
     def convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Older files also hold position ids."""
         return {name: value for name, value in state.items() if not name.endswith("position_ids")}
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        return super().tokenize([clean(prompt) for prompt in prompts] if self.cleans else prompts)
 
     def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Unit vectors ``(B, D)`` of the prompts, float32: half precision would round the cosines that matter."""
@@ -100,6 +108,7 @@ class CLIPScore(CLIPReward):
     how = "Pass weights=FOLDER with model.safetensors of openai/clip-vit-large-patch14."
     default_tokenizer = "openai/clip-vit-large-patch14"
     preprocessing = Preprocess("torchvision")
+    cleans = True
 
     def __init__(self, *args: Any, rescale: str = "hessel", **options: Any):
         if rescale not in RESCALINGS:
@@ -111,3 +120,18 @@ class CLIPScore(CLIPReward):
         """See the base class."""
         cosine = (self.image_features(pixels) * text[0]).sum(-1)
         return 2.5 * cosine.clamp(min=0) if self.rescale == "hessel" else cosine
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the tokenizers of OpenAI and of open_clip read it: repaired, without HTML entities, in lower case."""
+    try:
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    except ImportError:
+        if not prompt.isascii():
+            message = (
+                "without ftfy, curly quotes and broken Unicode are not repaired: pip install 'noisear-rl[rewards]'"
+            )
+            warnings.warn(message, stacklevel=2)
+    return " ".join(html.unescape(html.unescape(prompt)).split()).lower()

@@ -9,10 +9,7 @@ is repaired, freed of HTML entities and in lower case.
 
 from __future__ import annotations
 
-import html
 import re
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +57,7 @@ class HPSv2(CLIPReward):
     how = "Pass weights=FILE with HPS_v2_compressed.pt of xswu/HPSv2."
     default_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     preprocessing = Preprocess("float")
+    cleans = True
 
     def __init__(self, *args: Any, antialias: bool = True, **options: Any):
         super().__init__(*args, **options)
@@ -83,10 +81,6 @@ class HPSv2(CLIPReward):
                 converted[NAMES.get(name, f"{name} (not a published name)")] = value
         return converted
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the base class."""
-        return super().tokenize([clean(prompt) for prompt in prompts])
-
     def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         return (self.image_features(pixels) * text[0]).sum(-1)
@@ -98,14 +92,3 @@ class HPSv21(HPSv2):
     name = "hpsv2.1"
     source = "xswu/HPSv2/HPS_v2.1_compressed.pt"
     how = "Pass weights=FILE with HPS_v2.1_compressed.pt of xswu/HPSv2."
-
-
-def clean(prompt: str) -> str:
-    """A prompt as CLIP's published tokenizer reads it. It repairs Unicode with ``ftfy``: used where it is installed."""
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        fix_text = str
-        if not prompt.isascii():
-            warnings.warn("without ftfy, curly quotes and broken Unicode are not repaired as hpsv2 does", stacklevel=2)
-    return " ".join(html.unescape(html.unescape(fix_text(prompt))).split()).lower()
