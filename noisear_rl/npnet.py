@@ -2,9 +2,11 @@
 
     x' = svd(x) + (2·sigmoid(α) - 1)·t + β·swin(x + t),   t = AdaGroupNorm(x, text)
 
-``svd`` keeps the singular vectors of the noise and corrects its singular values; ``swin`` is a Swin transformer; the
-text moves the mean and the scale of every channel and nothing else. The map is deterministic, so that its noise has no
-density. Modules bear the names of the authors' checkpoints, whose ``.pth`` files :meth:`NPNet.from_reference` reads.
+``svd`` keeps the singular vectors of the noise and corrects its singular values; ``swin`` is a Swin transformer. The
+text moves the mean and the scale of every channel and nothing else, and Swin knows no absolute positions: what the
+text alone adds is the same in every row of the latent. The map is deterministic, so that its noise has no density.
+
+Modules bear the names of the authors' checkpoints, whose ``.pth`` files :meth:`NPNet.from_reference` reads.
 Stochastic depth, which their script leaves on when it samples, is left out.
 
 The signs of singular vectors are the solver's choice and the network sees them: on another device, or with another
@@ -49,9 +51,10 @@ def channel_grid(channels: int) -> tuple[int, int]:
 class NPNetConfig:
     """Sizes of the network; the defaults fit the embedded ``shapes`` denoiser.
 
-    Published networks hold Swin-tiny (``image_size`` 224, ``window_size`` 7, ``d_model`` 96, ``depths`` (2, 2, 6, 2),
-    ``n_heads`` (3, 6, 12, 24)) and start from its ImageNet weights. A latent of 8 x 8 gives that no work: the defaults
-    are the same structure with two stages, to be trained from nothing.
+    Published networks hold Swin-tiny (``image_size`` 224, ``patch_size`` 4, ``window_size`` 7, ``d_model`` 96,
+    ``depths`` (2, 2, 6, 2), ``n_heads`` (3, 6, 12, 24)) and start from its ImageNet weights. A latent of 8 x 8 has no
+    use for it: the defaults are the same structure with two stages on the latent's own grid, to be trained from
+    nothing.
 
     Attributes:
         latent_shape: ``(C, h, w)`` of the denoiser's initial noise.
@@ -72,12 +75,12 @@ class NPNetConfig:
     svd_hidden: int = 64
     svd_heads: int = 8
     svd_ff: int = 1024
-    image_size: int = 32
-    patch_size: int = 4
+    image_size: int = 8
+    patch_size: int = 1
     window_size: int = 4
-    d_model: int = 48
+    d_model: int = 32
     depths: tuple[int, ...] = (2, 2)
-    n_heads: tuple[int, ...] = (3, 6)
+    n_heads: tuple[int, ...] = (2, 4)
 
     def __post_init__(self) -> None:
         for name in ("latent_shape", "text_shape", "depths", "n_heads"):
@@ -331,5 +334,5 @@ class NPNetSampler:
         conditioning = self.denoiser.encode(prompts)
         text = conditioning.policy_embeds
         noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)
-        images = self.denoiser.denoise(noise, conditioning, denoising_seeds or seeds)
+        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
         return Samples(noise, images, self.denoiser.nfe, None)

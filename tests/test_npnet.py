@@ -1,7 +1,5 @@
-"""NPNet is the authors' network, loads their files, samples by prompt and seed alone, and learns from pairs."""
+"""NPNet is the authors' network, loads their files, and samples by prompt and seed alone."""
 
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from noisear_rl.algos import npnet as algorithm
-from noisear_rl.algos.npnet import NPNetTrainingConfig
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.npnet import NPNet, NPNetConfig, NPNetSampler, load_npnet
-from noisear_rl.pairs import PAIR_FEATURES
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import BestOf, GaussianSampler
-from noisear_rl.shards import check_manifest, write_shard
-from tests.toys import NoDenoiser
 
 SMALL = {"image_size": 16, "patch_size": 2, "window_size": 4, "d_model": 6, "depths": (2, 3), "n_heads": (2, 3)}
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
@@ -169,8 +162,8 @@ def test_a_file_of_the_authors_layout_gives_their_noise(tmp_path, spelling):
 def test_published_size(tmp_path, width, parameters):
     """Every name and shape of their networks for SDXL and Hunyuan-DiT; zeros, of which a file holds one each."""
     config = NPNetConfig(
-        latent_shape=(4, 128, 128), text_shape=(77, width), image_size=224, window_size=7, d_model=96,
-        depths=(2, 2, 6, 2), n_heads=(3, 6, 12, 24),
+        latent_shape=(4, 128, 128), text_shape=(77, width), image_size=224, patch_size=4, window_size=7,
+        d_model=96, depths=(2, 2, 6, 2), n_heads=(3, 6, 12, 24),
     )  # fmt: skip
     zeros = lambda shapes: (
         {name: zeros(shape) for name, shape in shapes.items()}
@@ -234,10 +227,10 @@ def test_files_that_are_not_theirs_are_refused(tmp_path):
     [
         ({"latent_shape": (4, 8)}, "expected shapes"),
         ({"svd_heads": 5}, "must divide the 16 singular values"),
-        ({"n_heads": (3,)}, "one number a stage"),
-        ({"image_size": 20}, "does not halve 1 times"),
+        ({"n_heads": (2,)}, "one number a stage"),
+        ({"image_size": 9}, "does not halve 1 times"),
         ({"window_size": 3}, "do not tile a grid of 8"),
-        ({"n_heads": (3, 7)}, "do not divide a width of 96"),
+        ({"n_heads": (2, 7)}, "do not divide a width of 64"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, message):
@@ -259,9 +252,7 @@ def random_npnet(seed=0, **options) -> NPNet:
     return npnet
 
 
-@pytest.mark.parametrize(
-    ("latent_shape", "heads"), [((4, 8, 8), 8), ((16, 6, 10), 8), ((3, 8, 4), 4), ((1, 5, 5), 1)]
-)
+@pytest.mark.parametrize(("latent_shape", "heads"), [((4, 8, 8), 8), ((16, 6, 10), 8), ((3, 8, 4), 4), ((1, 5, 5), 1)])
 def test_any_latent_batch_equals_single(latent_shape, heads):
     """Untrained it is the identity; the matrix of the latent need not be square."""
     options = {"latent_shape": latent_shape, "text_shape": (3, 7), "svd_heads": heads}
@@ -273,6 +264,8 @@ def test_any_latent_batch_equals_single(latent_shape, heads):
     singles = [npnet(noise[i : i + 1], text[i : i + 1]) for i in range(5)]
     torch.testing.assert_close(golden, torch.cat(singles), rtol=1e-4, atol=1e-4)
     assert (npnet(noise, text.flip(0)) - golden).abs().mean() > 0.05  # the text counts
+    added = npnet.unet_embedding(torch.ones(1, latent_shape[0], 1, 1).expand(-1, -1, *latent_shape[1:]))
+    torch.testing.assert_close(added, added[:, :, :1].expand_as(added), rtol=0, atol=1e-4)  # the same in every row
     with pytest.raises(ValueError, match="another denoiser"):
         npnet(noise, text[:, :2])
 
@@ -301,95 +294,3 @@ def test_sampler(turbo):
         sampler(PROMPTS, seeds[:2])
     with pytest.raises(ValueError, match=r"its text_shape is \(77, 256\)"):
         NPNetSampler(turbo, NPNet(NPNetConfig(text_shape=(77, 256))))
-
-
-# Training: targets that are a known function of noise and text.
-
-TINY = {"image_size": 8, "patch_size": 2, "window_size": 2, "d_model": 8, "depths": (2, 1), "n_heads": (2, 2)}
-TOY = NoDenoiser((4, 8, 8), 2)
-
-
-def write_pairs(folder, count=640, noise_scale=0.0, denoiser="none"):
-    """Targets whose singular values are those of the noise times 0.7, moved up or down as the prompt says."""
-    prompts = ["up" if i % 2 else "down" for i in range(count)]
-    noise = standard_noise(range(count), TOY.latent_shape)
-    way = torch.tensor([0.5 if prompt == "up" else -0.5 for prompt in prompts])[:, None, None, None]
-    target = way.expand_as(noise) if noise_scale else 0.7 * noise + way
-    check_manifest(folder, {"denoiser": denoiser, "noise_scale": noise_scale})
-    rows = {"prompt": prompts, "seed": list(range(count)), "target": list(target.flatten(1).half().numpy())}
-    write_shard(folder, 0, rows, PAIR_FEATURES)
-    return folder
-
-
-def config(pairs, folder, **options):
-    defaults = {"denoiser": "none", "epochs": 15, "learning_rate": 2e-2, "evaluate_every": 15}
-    network = NPNetConfig(**TINY)
-    return NPNetTrainingConfig(pairs=pairs, output_dir=folder, npnet=network, **(defaults | options))
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_learns_what_becomes_of_noise_and_keeps_the_best(tmp_path):
-    npnet = algorithm.train(config(write_pairs(tmp_path / "pairs"), tmp_path / "run"), TOY)
-    rows = records(tmp_path / "run")
-    identity = rows[0]["losses/mse_of_input"]
-    assert identity == pytest.approx(0.3**2 + 0.5**2, abs=0.02)
-    assert min(row["losses/mse_held_out"] for row in rows) < 0.05 * identity, rows
-    assert rows[-1]["noise/std"] == pytest.approx((0.7**2 + 0.5**2) ** 0.5, abs=0.05)
-    noise = standard_noise(range(10_000, 10_064), TOY.latent_shape)  # noise that no pair held
-    golden = npnet(noise, TOY.encode(["up"] * 64).policy_embeds)
-    assert (golden - (0.7 * noise + 0.5)).square().mean() < 0.05 * identity
-    assert torch.equal(load_npnet(tmp_path / "run")(noise, TOY.encode(["up"] * 64).policy_embeds), golden)
-
-    # Updates that only do harm leave the network as it began.
-    pairs = write_pairs(tmp_path / "few", 64)
-    harmed = algorithm.train(config(pairs, tmp_path / "harmed", learning_rate=30.0, batch_size=16, epochs=2), TOY)
-    assert records(tmp_path / "harmed")[-1]["losses/mse_held_out"] > identity
-    torch.testing.assert_close(harmed(noise, TOY.encode(["up"] * 64).policy_embeds), noise, rtol=0, atol=1e-5)
-
-
-def test_noise_on_top_of_a_mean_is_the_input(tmp_path):
-    pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
-    npnet = algorithm.train(config(pairs, tmp_path / "run"), TOY)
-    noise = standard_noise(range(20_000, 20_064), TOY.latent_shape)
-    for prompt, mean in (("up", 0.5), ("down", -0.5)):
-        golden = npnet(noise, TOY.encode([prompt] * 64).policy_embeds)
-        assert (golden - (mean + 0.6 * noise)).square().mean() < 0.03
-
-
-def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    options = {"epochs": 2, "save_every": 10, "evaluate_every": 4, "batch_size": 32}
-    pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
-    whole = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
-    save = algorithm.Run.save
-
-    def stop_after_first(self, *arguments, **parts):
-        save(self, *arguments, **parts)
-        raise KeyboardInterrupt
-
-    killed = config(pairs, tmp_path / "b", **options)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(algorithm.Run, "save", stop_after_first)
-        algorithm.train(killed, TOY)
-    resumed = algorithm.train(dataclasses.replace(killed, resume=True), TOY)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert records(tmp_path / "b") == [pytest.approx(row, abs=1e-5) for row in records(tmp_path / "a")]
-    finished = algorithm.train(dataclasses.replace(killed, resume=True), TOY)  # nothing left to do
-    for a, b in zip(resumed.parameters(), finished.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_training_refuses_what_it_cannot_use(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no pairs"):
-        algorithm.train(config(tmp_path, tmp_path / "a"), TOY)
-    pairs = write_pairs(tmp_path / "pairs", 1)
-    with pytest.raises(ValueError, match="made for denoiser 'none', not 'shapes'"):
-        algorithm.train(config(pairs, tmp_path / "b", denoiser="shapes"))
-    with pytest.raises(ValueError, match="too few"):
-        algorithm.train(config(pairs, tmp_path / "c"), TOY)
-    NPNet(NPNetConfig(text_shape=(3, 8))).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="another denoiser"):
-        algorithm.train(config(pairs, tmp_path / "d", init_from=str(tmp_path / "other")), TOY)

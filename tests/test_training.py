@@ -18,8 +18,8 @@ from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.pairs import PairsConfig
 from noisear_rl.policy import NoiseARConfig
-from noisear_rl.shared_noise import SharedNoiseConfig
 from noisear_rl.rewards import RewardConfig
+from noisear_rl.shared_noise import SharedNoiseConfig
 from noisear_rl.training import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
 from tests.conftest import random_policy
 
@@ -92,6 +92,7 @@ PRESETS = {
 STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}
 PRESETS |= {f"{model}/{stage}": STAGES[stage] for model in ("sdxl", "dreamshaper", "hunyuan_dit") for stage in STAGES}
+PRESETS |= {f"shapes/ablations/{path.stem}": NLLConfig for path in (CONFIGS / "shapes/ablations").glob("*.yaml")}
 
 
 @pytest.mark.parametrize(("name", "cls"), PRESETS.items())
