@@ -41,9 +41,9 @@ TRIED = (24, 96, 384)  # captions; the last is the base
 BASE = "base"
 GROUPS = {  # title → settings; a preset's name, `tried_N`, or `temperature_T`
     "patch side": ("patch_size_1", BASE, "patch_size_4", "patch_size_8"),
-    "decoder layers": ("n_layers_1", BASE, "n_layers_3", "n_layers_4"),
+    "decoder layers": ("n_layers_1", BASE, "n_layers_4"),
     "blocks in the head (the authors' network)": tuple(f"n_prediction_head_{blocks}" for blocks in range(3)),
-    "width": ("d_model_32", "d_model_64", BASE, "d_model_256"),
+    "width": ("d_model_64", BASE, "d_model_256"),
     "loss": (BASE, "reconstruction_0"),
     "captions that were tried": (*(f"tried_{count}" for count in TRIED[:-1]), BASE),
     "temperature": ("temperature_0.25", "temperature_0.5", "temperature_0.75", BASE, "temperature_1.25"),

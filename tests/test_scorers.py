@@ -1,9 +1,11 @@
 """Scorers with published weights: equal to a plain computation, loading, preprocessing, batches, bad input."""
 
+import json
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
-from noisear_rl.rewards import make_reward
+from noisear_rl.rewards import REWARDS, make_reward
 from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2
 from noisear_rl.rewards.clip import CLIPScore
 from noisear_rl.rewards.mps import MPS, OVERALL
@@ -408,7 +410,7 @@ def test_tensor_preprocessing_agrees_with_exact_on_smooth_pictures(order):
     assert preprocess.exact(image).shape == (1, 3, 224, 224)
 
 
-FAKE = "def load(name, **options):\n    return Model()\n\nclass Model:\n    def score(self, prompt, image):\n"
+FAKE = "import clip\nassert clip.mine\n\ndef load(name, **options):\n    return Model()\n\nclass Model:\n    def score(self, prompt, image):\n"
 
 
 def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
@@ -416,6 +418,7 @@ def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
     (tmp_path / "ImageReward.py").write_text(
         f"{FAKE}        print('noise')\n        return len(prompt) + image.size[0]\n"
     )
+    (tmp_path / "clip.py").write_text("mine = True\n")  # not the worker's neighbour of that name
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reward = make_reward("image-reward", backend="package", python=sys.executable)
     images = torch.zeros(2, 3, 8, 16)
@@ -433,7 +436,16 @@ def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
 
 def test_package_worker_needs_nothing_of_this_library():
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['noisear_rl'] = None; "
+        "import sys; sys.path.insert(0, ''); sys.modules['torch'] = sys.modules['noisear_rl'] = None; "
         f"exec(open({str(WORKER)!r}).read().split('if __name__')[0])"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
+
+
+def test_golden_scores_say_what_they_need(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/golden_scores.py"
+    done = subprocess.run([sys.executable, script, "--images", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "THUDM/ImageReward" in done.stderr
+    golden = json.loads(script.with_suffix(".json").read_text())
+    assert all(len(scorer["values"]) == len(golden["images"]) == 4 for scorer in golden["scores"].values())
+    assert set(golden["scores"]) < set(REWARDS)

@@ -7,7 +7,11 @@ of this library, and of other packages only the scorer's own and Pillow.
 """
 
 import json
+import pathlib
+import shutil
 import sys
+
+sys.path.pop(0)  # this folder, whose clip.py is not the package that others import by that name
 
 from PIL import Image
 
@@ -21,9 +25,16 @@ def image_reward(device):
 
 
 def hpsv2(version):
-    """The scorer of ``hpsv2``; the package reads its checkpoint at every call."""
+    """The scorer of ``hpsv2``; the package reads its checkpoint at every call.
+
+    Its wheel lacks CLIP's byte pairs, which ``openai-clip`` has: they are copied to where it looks for them.
+    """
+    import clip
     import hpsv2 as package
 
+    file = pathlib.Path(package.__file__).parent / "src/open_clip/bpe_simple_vocab_16e6.txt.gz"
+    if not file.exists():
+        shutil.copy(pathlib.Path(clip.__file__).parent / file.name, file)
     return lambda image, prompt: float(package.score(image, prompt, hps_version=version)[0])
 
 
