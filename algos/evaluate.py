@@ -35,9 +35,10 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import EMBEDDED, load_denoiser
-from noisear_rl.denoisers.shapes.captions import SPLITS, parse_caption
+from noisear_rl.denoisers.shapes.captions import CATEGORIES, SPLITS, parse_caption
 from noisear_rl.envs.noise_task import to_uint8
 from noisear_rl.evaluation import diversity, finite_components, radial_spectrum
+from noisear_rl.geneval_prompts import geneval_style_prompts
 from noisear_rl.methods import Method, SearchConfig, plan_methods
 from noisear_rl.prompt_sets import PromptSet, load_prompt_set, shapes_prompt_set
 from noisear_rl.results import VERSION, load_results, picture_path
@@ -60,9 +61,9 @@ class EvaluateConfig:
     denoiser: str = "shapes"
     """Denoiser's name or folder."""
     prompts: str = "held_out"
-    """Prompt set: a file, a published set's name, or a split of `shapes` (equal shares of the categories)."""
+    """Prompt set: a file, a published set's name, `geneval-style` (prompts of our own), or a split of `shapes`."""
     num_prompts: int | None = None
-    """How many: captions of a split (120 if unset), or prompts of a file from its start (all if unset)."""
+    """How many, in equal shares of the categories (120 if unset); of a file, from its start (all if unset)."""
     skip_bad_rows: bool = False
     """Leave malformed rows of the prompt file out."""
     samples: int = 8
@@ -114,6 +115,8 @@ def prompt_set(config: EvaluateConfig) -> PromptSet:
     """The prompts to evaluate on."""
     if config.denoiser in EMBEDDED and config.prompts in SPLITS:
         return shapes_prompt_set(config.prompts, config.num_prompts or 120)
+    if config.prompts == "geneval-style":
+        return geneval_style_prompts(-(-(config.num_prompts or 120) // len(CATEGORIES)))
     found = load_prompt_set(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.num_prompts)
     if config.denoiser in EMBEDDED:
         return dataclasses.replace(found, categories=categories_of(found.prompts))

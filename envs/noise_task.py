@@ -52,7 +52,8 @@ class NoiseTask:
     Args:
         denoiser: Name or object.
         reward: Name, weights by name, or object; ``None`` for the denoiser's default.
-        prompts: Prompts; a text file with one a line; for ``shapes`` also a split's name (``train``, ``held_out``),
+        prompts: Prompts; a text file with one a line, or another file or name of a published set
+            (:mod:`noisear_rl.prompt_sets`); for ``shapes`` also a split's name (``train``, ``held_out``),
             or ``train-balanced``: 3,000 of its captions with equal shares of the categories, small ones repeated.
             ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
@@ -163,13 +164,14 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 
 def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str]:
-    """Resolves the ``prompts`` argument of :class:`NoiseTask`. A line that comes twice in a file counts once.
+    """Resolves the ``prompts`` argument of :class:`NoiseTask`. A prompt that comes twice in a file counts once.
 
     Raises:
-        ValueError: If there is no prompt, or one is empty.
-        FileNotFoundError: If a string is neither a split nor a file.
+        ValueError: If there is no prompt, one is empty, or a file is malformed (:mod:`noisear_rl.prompt_sets`).
+        FileNotFoundError: If a string is neither a split, nor a file, nor a published set's name.
     """
     from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, captions_of
+    from noisear_rl.prompt_sets import PUBLISHED, load_prompt_set
 
     if prompts is None:
         prompts = "train" if denoiser in EMBEDDED else EXAMPLE_PROMPTS
@@ -178,10 +180,11 @@ def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str
             return [caption.text for caption in captions_of(prompts)]
         if denoiser in EMBEDDED and prompts in (f"{split}-balanced" for split in SPLITS):
             return [caption.text for caption in balanced_captions(prompts.removesuffix("-balanced"), BALANCED)]
-        if not Path(prompts).is_file():
-            raise FileNotFoundError(f"prompts: {prompts!r} is neither a file nor (for 'shapes') one of {SPLITS}")
-        lines = (line.strip() for line in Path(prompts).read_text().splitlines())
-        prompts = list(dict.fromkeys(line for line in lines if line))
+        if not Path(prompts).is_file() and prompts not in PUBLISHED:
+            raise FileNotFoundError(
+                f"prompts: {prompts!r} is neither a file nor one of {sorted(PUBLISHED)} nor (for 'shapes') of {SPLITS}"
+            )
+        prompts = load_prompt_set(prompts).prompts
     if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
         raise ValueError("prompts must be a non-empty list of non-empty strings")
     return list(prompts)

@@ -174,6 +174,8 @@ def test_prompt_files_and_reward_files(tmp_path, capsys):
 def test_prompt_sets():
     found = prompt_set(replace(SMALL, num_prompts=12))
     assert len(found) == 12 and len(set(found.categories)) == 6
+    ours = prompt_set(replace(SMALL, denoiser="sdxl", prompts="geneval-style", num_prompts=30))
+    assert len(set(ours.prompts)) == 30 and {ours.categories.count(name) for name in ours.categories} == {5}
 
 
 def test_layout_distance():

@@ -410,7 +410,16 @@ def test_tensor_preprocessing_agrees_with_exact_on_smooth_pictures(order):
     assert preprocess.exact(image).shape == (1, 3, 224, 224)
 
 
-FAKE = "import clip\nassert clip.mine\n\ndef load(name, **options):\n    return Model()\n\nclass Model:\n    def score(self, prompt, image):\n"
+FAKE = """import clip
+
+assert clip.mine
+
+def load(name, **options):
+    return Model()
+
+class Model:
+    def score(self, prompt, image):
+"""
 
 
 def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
