@@ -18,7 +18,7 @@ from typing import Any
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.evaluation import GAUSSIAN, as_sampler
-from noisear_rl.npnet import NPNetSampler, load_npnet
+from noisear_rl.npnet import NPNetSampler, holds_npnet, load_npnet
 from noisear_rl.reno import Reno
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import BestOf, Sampler
@@ -118,7 +118,7 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
     """A path a training seed."""
 
     def make(path: str) -> Sampler:
-        if _is_npnet(path):
+        if holds_npnet(path):
             return NPNetSampler(denoiser, load_npnet(path))
         policy = load_policy(path)
         if temperature is not None:
@@ -151,12 +151,6 @@ def _searching(
 
     name = group + start.name.removeprefix(start.group)  # with the training seed
     return Method(name, group, make, [start.identity, kind, count, choose_by, to_mapping(search)], start.trained)
-
-
-def _is_npnet(path: str) -> bool:
-    """Whether a run folder or a checkpoint holds an NPNet and no policy."""
-    files = sorted(Path(path).glob("checkpoints/step-*/config.json")) or [Path(path) / "config.json"]
-    return files[-1].is_file() and "svd_heads" in files[-1].read_text()
 
 
 def _digest(path: str) -> str:

@@ -15,8 +15,7 @@ linear algebra library, the same noise may turn into another golden noise.
 Shapes: ``B`` batch, ``C, h, w`` latent, ``L`` text tokens, ``D`` text width, ``K`` singular values.
 """
 
-import dataclasses  # no postponed annotations here: the hub mixin reads the type of ``config``
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence  # no postponed annotations: the hub mixin reads the type of ``config``
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -35,6 +34,7 @@ from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.samplers import Samples
 from noisear_rl.swin import Attention, Swin, swin_sizes
+from noisear_rl.training import find_checkpoint
 
 TEXT_TOKENS = 77  # what the authors' text encoders pad to
 PARTS = {"unet_svd": "unet_svd", "unet_embedding": "unet_embedding", "embeeding": "text_embedding"}  # theirs: ours
@@ -109,9 +109,8 @@ class SVDNoise(nn.Module):
         self.mlp2 = nn.Sequential(nn.Linear(columns, hidden), nn.ReLU(), nn.Linear(hidden, k))
         self.mlp3 = nn.Sequential(nn.Linear(k, k))
         self.attention = Attention(k, config.svd_heads)
-        last = nn.Linear(config.svd_ff, k)
-        self.mlp4 = nn.Sequential(nn.Linear(k, config.svd_ff), nn.ReLU(), last)
-        for parameter in last.parameters():
+        self.mlp4 = nn.Sequential(nn.Linear(k, config.svd_ff), nn.ReLU(), nn.Linear(config.svd_ff, k))
+        for parameter in self.mlp4[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,10 +217,7 @@ class NPNet(
             ValueError: If the file is truncated, holds more than tensors, or not their network.
             FileNotFoundError: If there is no such file.
         """
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
+        saved = read_tensors(path)
         try:
             state = reference_state(saved)
             npnet = cls(reference_config(state, svd_heads))
@@ -237,16 +233,20 @@ class NPNet(
         try:
             model.load_state_dict(load_file(model_file, device=map_location))
         except (SafetensorError, RuntimeError) as error:
-            what = dataclasses.asdict(model.config)
-            raise ValueError(f"{Path(model_file)}: truncated, or not the weights of an NPNet with {what}") from error
+            raise ValueError(f"{Path(model_file)}: truncated, or not the weights of {model.config}") from error
         return model
 
 
-def reference_state(saved: Any) -> dict[str, torch.Tensor]:
-    """Names of the authors' file as they are here; what their network does not use is dropped.
+def read_tensors(path: str | Path) -> Any:
+    """What a ``.pth`` file holds; raises ``ValueError`` where that is more than tensors, or less than it was."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
 
-    Args:
-        saved: A state dict for each part, one of which the authors misspell, and the numbers ``alpha`` and ``beta``.
+
+def reference_state(saved: Any) -> dict[str, torch.Tensor]:
+    """Tensors of the authors' file by the names that they have here, without what their network does not use.
 
     Raises:
         ValueError: If a part is missing.
@@ -295,18 +295,17 @@ def load_npnet(path: str | Path) -> NPNet:
         FileNotFoundError: If there is no such folder, or it holds no network.
         ValueError: If the weights are truncated or of another architecture.
     """
-    folder = Path(path)
-    if folder.suffix == ".pth":
-        return NPNet.from_reference(folder)
-    if folder.is_dir():
-        runs = sorted(folder.glob("checkpoints/step-*"))
-        folder = runs[-1] if runs else folder
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError(f"{path} holds no NPNet: expected config.json and model.safetensors")
-        return NPNet.from_pretrained(str(folder)).eval()
-    if folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():  # no Hub id looks like this
-        raise FileNotFoundError(f"{path}: no such folder; expected a checkpoint, a run folder or a Hub id (owner/name)")
-    return NPNet.from_pretrained(str(path)).eval()
+    if Path(path).suffix == ".pth":
+        return NPNet.from_reference(path)
+    return NPNet.from_pretrained(find_checkpoint(path, "NPNet")).eval()
+
+
+def holds_npnet(path: str | Path) -> bool:
+    """Whether a checkpoint, a run folder or a ``.pth`` file holds this network; another, or none, is false."""
+    if Path(path).suffix == ".pth":
+        return Path(path).is_file() and "unet_svd" in read_tensors(path)
+    files = sorted(Path(path).glob("checkpoints/step-*/config.json")) or [Path(path) / "config.json"]
+    return files[-1].is_file() and "svd_heads" in files[-1].read_text()
 
 
 class NPNetSampler:

@@ -246,18 +246,30 @@ def load_policy(path: str | Path) -> NoiseARPolicy:
         FileNotFoundError: If a folder holds no policy.
         ValueError: If the weights are truncated or of another architecture.
     """
+    if Path(path).suffix == ".pth":
+        return NoiseARPolicy.from_reference(path)
+    return NoiseARPolicy.from_pretrained(find_checkpoint(path, "policy")).eval()
+
+
+def find_checkpoint(path: str | Path, what: str) -> str:
+    """The folder of a checkpoint, of a run folder's newest one, or a Hub id, as ``from_pretrained`` takes it.
+
+    Args:
+        path: Any of these.
+        what: What it must hold, for the message.
+
+    Raises:
+        FileNotFoundError: If a folder holds no weights, or there is none and no Hub id looks like this.
+    """
     folder = Path(path)
-    if folder.suffix == ".pth":
-        return NoiseARPolicy.from_reference(folder)
     if folder.is_dir():
         runs = sorted(folder.glob("checkpoints/step-*"))
         folder = runs[-1] if runs else folder
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError(f"{path} holds no policy: expected config.json and model.safetensors")
-        return NoiseARPolicy.from_pretrained(str(folder)).eval()
-    if folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():  # no Hub id looks like this
+            raise FileNotFoundError(f"{path} holds no {what}: expected config.json and model.safetensors")
+    elif folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; expected a checkpoint, a run folder or a Hub id (owner/name)")
-    return NoiseARPolicy.from_pretrained(str(path)).eval()
+    return str(folder)
 
 
 def initial_policy(path: str | None, config: NoiseARConfig) -> NoiseARPolicy:

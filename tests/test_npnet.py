@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.npnet import NPNet, NPNetConfig, NPNetSampler, load_npnet
+from noisear_rl.npnet import NPNet, NPNetConfig, NPNetSampler, holds_npnet, load_npnet
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import BestOf, GaussianSampler
 
@@ -154,6 +154,7 @@ def test_a_file_of_the_authors_layout_gives_their_noise(tmp_path, spelling):
         without = recompute(state | {"embeeding": state[spelling], weight: torch.zeros(1)}, noise, text, config)
         assert (without - expected).abs().mean() > 0.05
     npnet.save_pretrained(tmp_path / "converted")
+    assert holds_npnet(tmp_path / "sdxl.pth") and holds_npnet(tmp_path / "converted") and not holds_npnet(tmp_path)
     again = load_npnet(tmp_path / "converted")
     assert again.config == config and torch.equal(again(noise, text), npnet(noise, text))
 
@@ -186,6 +187,9 @@ def test_files_that_are_not_theirs_are_refused(tmp_path):
     state = write_authors_file(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        load_npnet(path)
+    path.write_text("<html>sign in to download</html>")
     with pytest.raises(ValueError, match="truncated"):
         load_npnet(path)
     torch.save({"unet_svd": Malicious()}, path)
