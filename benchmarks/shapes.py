@@ -50,7 +50,7 @@ def train(seed: int) -> None:
     start = {"init_from": str(at("shared")), "seed": seed}
     preset = "reinforce_transfer.yaml"
     held_out.run(reinforce.train, reinforce.ReinforceConfig, preset, at("reinforce"), **start)
-    first = {"seed": (seed + 1) * 10_000_000, "filter_reward": "shapes-match"}
+    first = {"seed": (seed + 1) * 10_000_000, "filter_reward": "shapes-match", "prompts": "train-balanced"}
     held_out.run(pairs.build_pairs, pairs.PairsConfig, "pairs.yaml", at("npnet-pairs"), **first)
     own = {"pairs": at("npnet-pairs"), "seed": seed}
     held_out.run(npnet.train, npnet.NPNetTrainingConfig, "npnet.yaml", at("npnet"), **own)
@@ -73,7 +73,7 @@ def evaluation(output_dir: Path) -> EvaluateConfig:
 def images_of(group: str) -> int:
     """Pictures that were denoised to train a method, by its first seed; searches train nothing."""
     name = group.split(" + ")[0]
-    if name == "NPNet":  # the filter renders both sides of a pair
+    if name == "NPNet":  # the filter renders both sides of a pair, with the teacher's 8 network evaluations each
         return 2 * read_manifest(held_out.folder_of("npnet-pairs", 0))["pairs"]
     if name == "REINFORCE":
         return held_out.images_of("shared", 0) + int(

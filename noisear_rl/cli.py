@@ -19,6 +19,7 @@ COMMANDS = {
     "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
     "reward-gradient": ("noisear_rl.algos.reward_gradient", "improve a policy by gradients through the denoiser"),
     "reward-statistics": ("noisear_rl.rewards.reference", "measure scorers on Gaussian noise, to standardise them by"),
+    "npnet": ("noisear_rl.algos.npnet", "train NPNet (golden noise) on pairs, to compare with"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
     "table": ("noisear_rl.table", "print tables of evaluations, also in the paper's layouts beside its numbers"),
     "report": ("noisear_rl.report_page", "write one self-contained page about an evaluation and trainings"),
