@@ -154,6 +154,7 @@ def chart(path: Path, results: Results) -> None:
             axes.errorbar([x], [estimate.mean], bars, fmt="o", capsize=3, color=colors[i % 20], label=group)
     panels[0].set(xscale="log", xlabel="network evaluations an image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    panels[0].minorticks_off()
     panels[1].set(xlabel="diversity within a caption, Gaussian = 1")
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

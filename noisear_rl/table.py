@@ -83,7 +83,7 @@ class Column:
 Cell = str | float | Estimate | None
 Row = dict[Column, Cell]
 DATASET, DENOISER, METHOD = (Column(title, "text") for title in ("dataset", "denoiser", "method"))
-ABLATION, VALUE = Column("ablation", "text"), Column("value", "text")
+ABLATION, VALUE, SEEDS = Column("ablation", "text"), Column("value", "text"), Column("training seeds", digits=None)
 
 
 def cell_text(cell: Cell, column: Column) -> str:
@@ -206,12 +206,12 @@ def results_row(results: Results, group: str, resample: str) -> Row:
     for name in [name for name in start.diversity if all(name in member.diversity for member in members)]:
         own, of_start = np.mean([member.diversity[name] for member in members]), start.diversity[name].mean()
         row[Column(f"diversity by {name} (baseline 1)")] = float(own / of_start) if of_start > 0 else None
-    kls = [member.kl_to_gaussian for member in members if member.kl_to_gaussian is not None]
-    row[Column("KL (nats)", digits=1)] = float(np.mean(kls)) if len(kls) == len(members) else None
+    mean_of = lambda fact: float(np.mean([getattr(member, fact) for member in members]))
+    known = all(member.kl_to_gaussian is not None for member in members)
+    row[Column("KL (nats)", digits=1)] = mean_of("kl_to_gaussian") if known else None
     for title, digits in (("noise mean", 3), ("noise std", 3), ("NFE", None)):
-        values = [getattr(member, title.lower().replace(" ", "_")) for member in members]
-        row[Column(title, digits=digits)] = float(np.mean(values))
-    row[Column("training seeds", digits=None)] = float(len(members)) if members[0].trained else None
+        row[Column(title, digits=digits)] = mean_of(title.lower().replace(" ", "_"))
+    row[SEEDS] = len(members) if group != start.group and members[0].trained else None
     seeds = [category_mean(scale * member.scores[judge], categories) for member in members]
     row[Column("std of seeds", digits=1)] = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
     return row

@@ -158,3 +158,8 @@ def test_bad_input(tmp_path, random_denoiser):
         inversion_coefficients(schedule(10), "approximate")
     with pytest.raises(ValueError, match="at least 3 timesteps"):
         inversion_coefficients(schedule(2), "compat")
+
+
+def test_a_one_step_student_has_no_schedule_for_pairs(turbo, tmp_path):
+    with pytest.raises(ValueError, match=r"distilled to few steps.*ask its teacher"):
+        build_pairs(PairsConfig(output_dir=tmp_path, pairs=2, denoiser="shapes-turbo"), turbo)

@@ -131,7 +131,7 @@ def test_reference_statistics_are_measured_and_used(tmp_path):
     again = measure(ReferenceConfig(str(asked), denoiser="shapes-turbo", num_prompts=40, batch_size=7))
     for name, (mean, std) in again.statistics.items():
         assert written["statistics"][name] == pytest.approx([mean, std], abs=1e-4)
-    assert 0.4 < written["statistics"]["shapes-match"][0] < 0.9
+    assert 0.2 < written["statistics"]["shapes-match"][0] < 0.6  # the student on captions of all kinds
     assert load_reward(str(out)).statistics["brightness"] == tuple(written["statistics"]["brightness"])
     constant = tmp_path / "constant.py"
     constant.write_text("def score(images, prompts):\n    return [1.0] * len(prompts)\n")

@@ -312,6 +312,9 @@ class DiffusionPipelineDenoiser:
         """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set.
 
         DDIM, with ε as its model output, or Euler for flow matching.
+
+        Raises:
+            ValueError: If the model's timesteps are those of a few-step student, which has no such schedule.
         """
         config = self.pipeline.scheduler.config
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -320,4 +323,6 @@ class DiffusionPipelineDenoiser:
             return flow
         ddim = DDIMScheduler.from_config(config, prediction_type="epsilon", clip_sample=False, thresholding=False)
         ddim.set_timesteps(num_inference_steps)
+        if int(ddim.timesteps.max()) >= ddim.config.num_train_timesteps:
+            raise ValueError(f"{self.name} was distilled to few steps; for a schedule of many, ask its teacher")
         return ddim
