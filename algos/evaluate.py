@@ -39,7 +39,7 @@ from noisear_rl.denoisers.shapes.captions import CATEGORIES, SPLITS, parse_capti
 from noisear_rl.envs.noise_task import to_uint8
 from noisear_rl.evaluation import diversity, finite_components, radial_spectrum
 from noisear_rl.geneval_prompts import geneval_style_prompts
-from noisear_rl.methods import Method, SearchConfig, plan_methods
+from noisear_rl.methods import SEARCH, Method, SearchConfig, plan_methods
 from noisear_rl.prompt_sets import PromptSet, load_prompt_set, shapes_prompt_set
 from noisear_rl.results import VERSION, load_results, picture_path
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
@@ -243,10 +243,10 @@ def run(config: EvaluateConfig) -> str:
         raise ValueError("samples and batch_size must be at least 1")
     state = PartialState()
     chosen, scorers = prompt_set(config), scorers_of(config)
-    if config.choose_by in scorers.weights and config.choose_by == next(iter(scorers.weights)):
-        raise ValueError(f"{config.choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
-    denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
+    if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
+        raise ValueError(f"{choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
+    denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
 
     # The folder: of these prompts, seeds and scorers, whatever the methods.

@@ -147,7 +147,7 @@ def test_bad_methods(policies, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         plan_methods([f"mine={tmp_path / 'none'}"], turbo, "shapes-match")
     with pytest.raises(ValueError, match="cannot both choose and judge"):
-        run(replace(SMALL, scorers=("shapes-match",), choose_by="shapes-match", output_dir=tmp_path))
+        run(replace(SMALL, methods=("best-of-2",), scorers=("shapes-match", "shapes-exact"), output_dir=tmp_path))
     with pytest.raises(ValueError, match="at least 1"):
         run(replace(SMALL, samples=0, output_dir=tmp_path))
 
