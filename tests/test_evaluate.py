@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from noisear_rl.results import load_results
 from noisear_rl.rewards.layouts import layout_distance
 from tests.conftest import random_policy
 
+ROOT = Path(__file__).parents[1]
 SMALL = EvaluateConfig(denoiser="shapes-turbo", num_prompts=7, samples=3, batch_size=6)
 
 
@@ -102,11 +104,10 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(whole, tmp_path):
-    config = replace(whole, output_dir=tmp_path)
-    script = command(config)[2:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    options = command(replace(whole, output_dir=tmp_path))[3:]
     subprocess.run(
-        [*launch, sys.executable, *script[:0], "-c", *script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*launch, ROOT / "algos/evaluate.py", *options], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     ours, theirs = (json.loads(content["results.json"]) for content in (files(tmp_path), files(whole.output_dir)))
     for record in (ours, theirs):
