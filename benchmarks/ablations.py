@@ -160,6 +160,8 @@ def scaling(path: Path, shown: dict[str, list[tuple[str, Estimate, str]]], gauss
         axes.errorbar(x, means, [means - low, high - means], fmt="o-", color="#2166ac", capsize=3)
         axes.axhline(gaussian.mean, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
         axes.set(xlabel=label, xscale="log")
+        axes.minorticks_off()
+        axes.set_xticks(x, [f"{size / 1e6:.2g} M" if size >= 1e5 else str(size) for size in x])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("exactly right, %")
     panels[0].legend(frameon=False)
