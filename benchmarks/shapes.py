@@ -92,8 +92,8 @@ def page(results: Results, command: str) -> str:
         f"saw x {results.samples} noises, mean over six categories. 95 % intervals over captions (means over training "
         "seeds first), gains paired; * excludes 0. NFE: network evaluations an image, those of choosing and searching "
         "included; `reno-8` has 6 backward passes besides. Searches choose by the training reward. Diversity within a "
-        "caption, by CLIP distance and by layout, Gaussian = 1. Seconds an image are those of a machine that did other "
-        "things besides: a rough guide.",
+        "caption, by CLIP distance and by layout, Gaussian = 1. Seconds an image were measured beside other work: "
+        "a rough guide.",
         "",
         "| method | training images | NFE | right | gain | by seed | std of seeds | wins % | CLIP distance | layout "
         "distance | KL | noise std | s an image |",
