@@ -25,6 +25,7 @@ from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.natural_gradient import PolicyOptimizer
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.reno import norm_regularizer
 from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
 
 
@@ -117,7 +118,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
 
         # From the noise to the parameters, through the mean, the variance and every prefix.
         norm = noise.flatten(1).norm(dim=1)
-        reno = (0.5 * norm.square() - (noise[0].numel() - 1) * norm.log()).mean()
+        reno = norm_regularizer(noise).mean()
         distribution = policy.distribution(sample.patches, text, mask)
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
         surrogate = -(gradient * noise[kept]).flatten(1).sum(1).mean()

@@ -32,7 +32,7 @@ from torch import nn
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers import Samples
+from noisear_rl.samplers import Samples, check_seeds
 from noisear_rl.swin import Attention, Swin, swin_sizes
 from noisear_rl.training import find_checkpoint
 
@@ -328,8 +328,7 @@ class NPNetSampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts the denoiser's evaluations alone."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"expected one seed a prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+        check_seeds(prompts, seeds)
         conditioning = self.denoiser.encode(prompts)
         text = conditioning.policy_embeds
         noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)

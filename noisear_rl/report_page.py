@@ -180,7 +180,8 @@ def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[li
 def command(config: dict[str, Any]) -> str:
     """The ``noisear evaluate`` line of an evaluation's options."""
     words = ["noisear", "evaluate"]
-    for key, value in config.items():
+    nested = {f"search.{key}": value for key, value in config.get("search", {}).items()}
+    for key, value in ({key: value for key, value in config.items() if key != "search"} | nested).items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

@@ -29,6 +29,7 @@ __all__ = [
     "Sampler",
     "Samples",
     "check_choice",
+    "check_seeds",
     "derived_seeds",
 ]
 
@@ -126,7 +127,7 @@ class GaussianSampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`Sampler`."""
-        _check_seeds(prompts, seeds)
+        check_seeds(prompts, seeds)
         noise = standard_noise(seeds, self.denoiser.latent_shape)
         own = seeds if denoising_seeds is None else denoising_seeds
         images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
@@ -158,7 +159,7 @@ class PolicySampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`Sampler`."""
-        _check_seeds(prompts, seeds)
+        check_seeds(prompts, seeds)
         conditioning = self.denoiser.encode(prompts)
         text, mask = conditioning.policy_embeds, conditioning.policy_mask
         policy = self.policy.to(text.device)
@@ -211,6 +212,7 @@ def _ranked(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores.isfinite(), scores, -torch.inf)
 
 
-def _check_seeds(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def check_seeds(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless there is one seed a prompt."""
     if len(prompts) != len(seeds):
         raise ValueError(f"expected one seed a prompt, got {len(seeds)} seeds for {len(prompts)} prompts")

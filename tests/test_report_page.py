@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import re
+import shlex
 from io import BytesIO
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from PIL import Image
 
 from noisear_rl import report_figures as figures
 from noisear_rl import report_page
+from noisear_rl.algos.evaluate import EvaluateConfig
+from noisear_rl.methods import SearchConfig
+from noisear_rl.report_page import command
 from noisear_rl.report_pictures import encode_picture, fit_pictures
 from noisear_rl.report_summary import table_rows, verdict
 from noisear_rl.results import load_results
+from noisear_rl.training import parse_config, to_mapping
 
 # Right pictures of 4 samples, prompt by prompt; the prompts' names say in which order they must be shown.
 RIGHT = {"Gaussian": [4, 1, 1, 2, 1, 3], "PPO 0": [0, 2, 4, 4, 4, 1], "PPO 1": [0, 2, 4, 4, 4, 3]}
@@ -325,3 +330,15 @@ def test_curves_of_many_records_are_thinned_and_smoothed():
     assert len(faint) == len(smooth) == figures.POINTS
     assert smooth[:, 1].std() < 0.3 * faint[:, 1].std() and faint[-1, 0] == smooth[-1, 0]
     assert figures.learning_chart([[{"step": 1, "loss": float("nan")}]], "loss", "Loss", 1) is None
+
+
+def test_the_command_gives_the_evaluations_options_back():
+    config = EvaluateConfig(
+        methods=("PPO=runs/a,runs/b", "PPO+best-of-4"),
+        num_prompts=7,
+        skip_bad_rows=True,
+        search=SearchConfig(step_size=0.25),
+        denoiser_options={"dtype": "float32"},
+    )
+    words = shlex.split(command(to_mapping(config)))
+    assert words[:2] == ["noisear", "evaluate"] and parse_config(EvaluateConfig, words[2:], None) == config
