@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.envs import make_vector_env
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.policy import NoiseARConfig
-from noisear_rl.rollouts import load_rollouts, policy_sha256, rollout_features, rollout_manifest
-from noisear_rl.shards import check_manifest, shard_file, write_shard
-from noisear_rl.training import initial_policy, parse_config
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.data.rollouts import load_rollouts, policy_sha256, rollout_features, rollout_manifest
+from noisear_rl.data.shards import check_manifest, shard_file, write_shard
+from noisear_rl.learning.run import initial_policy, parse_config
 
 
 @dataclass

@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.natural_gradient import PolicyOptimizer
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.preference_losses import PairLogProbs, Strength, check_losses, preference_loss
-from noisear_rl.rollouts import load_rollouts, preference_pairs
-from noisear_rl.training import Counters, Run, initial_policy, parse_config
+from noisear_rl.learning.natural_gradient import PolicyOptimizer
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.learning.preference_losses import PairLogProbs, Strength, check_losses, preference_loss
+from noisear_rl.data.rollouts import load_rollouts, preference_pairs
+from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config
 
 if TYPE_CHECKING:
     import trl

@@ -37,19 +37,19 @@ from tqdm.auto import tqdm
 from noisear_rl.denoisers import EMBEDDED, load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, SPLITS, parse_caption
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation import diversity, finite_components, radial_spectrum
-from noisear_rl.geneval_prompts import geneval_style_prompts
-from noisear_rl.methods import SEARCH, Method, SearchConfig, plan_methods
-from noisear_rl.prompt_sets import PromptSet, load_prompt_set, shapes_prompt_set
-from noisear_rl.results import VERSION, load_results, picture_path
+from noisear_rl.evaluation.compare import diversity, finite_components, radial_spectrum
+from noisear_rl.prompts.geneval_style import geneval_style_prompts
+from noisear_rl.samplers.by_name import SEARCH, Method, SearchConfig, plan_methods
+from noisear_rl.prompts.sets import PromptSet, load_prompt_set, shapes_prompt_set
+from noisear_rl.evaluation.results import VERSION, load_results, picture_path
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
 from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.preprocess import to_tensor
 from noisear_rl.rewards.shapes import ShapesExact
-from noisear_rl.samplers import Sampler
-from noisear_rl.shards import check_manifest
-from noisear_rl.table import render, results_table
-from noisear_rl.training import parse_config, to_mapping, write_atomically
+from noisear_rl.samplers.base import Sampler
+from noisear_rl.data.shards import check_manifest
+from noisear_rl.evaluation.tables import render, results_table
+from noisear_rl.learning.run import parse_config, to_mapping, write_atomically
 
 
 @dataclass

@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.losses import nll_loss, reconstruction_loss
-from noisear_rl.pairs import load_pairs
+from noisear_rl.learning.losses import nll_loss, reconstruction_loss
+from noisear_rl.data.pairs import load_pairs
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.shards import read_manifest
-from noisear_rl.training import Counters, Run, initial_policy, parse_config
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.data.shards import read_manifest
+from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config
 
 
 @dataclass

@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.npnet import NPNet, NPNetConfig, load_npnet
-from noisear_rl.pairs import load_pairs
-from noisear_rl.shards import read_manifest
-from noisear_rl.training import Counters, Run, parse_config
+from noisear_rl.samplers.npnet.network import NPNet, NPNetConfig, load_npnet
+from noisear_rl.data.pairs import load_pairs
+from noisear_rl.data.shards import read_manifest
+from noisear_rl.learning.run import Counters, Run, parse_config
 
 
 @dataclass

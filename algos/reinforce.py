@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.losses import finite_episodes, group_advantages, reinforce_loss
-from noisear_rl.natural_gradient import PolicyOptimizer
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
+from noisear_rl.learning.losses import finite_episodes, group_advantages, reinforce_loss
+from noisear_rl.learning.natural_gradient import PolicyOptimizer
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config, take_turns
 
 
 @dataclass

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.natural_gradient import PolicyOptimizer
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.reno import norm_regularizer
-from noisear_rl.training import Counters, Run, initial_policy, parse_config, take_turns
+from noisear_rl.learning.natural_gradient import PolicyOptimizer
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.samplers.reno import norm_regularizer
+from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config, take_turns
 
 
 @dataclass

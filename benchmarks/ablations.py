@@ -21,17 +21,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
 
-from noisear_rl import shared_noise
+from noisear_rl.data import shared_noise
 from noisear_rl.algos import collect, nll
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation import GAUSSIAN, evaluate
-from noisear_rl.policy import NoiseARPolicy
-from noisear_rl.report import save_figure
+from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
-from noisear_rl.statistics import Estimate, bootstrap, paired_difference, significance_mark
-from noisear_rl.training import load_policy, load_yaml, read_records, write_atomically
+from noisear_rl.evaluation.intervals import Estimate, bootstrap, paired_difference, significance_mark
+from noisear_rl.learning.run import load_policy, load_yaml, read_records, write_atomically
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/ablations"), ROOT / "benchmarks/results"

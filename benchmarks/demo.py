@@ -16,8 +16,8 @@ import numpy as np
 
 from noisear_rl import demo
 from noisear_rl.algos.evaluate import categories_of
-from noisear_rl.statistics import bootstrap
-from noisear_rl.training import write_atomically
+from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.learning.run import write_atomically
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results"

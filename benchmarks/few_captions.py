@@ -25,13 +25,13 @@ from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.evaluate import categories_of, provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import captions_of
-from noisear_rl.evaluation import GAUSSIAN, best_of, diversity, evaluate
-from noisear_rl.policy import NoiseARConfig
-from noisear_rl.report import save_figure
+from noisear_rl.evaluation.compare import GAUSSIAN, best_of, diversity, evaluate
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
-from noisear_rl.statistics import bootstrap
-from noisear_rl.training import load_policy, read_records, write_atomically
+from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.learning.run import load_policy, read_records, write_atomically
 
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
 RUNS, RESULTS = Path("runs/few_captions"), Path(__file__).parent / "results"

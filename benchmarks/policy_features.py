@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.demo import HARD_CAPTIONS
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.losses import group_advantages, reinforce_loss
-from noisear_rl.natural_gradient import natural_step
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.training import write_atomically
+from noisear_rl.learning.losses import group_advantages, reinforce_loss
+from noisear_rl.learning.natural_gradient import natural_step
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.learning.run import write_atomically
 
 UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
 FULL_PREFIX = 10.0  # undoes the small start of the patch encoder

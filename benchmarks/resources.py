@@ -47,13 +47,13 @@ from noisear_rl.algos.dpo import DPOConfig
 from noisear_rl.algos.evaluate import provenance
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
-from noisear_rl.critic import NoiseARCritic
+from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.denoisers.presets import PRESETS
-from noisear_rl.losses import nll_loss, ppo_loss, reconstruction_loss
-from noisear_rl.natural_gradient import fisher_product
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.preference_losses import PairLogProbs, Strength, preference_loss
-from noisear_rl.training import load_yaml, write_atomically
+from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
+from noisear_rl.learning.natural_gradient import fisher_product
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
+from noisear_rl.learning.run import load_yaml, write_atomically
 
 ROOT = Path(__file__).parents[1]
 GIB, KIB = 2**30, 2**10

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from noisear_rl.statistics import Estimate
+from noisear_rl.evaluation.intervals import Estimate
 
 SEEDS = (0, 1, 2)
 HEAD = (

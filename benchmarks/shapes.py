@@ -20,13 +20,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
 
-from noisear_rl import pairs
+from noisear_rl.data import pairs
 from noisear_rl.algos import evaluate, npnet, reinforce
 from noisear_rl.algos.evaluate import EvaluateConfig
-from noisear_rl.report import save_figure
-from noisear_rl.results import Results, load_results
-from noisear_rl.shards import read_manifest
-from noisear_rl.statistics import (
+from noisear_rl.report.plots import save_figure
+from noisear_rl.evaluation.results import Results, load_results
+from noisear_rl.data.shards import read_manifest
+from noisear_rl.evaluation.intervals import (
     bootstrap,
     category_mean,
     category_means,
@@ -34,7 +34,7 @@ from noisear_rl.statistics import (
     significance_mark,
     win_rate,
 )
-from noisear_rl.training import read_records, write_atomically
+from noisear_rl.learning.run import read_records, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 CAPTIONS, SAMPLES = 240, 4

@@ -24,12 +24,12 @@ from seeds import SEEDS
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.evaluate import categories_of, provenance
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.evaluation import GAUSSIAN, evaluate
-from noisear_rl.policy import NoiseARConfig
-from noisear_rl.report import save_figure
+from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
-from noisear_rl.statistics import bootstrap
-from noisear_rl.training import load_policy, read_records, write_atomically
+from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.learning.run import load_policy, read_records, write_atomically
 
 RUNS, RESULTS = Path("runs/what_works"), Path(__file__).parent / "results"
 PROMPTS = tuple((Path(__file__).parent / "hard_captions.txt").read_text().splitlines()[:6])

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser
 from noisear_rl.patches import sequence_shape, unpatchify
-from noisear_rl.policy import NoiseARConfig
+from noisear_rl.policy.model import NoiseARConfig
 from noisear_rl.rewards import WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
@@ -171,7 +171,7 @@ def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str
         FileNotFoundError: If a string is neither a split, nor a file, nor a published set's name.
     """
     from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, captions_of
-    from noisear_rl.prompt_sets import PUBLISHED, load_prompt_set
+    from noisear_rl.prompts.sets import PUBLISHED, load_prompt_set
 
     if prompts is None:
         prompts = "train" if denoiser in EMBEDDED else EXAMPLE_PROMPTS

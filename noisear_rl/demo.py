@@ -21,12 +21,12 @@ from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reinforce import train as train_reinforce
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation import GAUSSIAN, evaluate, summary, table
-from noisear_rl.pairs import PairsConfig, build_pairs
-from noisear_rl.policy import NoiseARConfig
-from noisear_rl.report import comparison
+from noisear_rl.evaluation.compare import GAUSSIAN, evaluate, summary, table
+from noisear_rl.data.pairs import PairsConfig, build_pairs
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.report.plots import comparison
 from noisear_rl.rewards import load_reward
-from noisear_rl.training import load_yaml, parse_config, to_mapping, write_atomically
+from noisear_rl.learning.run import load_yaml, parse_config, to_mapping, write_atomically
 
 # Training captions that Gaussian noise often gets wrong, from three categories.
 HARD_CAPTIONS = (

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation import GAUSSIAN, as_sampler
-from noisear_rl.policy import NoiseARPolicy
-from noisear_rl.report import save_figure
-from noisear_rl.training import load_policy, parse_config
+from noisear_rl.evaluation.compare import GAUSSIAN, as_sampler
+from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.report.plots import save_figure
+from noisear_rl.learning.run import load_policy, parse_config
 
 
 @dataclass

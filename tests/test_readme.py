@@ -15,9 +15,9 @@ from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.pairs import PairsConfig
-from noisear_rl.shared_noise import SharedNoiseConfig
-from noisear_rl.training import parse_config
+from noisear_rl.data.pairs import PairsConfig
+from noisear_rl.data.shared_noise import SharedNoiseConfig
+from noisear_rl.learning.run import parse_config
 from tests.conftest import random_policy
 
 ROOT = Path(__file__).parents[1]

@@ -104,7 +104,7 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
     if not isinstance(spec, str):
         return RewardConfig({name: float(weight) for name, weight in spec.items()})
     if spec.endswith((".yaml", ".yml")):
-        from noisear_rl.training import load_yaml
+        from noisear_rl.learning.run import load_yaml
 
         path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
         if path is None:

@@ -1,0 +1,91 @@
+"""Datasets on disk as numbered Parquet files beside a manifest, so that an interrupted command can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    Features,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from pyarrow.parquet import read_metadata
+
+from noisear_rl.learning.run import write_atomically
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a folder's manifest, or compares with the one that is there.
+
+    Raises:
+        ValueError: If the folder was written with other settings; names the first that differs.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(manifest, indent=1))
+        return
+    known = read_manifest(folder)
+    for key in {**known, **manifest}:
+        if known.get(key) != manifest.get(key):
+            raise ValueError(
+                f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {manifest.get(key)!r}): "
+                "choose another output_dir"
+            )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What a folder was written with."""
+    return json.loads((Path(folder) / "manifest.json").read_text())
+
+
+def shard_file(folder: Path, index: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{index:05d}.parquet"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps datasets' bars, one a file, out of the command's own."""
+    disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            enable_progress_bars()
+
+
+def write_shard(folder: Path, index: int, rows: Mapping[str, list], features: Features) -> None:
+    """Writes a shard whole or not at all."""
+    file = shard_file(folder, index)
+    temporary = file.with_name(f".{file.name}")
+    with _quiet():
+        Dataset.from_dict(dict(rows), features=features).to_parquet(temporary)
+    temporary.replace(file)
+
+
+def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
+    """All shards of a folder as one dataset in memory.
+
+    Args:
+        folder: Where they lie.
+        what: What they hold, for the message.
+        command: What makes them, for the message.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    files = sorted(str(file) for file in Path(folder).glob("shard-*.parquet"))
+    if not files or not (Path(folder) / "manifest.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no {what}: make some with `{command}`")
+    filled = [file for file in files if read_metadata(file).num_rows]
+    with _quiet():
+        parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in filled]
+    return concatenate_datasets(parts) if parts else Dataset.from_dict({})

@@ -1,0 +1,189 @@
+"""A few noises shared by many prompts: which of them suits which prompt, and pairs that pretrain on it.
+
+A noise that lays out one picture well tends to lay out its like well, too ("golden" seeds: Xu et al. 2024, arXiv
+2405.14828). Prompts that were all tried on the same noises tell which; they borrow from each other by kernel ridge
+regression from text embeddings to the rewards of every noise, whose strength is chosen by what prompts that are left
+out would have earned. Few noises for all prompts make a target that a Gaussian policy can learn: good noises of
+each prompt's own are many layouts, which blur into an average of none. Rewards alone, no reward gradients.
+
+    python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
+    python -m noisear_rl.shared_noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
+    python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/shared
+
+Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``D`` text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.envs.noise_task import load_prompts
+from noisear_rl.data.pairs import PAIR_FEATURES
+from noisear_rl.data.rollouts import Rollouts, load_rollouts
+from noisear_rl.data.shards import check_manifest, write_shard
+from noisear_rl.learning.run import parse_config
+
+RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
+
+
+@dataclass
+class SharedNoiseConfig:
+    """Options of the choice."""
+
+    rollouts: Path = Path("runs/rollouts")
+    """Folder that `algos/collect.py --same-noise` wrote."""
+    output_dir: Path = Path("runs/shared")
+    """Where the pairs go, one a prompt."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts to choose for, a text file, or a split of `shapes`; unset for those that were tried."""
+    noises: int = 8
+    """How many different noises to share out; more serve prompts better and are harder to learn."""
+    noise_scale: float = 0.5
+    """Standard deviation of fresh noise in a target; the shared noise makes up the rest of the unit variance."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A noise for every prompt.
+
+    Attributes:
+        noise: ``(Q,)`` column of the noise.
+        ridge: The strength that was chosen: large where prompts have much in common.
+        average: Mean reward of the tried prompts on all noises.
+        expected: Mean reward of every tried prompt on the noise that the others recommend to it: what the choice is
+            worth to prompts that were never tried, up to the luck of having chosen the ridge by it.
+    """
+
+    noise: np.ndarray
+    ridge: float
+    average: float
+    expected: float
+
+    def __str__(self) -> str:
+        return (
+            f"{len(np.unique(self.noise))} noises for {len(self.noise)} prompts; reward of tried prompts "
+            f"{self.average:.3f} on average, {self.expected:.3f} on the noise that other prompts recommend "
+            f"(ridge {self.ridge:.2g})"
+        )
+
+
+def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, noises: int) -> Choice:
+    """Chooses one of a few noises for every prompt.
+
+    Args:
+        rewards: ``(P, S)``, prompts by noises.
+        tried: ``(P, D)`` text features of these prompts.
+        asked: ``(Q, D)`` text features of the prompts to choose for.
+        noises: How many different noises to share out, chosen greedily.
+
+    Raises:
+        ValueError: If the shapes do not fit, a number is not finite, or ``noises`` is not between 1 and ``S``.
+    """
+    if rewards.ndim != 2 or len(tried) != len(rewards) or len(rewards) < 2 or tried.shape[1:] != asked.shape[1:]:
+        raise ValueError(
+            f"expected rewards (P, S) and features (P, D) and (Q, D) with at least two prompts, got {rewards.shape}, "
+            f"{tried.shape} and {asked.shape}"
+        )
+    if not 1 <= noises <= rewards.shape[1]:
+        raise ValueError(f"noises must lie between 1 and the {rewards.shape[1]} that were tried, got {noises}")
+    if not all(np.isfinite(part).all() for part in (rewards, tried, asked)):
+        raise ValueError("rewards and features must be finite")
+    relative = rewards - rewards.mean(1, keepdims=True)  # how hard a prompt is says nothing about noises
+    centred = tried - tried.mean(0)
+    scale = max(np.square(centred).sum(1).mean(), 1e-12)
+    kernel = lambda x: (x - tried.mean(0)) @ centred.T / scale + 1  # the constant: a noise may suit all prompts
+    values, vectors = np.linalg.eigh(kernel(tried))
+    rotated, rows = vectors.T @ relative, np.arange(len(rewards))
+    best: tuple[float, float, np.ndarray, np.ndarray] | None = None
+    for ridge in RIDGES:
+        shrunk = vectors * (values / (values + ridge))
+        smooth = shrunk @ rotated  # (P, S) reward that is predicted
+        own = (shrunk * vectors).sum(1, keepdims=True)  # diagonal of the smoother
+        without = (smooth - own * relative) / (1 - own)  # each row as the other prompts predict it
+        chosen = _cover(smooth, noises)
+        expected = float(rewards[rows, chosen[without[:, chosen].argmax(1)]].mean())
+        if best is None or expected > best[0]:
+            best = expected, float(ridge), chosen, vectors @ (rotated / (values + ridge)[:, None])
+    assert best is not None
+    expected, ridge, chosen, weights = best
+    noise = chosen[(kernel(asked) @ weights[:, chosen]).argmax(1)]
+    return Choice(noise, ridge, float(rewards.mean()), expected)
+
+
+def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
+    """Columns such that the best of them is good for every row: each in turn adds most to the mean of the best."""
+    best, chosen = np.full(len(predicted), -np.inf), []
+    for _ in range(count):
+        chosen.append(int(np.maximum(predicted, best[:, None]).mean(0).argmax()))
+        best = np.maximum(best, predicted[:, chosen[-1]])
+    return np.array(chosen)
+
+
+def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
+    """Arranges rollouts that ``collect.py --same-noise`` wrote.
+
+    Returns:
+        ``P`` prompts, their rewards ``(P, S)``, the noises ``(S, C·h·w)``, float32, and their ``S`` seeds.
+
+    Raises:
+        ValueError: If the prompts were not tried on the same noises.
+    """
+    if not rollouts.manifest.get("same_noise"):
+        raise ValueError("these rollouts have noises of their own for every prompt: collect with --same-noise")
+    count = rollouts.manifest["samples_per_prompt"]
+    prompts = np.array(rollouts.prompts)  # rows of a prompt lie together
+    _, first, rows = np.unique(prompts, return_index=True, return_counts=True)
+    whole = np.sort(first[rows == count])  # not those of which a scorer failed on a picture
+    if not len(whole):
+        raise ValueError("no prompt has a finite reward on every noise: look at the scorers")
+    drawn = rollouts.dataset.with_format("numpy")[whole[0] : whole[0] + count]
+    rewards = rollouts.rewards[whole[:, None] + np.arange(count)]
+    return prompts[whole].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
+
+
+def text_features(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
+    """Mean of each prompt's token embeddings: ``(P, D)``."""
+    conditioning = denoiser.encode(prompts)
+    weight = conditioning.policy_mask.float()[..., None]
+    return ((conditioning.policy_embeds * weight).sum(1) / weight.sum(1)).cpu().numpy()
+
+
+def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> Choice:
+    """Writes a pair for every prompt, in the format of :func:`noisear_rl.pairs.build_pairs`; returns the choice.
+
+    Raises:
+        ValueError: If an option is out of range, the prompts were not tried on the same noises, or the folder holds
+            pairs of other settings.
+    """
+    if not 0 < config.noise_scale < 1:
+        raise ValueError(f"noise_scale must lie between 0 and 1, got {config.noise_scale}")
+    rollouts = load_rollouts(config.rollouts)
+    tried, rewards, noise, seeds = rewards_by_noise(rollouts)
+    denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
+    prompts = tried if config.prompts is None else load_prompts(config.prompts, denoiser.name)
+    choice = choose_noise(rewards, text_features(denoiser, tried), text_features(denoiser, prompts), config.noises)
+    manifest = rollouts.manifest | {"kind": "shared_noise", "noises": config.noises, "noise_scale": config.noise_scale}
+    manifest["asked_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    check_manifest(config.output_dir, manifest)
+    targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
+    rows = {"prompt": prompts, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
+    write_shard(config.output_dir, 0, rows, PAIR_FEATURES)
+    return choice
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(SharedNoiseConfig, argv, __doc__)
+    print(f"{build_pairs(config)}; pairs in {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

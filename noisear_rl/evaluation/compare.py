@@ -1,0 +1,240 @@
+"""Is this noise better than Gaussian noise, and by how much? Paired samples, intervals, tables.
+
+Every method gets the same prompts, the same seed for each (prompt, sample), and the same number of network
+evaluations. Scores are cut by category where prompts have one (``shapes``); the overall number is the mean
+over categories, as in GenEval (arXiv 2310.11513).
+
+Shapes: ``M`` methods, ``P`` prompts, ``S`` samples a prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from noisear_rl.denoisers import Denoiser
+from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.rewards import WeightedReward
+from noisear_rl.samplers.base import GaussianSampler, PolicySampler, Sampler
+from noisear_rl.evaluation.intervals import bootstrap
+
+GAUSSIAN = "Gaussian"
+
+
+@dataclass
+class MethodScores:
+    """What one method got.
+
+    Attributes:
+        scores: ``(P, S)`` by scorer.
+        kl_to_gaussian: Mean KL of the noise to N(0, I) in nats; NaN for a method without a density.
+        noise_mean: Mean over all noise elements.
+        noise_std: Standard deviation over all noise elements.
+        nfe: Network evaluations an image.
+        seconds_per_image: Sampling and denoising, without scoring.
+        images: ``(P, keep, 3, H, W)`` the first pictures of every prompt.
+    """
+
+    scores: dict[str, np.ndarray]
+    kl_to_gaussian: float
+    noise_mean: float
+    noise_std: float
+    nfe: float
+    seconds_per_image: float
+    images: torch.Tensor
+
+
+def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sampler:
+    """A policy's sampler, the Gaussian one for ``None``; samplers stay what they are."""
+    if method is None:
+        return GaussianSampler(denoiser)
+    return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
+
+
+def evaluate(
+    denoiser: Denoiser,
+    reward: WeightedReward,
+    methods: Mapping[str, NoiseARPolicy | Sampler | None],
+    prompts: Sequence[str],
+    samples: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    keep_images: int = 1,
+) -> dict[str, MethodScores]:
+    """Denoises and scores ``samples`` noises a prompt for every method, in memory.
+
+    ``algos/evaluate.py`` is the same on disk: resumable, in several processes, with pictures kept.
+
+    Args:
+        denoiser: Frozen diffusion model.
+        reward: Scorers; all components are kept.
+        methods: Policies and samplers by name; ``None`` is Gaussian noise.
+        prompts: ``P`` prompts.
+        samples: ``S``.
+        seed: Noise ``j`` of prompt ``i`` has seed ``seed + i·S + j`` in every method.
+        batch_size: Noises at once; the last batch may be smaller and is not dropped.
+        keep_images: Pictures a prompt to keep.
+
+    Returns:
+        Scores by method, in the order given.
+
+    Raises:
+        ValueError: If a scorer gives NaN or infinity: a comparison needs all scores.
+    """
+    p, s = len(prompts), samples
+    bar = tqdm(total=len(methods) * p * s, desc="evaluate", unit="image")
+    results = {}
+    for name, method in methods.items():
+        sampler = as_sampler(denoiser, method)
+        scores: dict[str, list[np.ndarray]] = {}
+        images, total_kl, seconds, nfe, moments = [], 0.0, 0.0, 0.0, np.zeros(2)
+        for start in range(0, p * s, batch_size):
+            index = range(start, min(start + batch_size, p * s))
+            texts, seeds = [prompts[i // s] for i in index], [seed + i for i in index]
+            began = time.perf_counter()
+            drawn = sampler(texts, seeds)
+            seconds += time.perf_counter() - began
+            nfe += drawn.nfe * len(index)
+            total_kl += float("nan") if drawn.kl_to_gaussian is None else drawn.kl_to_gaussian.sum().item()
+            moments += [drawn.noise.double().sum().item(), drawn.noise.double().square().sum().item()]
+            for key, values in finite_components(reward, drawn.images, texts, name).items():
+                scores.setdefault(key, []).append(values.cpu().numpy())
+            images += [picture for i, picture in zip(index, drawn.images.cpu(), strict=True) if i % s < keep_images]
+            bar.update(len(index))
+        elements = p * s * int(np.prod(denoiser.latent_shape))
+        mean = moments[0] / elements
+        results[name] = MethodScores(
+            {key: np.concatenate(values).reshape(p, s) for key, values in scores.items()},
+            total_kl / (p * s),
+            mean,
+            float(np.sqrt(moments[1] / elements - mean**2)),
+            nfe / (p * s),
+            seconds / (p * s),
+            torch.stack(images).unflatten(0, (p, -1)) if images else torch.zeros(0),
+        )
+    bar.close()
+    return results
+
+
+def finite_components(
+    reward: WeightedReward, images: torch.Tensor, prompts: Sequence[str], method: str
+) -> dict[str, torch.Tensor]:
+    """Every scorer's scores ``(B,)``; in a comparison none may be missing.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    with torch.no_grad():
+        components = reward.components(images, prompts)
+    for name, values in components.items():
+        if not values.isfinite().all():
+            raise ValueError(f"scorer {name!r} gave NaN or infinity for {method!r}: a comparison needs all scores")
+    return components
+
+
+def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
+    """Power of latents by radial frequency, low to high: 1 everywhere for N(0, I).
+
+    Args:
+        noise: ``(B, C, h, w)``.
+
+    Returns:
+        ``(R,)`` float64, ``R = min(h, w) // 2 + 1``: the mean of ``|FFT|² / (h·w)`` over samples, channels, and the
+        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are left out.
+    """
+    h, w = noise.shape[-2:]
+    power = torch.fft.fft2(noise.double()).abs().square().mean((0, 1)) / (h * w)
+    y, x = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
+    rings = min(h, w) // 2 + 1
+    radius = (y[:, None].square() + x.square()).sqrt().round().long().to(noise.device)
+    inside = radius < rings
+    total = torch.zeros(rings, dtype=torch.float64, device=noise.device).index_add_(0, radius[inside], power[inside])
+    return total / torch.bincount(radius[inside], minlength=rings)
+
+
+def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dict[str, np.ndarray]:
+    """Scores of the best of every ``count`` samples: what search without learning gets at ``count`` times the cost.
+
+    Args:
+        scores: ``(P, S)`` by scorer; ``S`` must be a multiple of ``count``.
+        count: Samples to choose from.
+        choose_by: The scorer that chooses; it should not be the one that judges.
+
+    Returns:
+        ``(P, S / count)`` by scorer.
+    """
+    index = scores[choose_by].reshape(len(scores[choose_by]), -1, count).argmax(-1)[..., None]
+    return {
+        name: np.take_along_axis(values.reshape(len(values), -1, count), index, -1)[..., 0]
+        for name, values in scores.items()
+    }
+
+
+def diversity(images: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Mean pairwise cosine distance of the pictures of each prompt.
+
+    Args:
+        images: ``(P, K, 3, H, W)`` in [0, 1], ``K`` at least 2.
+        embed: Pictures → unit vectors, such as ``ShapesClip.embed``.
+
+    Returns:
+        ``(P,)``; 0 where all pictures look the same to ``embed``.
+    """
+    k = images.shape[1]
+    with torch.no_grad():
+        features = torch.stack([embed(part) for part in images]).float()  # (P, K, D)
+    cosine = (features @ features.mT).sum((1, 2)) - k  # without the diagonal
+    return (1 - cosine / (k * (k - 1))).cpu().numpy()
+
+
+def table(
+    results: Mapping[str, MethodScores],
+    categories: Sequence[str],
+    *,
+    scorer: str = "shapes-exact",
+    resample: str = "prompts",
+    scale: float = 100.0,
+) -> str:
+    """A Markdown table: one row a method, one column a category, the mean over them, and the paired gain.
+
+    Args:
+        results: What :func:`evaluate` returned; the first method is the baseline.
+        categories: ``P`` names.
+        scorer: Which score to show.
+        resample: See :func:`bootstrap`.
+        scale: Factor on the scores; 100 for percent.
+    """
+    order = list(dict.fromkeys(categories))
+    names = np.array(categories)
+    columns = ["method", *order, "overall", "gain", "KL", "NFE"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    baseline = next(iter(results.values())).scores[scorer]
+    for method, result in results.items():
+        scores = result.scores[scorer] * scale
+        cells = [f"{scores[names == name].mean():.1f}" for name in order]
+        cells.append(str(bootstrap(scores, categories, resample=resample)))
+        gain = bootstrap(scores - baseline * scale, categories, resample=resample)
+        cells.append("" if result.scores[scorer] is baseline else ("+" if gain.mean >= 0 else "") + str(gain))
+        lines.append("| " + " | ".join([method, *cells, f"{result.kl_to_gaussian:.1f}", f"{result.nfe:g}"]) + " |")
+    return "\n".join(lines)
+
+
+def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict:
+    """Everything but the images, as plain values."""
+    methods = {}
+    for name, result in results.items():
+        methods[name] = {
+            "scores": {scorer: values.round(4).tolist() for scorer, values in result.scores.items()},
+            "kl_to_gaussian": result.kl_to_gaussian,
+            "noise_mean": result.noise_mean,
+            "noise_std": result.noise_std,
+            "nfe": result.nfe,
+            "seconds_per_image": result.seconds_per_image,
+        }
+    return {"prompts": list(prompts), "methods": methods}

@@ -1,0 +1,103 @@
+"""Measures scorers on pictures from Gaussian noise, so that a reward's weights count standard deviations.
+
+    noisear reward-statistics configs/rewards/paper.yaml --denoiser sdxl --prompts prompts.txt --output reward.yaml
+
+Writes the reward with its statistics and how they were measured: algorithms take the file as ``--reward reward.yaml``.
+Statistics depend on the denoiser, its steps and guidance, and on the prompts: use those of the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+import yaml
+
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.envs.noise_task import load_prompts
+from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.rewards import RewardConfig, load_reward, reward_config
+from noisear_rl.learning.run import parse_config, to_mapping, write_atomically
+
+
+@dataclass
+class ReferenceConfig:
+    """Options of the measurement."""
+
+    reward: tyro.conf.Positional[str] = "shapes-match"
+    """Scorer or reward file."""
+    denoiser: str = "shapes"
+    """Denoiser's name or folder."""
+    prompts: str | None = None
+    """Text file with a prompt a line, or a split of `shapes`; unset for the denoiser's default."""
+    num_prompts: int = 100
+    """How many of the prompts, a random choice; all if there are fewer."""
+    samples: int = 1
+    """Noises a prompt."""
+    seed: int = 3_000_000
+    """First seed of the noises; training and evaluation use others."""
+    batch_size: int = 16
+    """Noises at once."""
+    output: Path = Path("runs/reward.yaml")
+    """File to write."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
+
+
+def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> RewardConfig:
+    """Returns the reward with the statistics of Gaussian noise, set to use them; see the module's docstring.
+
+    Raises:
+        ValueError: If a scorer gives NaN, infinity, or the same score for every picture.
+    """
+    asked = reward_config(config.reward)
+    reward = load_reward(dataclasses.replace(asked, normalize="none"))
+    denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
+    prompts = list(dict.fromkeys(load_prompts(config.prompts, denoiser.name)))
+    order = np.random.default_rng([config.seed, 0]).permutation(len(prompts))[: config.num_prompts]
+    chosen = [prompts[i] for i in order]
+    results = evaluate(
+        denoiser,
+        reward,
+        {GAUSSIAN: None},
+        chosen,
+        config.samples,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        keep_images=0,
+    )[GAUSSIAN]
+    statistics = {}
+    for name, scores in results.scores.items():
+        mean, std = float(scores.mean()), float(scores.std(ddof=1)) if scores.size > 1 else 0.0
+        if not std > 0:
+            raise ValueError(
+                f"{name} gave {scores.size} pictures the same score {mean}: there is nothing to learn from"
+            )
+        statistics[name] = [round(mean, 6), round(std, 6)]
+    measured = {
+        "denoiser": denoiser.name,
+        "num_inference_steps": denoiser.num_inference_steps,
+        "guidance_scale": denoiser.guidance_scale,
+        "prompts": len(chosen),
+        "samples": config.samples,
+        "seed": config.seed,
+    }
+    return dataclasses.replace(asked, normalize="reference", statistics=statistics, measured=measured)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(ReferenceConfig, argv, __doc__)
+    found = measure(config)
+    write_atomically(config.output, yaml.safe_dump(to_mapping(found), sort_keys=False))
+    for name, (mean, std) in found.statistics.items():
+        print(f"{name}: mean {mean:.4g}, standard deviation {std:.4g} over {found.measured['prompts']} prompts")
+    print(f"reward: {config.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""A value function over prefixes, for per-patch credit.
+
+Shapes: ``B`` batch, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+
+
+class NoiseARCritic(nn.Module):
+    """``V(x_<i, text)``: the policy's kind of network with weights of its own and one number a patch.
+
+    It shares nothing with a policy, so its loss gives the policy no gradient. An untrained critic is 0.
+
+    Args:
+        config: Sizes of the network, the policy's as a rule.
+    """
+
+    def __init__(self, config: NoiseARConfig):
+        super().__init__()
+        self.network = NoiseARPolicy(config)
+        for name, _ in list(self.network.named_children()):
+            if name.startswith("prediction_head"):
+                delattr(self.network, name)  # features alone are asked for
+        self.value = nn.Linear(config.d_model, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Values before each patch, ``(B, N)``: column ``i`` sees the text and ``i`` patches."""
+        return self.value(self.network.features(patches, text, text_mask))[..., 0]

@@ -1,0 +1,279 @@
+"""One self-contained page about an evaluation: verdict, table, failures first, learning curves, noise.
+
+    noisear report runs/evaluate runs/nll runs/ppo -o report.html
+
+Takes the folder of an evaluation, run folders of trainings, or both, and writes a page that opens anywhere without a
+network: styles, script and pictures are inside it. A part that was not given is left out, with a line that says why.
+
+Shapes: ``P`` prompts, ``S`` samples a prompt.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+import numpy as np
+import tyro
+import yaml
+from markupsafe import Markup
+
+from noisear_rl.report import charts as figures
+from noisear_rl.report.embed import fit_pictures
+from noisear_rl.report.summary import (
+    best_row,
+    brief,
+    decimals,
+    is_binary,
+    judge_decimals,
+    plain,
+    signed,
+    table_rows,
+    verdict,
+)
+from noisear_rl.evaluation.results import Results
+from noisear_rl.evaluation.tables import load
+from noisear_rl.learning.run import parse_config, read_records, write_atomically
+
+ASSETS = Path(__file__).parent / "assets" / "report"
+
+
+@dataclass
+class ReportConfig:
+    """Options of the report."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folder of an evaluation (at most one) and run folders of trainings."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page to write."""
+    title: str = ""
+    """Headline; unset for the denoiser's name."""
+    max_images: int = 500
+    """Pictures on the page; where there are more, those of the prompts that fail most are shown."""
+    images_per_cell: int = 4
+    """Pictures of a prompt and method."""
+
+
+@dataclass
+class Training:
+    """A training run: its name, its records and its configuration as YAML."""
+
+    name: str
+    records: list[dict[str, Any]]
+    config: str
+
+    @property
+    def title(self) -> str:
+        """The name without its seed: runs that differ in their seed alone share it."""
+        return re.sub(r"[-_. ](seed[-_. ]?)?\d+$", "", self.name) or self.name
+
+
+def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
+    """Tells evaluations from trainings and reads them.
+
+    Raises:
+        FileNotFoundError: If a folder is neither.
+        ValueError: If there is no folder or more than one evaluation, or a file is damaged.
+    """
+    if not folders:
+        raise ValueError("expected the folder of an evaluation or of a training run: noisear report RUN... -o FILE")
+    results, trainings = None, []
+    for folder in folders:
+        if (folder / "results.json").is_file():
+            if results is not None:
+                raise ValueError(f"a page shows one evaluation, got {results.folder} and {folder}: make a page each")
+            results = load(str(folder))
+        elif (folder / "metrics.jsonl").is_file():
+            config = folder / "config.yaml"
+            try:
+                records = read_records(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder / 'metrics.jsonl'} is damaged ({error}): resume or repeat the run"
+                ) from error
+            trainings.append(Training(folder.name, records, config.read_text() if config.is_file() else ""))
+        else:
+            raise FileNotFoundError(
+                f"{folder} is no run: expected results.json (noisear evaluate) or metrics.jsonl (a training)"
+            )
+    return results, trainings
+
+
+def failures_first(best: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Order of prompts: where the best method scores lowest first, and among equals where it loses most.
+
+    Args:
+        best: ``(P, S)`` judge scores of the best method.
+        baseline: ``(P, S)`` of the baseline.
+    """
+    mean, gain = best.mean(1), best.mean(1) - baseline.mean(1)
+    return np.lexsort((gain, mean))
+
+
+def choose_pictures(results: Results, order: Sequence[int], config: ReportConfig) -> list[tuple[int, str, str, int]]:
+    """``(prompt, group, method, sample)`` of the pictures to show: whole prompts in this order, as many as may be.
+
+    A cell goes through the samples and takes the training seeds in turn; pictures that are not on disk are left out.
+    """
+    groups = results.groups
+    chosen: list[tuple[int, str, str, int]] = []
+    count = min(config.images_per_cell, max(1, config.max_images // len(groups)))
+    for prompt in order:
+        row = []
+        for group, names in groups.items():
+            n = len(names)
+            turns = [(names[(sample + turn) % n], sample) for turn in range(n) for sample in range(results.samples)]
+            there = [(prompt, group, *turn) for turn in turns if results.image_path(turn[0], prompt, turn[1]).is_file()]
+            row += there[:count]
+        if len(chosen) + len(row) > config.max_images:
+            break
+        chosen += row
+    return chosen
+
+
+def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[list[dict], list[dict]]:
+    """Prompts in the order of :func:`failures_first` with their pictures, and what the dialog says of each picture."""
+    binary, groups, judge, seed = is_binary(results), results.groups, results.judge, results.config.get("seed")
+    order = failures_first(results.pooled(best, judge), results.pooled(next(iter(groups)), judge)).tolist()
+    chosen = choose_pictures(results, order, config)
+    pictures = fit_pictures([results.image_path(method, prompt, j) for prompt, _, method, j in chosen])
+    details: list[dict] = []
+    shots: dict[tuple[int, str], list[dict]] = {}
+    for index, (prompt, group, method, sample) in enumerate(chosen):
+        scores = {name: float(values[prompt, sample]) for name, values in results.methods[method].scores.items()}
+        kind = ("right" if scores[judge] > 0.5 else "wrong") if binary else "score"
+        mark = {"right": "✓", "wrong": "✗", "score": brief(scores[judge])}[kind]
+        said = kind if binary else f"{judge} {mark}"
+        alt = f"{results.prompts[prompt]}: {method}, sample {sample}, {said}"
+        shot = {"id": index, "picture": pictures[index], "badge": mark, "kind": kind, "alt": alt}
+        shots.setdefault((prompt, group), []).append(shot)
+        noise_seed = seed + prompt * results.samples + sample if isinstance(seed, int) else None
+        details.append(
+            {
+                "prompt": results.prompts[prompt],
+                "category": results.categories[prompt].replace("_", " "),
+                "method": method,
+                "sample": f"sample {sample}" + (f", noise seed {noise_seed}" if noise_seed is not None else ""),
+                "badge": f"{mark} {kind}" if binary else "",
+                "kind": kind,
+                "scores": [[name, brief(value, 4)] for name, value in scores.items()],
+            }
+        )
+    cases = []
+    for prompt in dict.fromkeys(item[0] for item in chosen):
+        cells = []
+        for color, (group, names) in enumerate(groups.items()):
+            values = np.stack([results.methods[name].scores[judge][prompt] for name in names])
+            tally = f"{values.sum():.0f} of {values.size} right" if binary else f"mean {brief(values.mean())}"
+            cells.append({"group": group, "color": color, "tally": tally, "shots": shots.get((prompt, group), [])})
+        cases.append({"prompt": results.prompts[prompt], "category": results.categories[prompt], "cells": cells})
+    return cases, details
+
+
+def command(config: dict[str, Any]) -> str:
+    """The ``noisear evaluate`` line of an evaluation's options."""
+    words = ["noisear", "evaluate"]
+    nested = {f"search.{key}": value for key, value in config.get("search", {}).items()}
+    for key, value in ({key: value for key, value in config.items() if key != "search"} | nested).items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            words += [flag, *(str(word) for item in value.items() for word in item)] if value else []
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)] if value else []
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def evaluation_part(results: Results, config: ReportConfig) -> dict[str, Any]:
+    """What the template shows of an evaluation."""
+    rows, binary = table_rows(results), is_binary(results)
+    best = best_row(rows)
+    cases, details = failure_cases(results, best.name, config)
+    gains = [row.gain for row in rows if row.gain is not None]
+    ends = [0.0, *(end for gain in gains for end in (gain.mean, gain.low, gain.high) if np.isfinite(end))]
+    limits = (min(ends), max(ends))
+    categories = list(dict.fromkeys(results.categories))
+    counts = {name: sum(case["category"] == name for case in cases) for name in categories}
+    return {
+        "results": results,
+        "rows": rows,
+        "best": best,
+        "binary": binary,
+        "digits": judge_decimals(rows, binary=binary),
+        "score_digits": {name: decimals([row.scores.get(name) for row in rows]) for name in rows[0].scores},
+        "verdict": verdict(rows, results.judge, binary=binary),
+        "marks": {
+            row.name: figures.interval_mark(row.gain.mean, row.gain.low, row.gain.high, limits, row.significant)
+            for row in rows
+            if row.gain is not None and np.isfinite(row.gain.low)
+        },
+        "categories": categories if len(categories) > 1 else [],
+        "counts": {name: count for name, count in counts.items() if count} if len(categories) > 1 else {},
+        "cases": cases,
+        "widest": min(4, max((len(cell["shots"]) for case in cases for cell in case["cells"]), default=1)),
+        "details": details,
+        "panels": figures.score_panels(results, binary=binary),
+        "noise": figures.noise_panels(results),
+        "config": yaml.safe_dump(results.config, sort_keys=False),
+        "command": command(results.config),
+    }
+
+
+def render(results: Results | None, trainings: Sequence[Training], config: ReportConfig) -> str:
+    """The page as HTML; all text in it is escaped, and no script but its own may run."""
+    titles: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in trainings:
+        titles.setdefault(run.title, []).append(run.records)
+    script = (ASSETS / "script.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"plain": plain, "signed": signed, "color": figures.color}
+    fallback = f"Initial noise for {results.denoiser}" if results else "Training runs"
+    return environment.get_template("page.html").render(
+        title=config.title or fallback,
+        style=Markup((ASSETS / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        evaluation=evaluation_part(results, config) if results else None,
+        learning=figures.learning_panels(titles, list(results.groups) if results else []),
+        trainings=trainings,
+        report_command=shlex.join(["noisear", "report", *map(str, config.runs), "-o", str(config.output)]),
+    )
+
+
+def write_report(config: ReportConfig) -> Path:
+    """Writes the page and returns its path; see the module's docstring.
+
+    Raises:
+        FileNotFoundError: If a folder is no run.
+        ValueError: If a run or a picture is damaged, or the options do not go together.
+    """
+    if config.max_images < 0 or config.images_per_cell < 1:
+        raise ValueError("--max-images must be 0 or more, and --images-per-cell 1 or more")
+    write_atomically(config.output, render(*load_runs(config.runs), config))
+    return config.output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    path = write_report(parse_config(ReportConfig, argv, __doc__))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

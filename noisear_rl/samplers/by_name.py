@@ -1,0 +1,159 @@
+"""What an evaluation compares, by name: trained policies and networks, and searches from Gaussian noise or from these.
+
+``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one. ``best-of-N``, ``search-N`` and
+``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named before; N is how many pictures they
+denoise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from noisear_rl.denoisers import Denoiser
+from noisear_rl.evaluation.compare import GAUSSIAN, as_sampler
+from noisear_rl.samplers.npnet.network import NPNetSampler, holds_npnet, load_npnet
+from noisear_rl.samplers.reno import Reno
+from noisear_rl.rewards import load_reward
+from noisear_rl.samplers.base import BestOf, Sampler
+from noisear_rl.samplers.search import ZerothOrderSearch
+from noisear_rl.learning.run import load_policy, to_mapping
+
+SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d+)")
+
+
+@dataclass
+class SearchConfig:
+    """Settings of searches."""
+
+    step_size: float = 0.7
+    """`search-N`: distance of neighbours in (0, 1]."""
+    learning_rate: float = 5.0
+    """`reno-N`: step size."""
+    max_grad_norm: float = 0.1
+    """`reno-N`: each noise's gradient is clipped to this norm."""
+    regularization: float = 0.01
+    """`reno-N`: weight of what keeps the noise's norm."""
+
+
+@dataclass
+class Method:
+    """One method of one training seed.
+
+    Attributes:
+        name: Distinct.
+        group: Shared by the training seeds of one method.
+        make: Builds its sampler.
+        identity: What its pictures follow from, besides prompts and seeds, as plain values.
+        trained: Whether a training is behind it, so that seeds of it can differ.
+    """
+
+    name: str
+    group: str
+    make: Callable[[], Sampler]
+    identity: list[Any]
+    trained: bool
+
+    @property
+    def slug(self) -> str:
+        """Its folder's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def plan_methods(
+    items: Sequence[str],
+    denoiser: Denoiser,
+    choose_by: str | None = None,
+    search: SearchConfig | None = None,
+    temperature: float | None = None,
+) -> list[Method]:
+    """Reads names of methods; see the module's docstring. Gaussian noise comes first, unasked.
+
+    Args:
+        items: As on the command line.
+        denoiser: What all of them draw for.
+        choose_by: The reward that searches choose by.
+        search: Settings of searches.
+        temperature: Factor on the standard deviation of policies; ``None`` for their own.
+
+    Raises:
+        ValueError: If an item is malformed, a name comes twice or is not known where it is used, or a search has no
+            reward to choose by.
+        FileNotFoundError: If a path holds no weights.
+    """
+    methods = {GAUSSIAN: [Method(GAUSSIAN, GAUSSIAN, partial(as_sampler, denoiser, None), [], False)]}
+    for item in items:
+        name, _, paths = item.partition("=")
+        asked = None if paths else SEARCH.fullmatch(item)
+        if not paths and asked is None:
+            raise ValueError(f"expected NAME=PATH, best-of-N, search-N or reno-N, got {item!r}")
+        if asked is not None:
+            start, kind, count = asked["start"] or GAUSSIAN, asked["kind"], int(asked["count"])
+            name = ("" if start == GAUSSIAN else f"{start} + ") + f"{kind.replace('-', ' ')} {count}"
+            if start not in methods:
+                raise ValueError(f"{item!r} starts from {start!r}; expected one of {list(methods)}, named before it")
+            if count < 1 or choose_by is None:
+                raise ValueError(f"{item!r} denoises one picture at least and needs a reward to choose by: choose_by")
+        if not name or name in methods:
+            raise ValueError(f"methods must be distinct NAME=PATH items or searches, got {item!r}")
+        if asked is None:
+            methods[name] = _trained(name, paths.split(","), denoiser, temperature)
+        else:
+            assert choose_by is not None
+            given = search or SearchConfig()
+            methods[name] = [_searching(name, kind, count, m, denoiser, choose_by, given) for m in methods[start]]
+    found = [method for group in methods.values() for method in group]
+    if len({method.slug for method in found}) < len(found):
+        raise ValueError(f"names must differ in letters and digits: {[method.name for method in found]}")
+    return found
+
+
+def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: float | None) -> list[Method]:
+    """A path a training seed."""
+
+    def make(path: str) -> Sampler:
+        if holds_npnet(path):
+            return NPNetSampler(denoiser, load_npnet(path))
+        policy = load_policy(path)
+        if temperature is not None:
+            policy.config = dataclasses.replace(policy.config, temperature=temperature)
+        return as_sampler(denoiser, policy)
+
+    for path in paths:
+        make(path)  # a missing or foreign checkpoint is told before hours of work
+    names = [name] if len(paths) == 1 else [f"{name} {seed}" for seed in range(len(paths))]
+    return [
+        Method(own, name, partial(make, path), [_digest(path), temperature], True)
+        for own, path in zip(names, paths, strict=True)
+    ]
+
+
+def _searching(
+    group: str, kind: str, count: int, start: Method, denoiser: Denoiser, choose_by: str, search: SearchConfig
+) -> Method:
+    """A search from another method's noise."""
+
+    def make() -> Sampler:
+        reward, first = load_reward(choose_by), start.make()
+        if kind == "best-of" or count == 1:
+            return BestOf(first, count, reward)
+        if kind == "search":
+            return ZerothOrderSearch(first, denoiser, reward, iterations=count - 1, step_size=search.step_size)
+        rates = to_mapping(search)
+        rates.pop("step_size")
+        return Reno(first, denoiser, reward, iterations=count - 1, **rates)  # the start's picture is one of them
+
+    name = group + start.name.removeprefix(start.group)  # with the training seed
+    return Method(name, group, make, [start.identity, kind, count, choose_by, to_mapping(search)], start.trained)
+
+
+def _digest(path: str) -> str:
+    """Fingerprint of a checkpoint's weights; a Hub id stands for itself."""
+    files = sorted(Path(path).rglob("model.safetensors"))[-1:] if Path(path).is_dir() else [Path(path)]
+    return hashlib.sha256(files[0].read_bytes()).hexdigest() if files and files[0].is_file() else path

@@ -1,0 +1,104 @@
+"""NPNet learns from pairs what becomes of noise, keeps its best weights and resumes exactly."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from noisear_rl.algos import npnet as algorithm
+from noisear_rl.algos.npnet import NPNetTrainingConfig
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.samplers.npnet.network import NPNet, NPNetConfig, load_npnet
+from noisear_rl.data.pairs import PAIR_FEATURES
+from noisear_rl.data.shards import check_manifest, write_shard
+from tests.toys import NoDenoiser
+
+TINY = {"image_size": 8, "patch_size": 2, "window_size": 2, "d_model": 8, "depths": (2, 1), "n_heads": (2, 2)}
+TOY = NoDenoiser((4, 8, 8), 2)
+
+
+def write_pairs(folder, count=640, noise_scale=0.0):
+    """Targets whose singular values are those of the noise times 0.7, moved up or down as the prompt says."""
+    prompts = ["up" if i % 2 else "down" for i in range(count)]
+    noise = standard_noise(range(count), TOY.latent_shape)
+    way = torch.tensor([0.5 if prompt == "up" else -0.5 for prompt in prompts])[:, None, None, None]
+    target = way.expand_as(noise) if noise_scale else 0.7 * noise + way
+    check_manifest(folder, {"denoiser": "none", "noise_scale": noise_scale})
+    rows = {"prompt": prompts, "seed": list(range(count)), "target": list(target.flatten(1).half().numpy())}
+    write_shard(folder, 0, rows, PAIR_FEATURES)
+    return folder
+
+
+def config(pairs, folder, **options):
+    defaults = {"denoiser": "none", "epochs": 15, "learning_rate": 2e-2, "evaluate_every": 15}
+    network = NPNetConfig(**TINY)
+    return NPNetTrainingConfig(pairs=pairs, output_dir=folder, npnet=network, **(defaults | options))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_what_becomes_of_noise_and_keeps_the_best(tmp_path):
+    npnet = algorithm.train(config(write_pairs(tmp_path / "pairs"), tmp_path / "run"), TOY)
+    rows = records(tmp_path / "run")
+    identity = rows[0]["losses/mse_of_input"]
+    assert identity == pytest.approx(0.3**2 + 0.5**2, abs=0.02)
+    assert min(row["losses/mse_held_out"] for row in rows) < 0.05 * identity, rows
+    assert rows[-1]["noise/std"] == pytest.approx((0.7**2 + 0.5**2) ** 0.5, abs=0.05)
+    noise = standard_noise(range(10_000, 10_064), TOY.latent_shape)  # noise that no pair held
+    golden = npnet(noise, TOY.encode(["up"] * 64).policy_embeds)
+    assert (golden - (0.7 * noise + 0.5)).square().mean() < 0.05 * identity
+    assert torch.equal(load_npnet(tmp_path / "run")(noise, TOY.encode(["up"] * 64).policy_embeds), golden)
+
+    # Updates that only do harm leave the network as it began.
+    pairs = write_pairs(tmp_path / "few", 64)
+    harmed = algorithm.train(config(pairs, tmp_path / "harmed", learning_rate=30.0, batch_size=16, epochs=2), TOY)
+    assert records(tmp_path / "harmed")[-1]["losses/mse_held_out"] > identity
+    torch.testing.assert_close(harmed(noise, TOY.encode(["up"] * 64).policy_embeds), noise, rtol=0, atol=1e-5)
+
+
+def test_noise_on_top_of_a_mean_is_the_input(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
+    npnet = algorithm.train(config(pairs, tmp_path / "run"), TOY)
+    noise = standard_noise(range(20_000, 20_064), TOY.latent_shape)
+    for prompt, mean in (("up", 0.5), ("down", -0.5)):
+        golden = npnet(noise, TOY.encode([prompt] * 64).policy_embeds)
+        assert (golden - (mean + 0.6 * noise)).square().mean() < 0.03
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    options = {"epochs": 2, "save_every": 10, "evaluate_every": 4, "batch_size": 32}
+    pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
+    whole = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
+    save = algorithm.Run.save
+
+    def stop_after_first(self, *arguments, **parts):
+        save(self, *arguments, **parts)
+        raise KeyboardInterrupt
+
+    killed = config(pairs, tmp_path / "b", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(algorithm.Run, "save", stop_after_first)
+        algorithm.train(killed, TOY)
+    resumed = algorithm.train(dataclasses.replace(killed, resume=True), TOY)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert records(tmp_path / "b") == [pytest.approx(row, abs=1e-5) for row in records(tmp_path / "a")]
+    finished = algorithm.train(dataclasses.replace(killed, resume=True), TOY)  # nothing left to do
+    for a, b in zip(resumed.parameters(), finished.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_refuses_what_it_cannot_use(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no pairs"):
+        algorithm.train(config(tmp_path, tmp_path / "a"), TOY)
+    pairs = write_pairs(tmp_path / "pairs", 1)
+    with pytest.raises(ValueError, match="made for denoiser 'none', not 'shapes'"):
+        algorithm.train(config(pairs, tmp_path / "b", denoiser="shapes"))
+    with pytest.raises(ValueError, match="too few"):
+        algorithm.train(config(pairs, tmp_path / "c"), TOY)
+    NPNet(NPNetConfig(text_shape=(3, 8))).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another denoiser"):
+        algorithm.train(config(pairs, tmp_path / "d", init_from=str(tmp_path / "other")), TOY)

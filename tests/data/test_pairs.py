@@ -1,0 +1,165 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from noisear_rl.denoisers.shapes.architecture import SCHEDULE
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.data.pairs import PairsConfig, build_pairs, inversion_coefficients, load_pairs, weak_to_strong
+from noisear_rl.rewards import load_reward
+from tests.conftest import random_policy
+
+PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
+
+
+def schedule(steps):
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize(("steps", "k"), [(50, 0.1098), (10, 0.3854)])
+def test_strength_on_sdxl_schedule(steps, k):
+    exact = inversion_coefficients(schedule(steps))
+    assert exact.k == pytest.approx(k, abs=5e-5)
+    assert exact.a * exact.c == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(50, 1.0035), (10, 1.079)])
+def test_compat_scales_as_public_scripts_do(steps, scale):
+    compat = inversion_coefficients(schedule(steps), "compat")
+    assert compat.a * compat.c == pytest.approx(scale, abs=5e-4)
+
+
+def test_compat_equals_diffusers_inverse_scheduler():
+    from diffusers import DDIMInverseScheduler
+
+    scheduler = schedule(10)
+    inverse = DDIMInverseScheduler(**{k: v for k, v in SCHEDULE.items() if k != "set_alpha_to_one"})
+    inverse.set_timesteps(10)
+    step = inversion_coefficients(scheduler, "compat")
+    x, epsilon = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    expected = inverse.step(epsilon, int(scheduler.timesteps[1]), x).prev_sample
+    torch.testing.assert_close(step.c * x + step.d * epsilon, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_equals_a_ddim_step_and_its_exact_inverse(random_denoiser, steps):
+    conditioning = random_denoiser.encode(PROMPTS)
+    noise = standard_noise(range(3), (4, 8, 8))
+    untouched = noise.clone()
+    target = weak_to_strong(random_denoiser, noise, conditioning, num_inference_steps=steps)
+    assert torch.equal(noise, untouched)
+
+    scheduler = random_denoiser.first_order_schedule(steps)
+    t0, t1 = (int(t) for t in scheduler.timesteps[:2])
+    strong = random_denoiser.predict_noise(noise, t0, conditioning, 5.5)
+    lower = scheduler.step(strong, t0, noise).prev_sample
+    weak = random_denoiser.predict_noise(lower, t0, conditioning, 1.0)
+    a0, a1 = scheduler.alphas_cumprod[t0], scheduler.alphas_cumprod[t1]
+    clean = (lower - (1 - a1).sqrt() * weak) / a1.sqrt()
+    expected = a0.sqrt() * clean + (1 - a0).sqrt() * weak
+    torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
+    closed = noise + inversion_coefficients(scheduler).k * (weak - strong)
+    torch.testing.assert_close(target, closed, rtol=1e-5, atol=1e-5)
+
+
+def config(folder, **options):
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    defaults = {"prompts": str(prompts), "pairs": 10, "shard_size": 4, "batch_size": 3, "seed": 5}
+    return PairsConfig(output_dir=folder, **(defaults | options))
+
+
+def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
+    whole = build_pairs(config(tmp_path / "a"), random_denoiser)
+    assert len(whole) == 10 and sorted(whole["seed"]) == list(range(5, 15))
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["strong_guidance"] == 5.5
+    (tmp_path / "a/shard-00001.parquet").unlink()  # as if killed
+    again = build_pairs(config(tmp_path / "a"), random_denoiser)
+    assert whole.to_list() == again.to_list()
+    row = whole[7]
+    conditioning = random_denoiser.encode([row["prompt"]])
+    target = weak_to_strong(random_denoiser, standard_noise([row["seed"]], (4, 8, 8)), conditioning)
+    np.testing.assert_allclose(target.flatten(), row["target"], atol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same(tmp_path):
+    """Shards are shared out; a prompt that comes twice in a file counts once."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([*PROMPTS, PROMPTS[0]]))
+    options = ["--denoiser", "shapes", "--prompts", str(prompts), "--pairs", "7", "--shard-size", "2"]
+    script = ["-m", "noisear_rl.pairs", *options, "--denoiser-options", "dtype", "float32", "--output-dir"]
+    subprocess.run([sys.executable, *script, str(tmp_path / "one")], check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    subprocess.run([*launch, *script, str(tmp_path / "two")], check=True)
+    one, two = load_pairs(tmp_path / "one"), load_pairs(tmp_path / "two")
+    assert one["prompt"][:] == two["prompt"][:] == [PROMPTS[i % 3] for i in range(7)]
+    np.testing.assert_allclose(np.array(one["target"][:]), np.array(two["target"][:]), atol=2e-3)
+
+
+def test_filter_keeps_what_the_reward_prefers(tmp_path, shapes):
+    options = {"filter_reward": "shapes-match", "num_inference_steps": 10}
+    kept = build_pairs(config(tmp_path, **options), shapes)
+    assert 0 < len(kept) < 10
+
+
+def leak(folder, **options):
+    return config(folder, **({"kind": "signal_leak", "filter_reward": "shapes-match", "min_reward": 0.5} | options))
+
+
+def test_signal_leak_is_the_forward_processes_mean_of_good_pictures(tmp_path, turbo):
+    kept = build_pairs(leak(tmp_path), turbo)
+    assert 0 < len(kept) < 10
+    assert json.loads((tmp_path / "manifest.json").read_text())["noise_scale"] == 0.8
+    row = kept[0]
+    conditioning = turbo.encode([row["prompt"]])
+    images, latents = turbo.denoise_with_latents(standard_noise([row["seed"]], (4, 8, 8)), conditioning)
+    assert load_reward("shapes-match").score(images, [row["prompt"]]) >= 0.5
+    scheduler = turbo.pipeline.scheduler
+    level = 1.5 * scheduler.alphas_cumprod[scheduler.timesteps[0]].sqrt()
+    np.testing.assert_allclose((level * latents).flatten(), row["target"], atol=2e-3)
+
+
+def test_later_rounds_start_from_the_leak_and_are_good_more_often(tmp_path, turbo):
+    rounds = [len(build_pairs(leak(tmp_path / str(n), rounds=n, pairs=60), turbo)) for n in (1, 2)]
+    assert rounds[1] - rounds[0] > 1.1 * rounds[0]
+    again = build_pairs(leak(tmp_path / "again", rounds=2, pairs=60, batch_size=4, shard_size=60), turbo)
+    assert again.num_rows == rounds[1]
+
+
+def test_signal_leak_of_a_policys_noise(tmp_path, turbo):
+    random_policy(scale=0.02).save_pretrained(tmp_path / "policy")
+    a = build_pairs(leak(tmp_path / "a", pairs=20), turbo)
+    b = build_pairs(leak(tmp_path / "b", pairs=20, policy=str(tmp_path / "policy")), turbo)
+    assert a["target"][:] != b["target"][:]
+
+
+def test_bad_input(tmp_path, random_denoiser):
+    with pytest.raises(FileNotFoundError, match="holds no pairs"):
+        load_pairs(tmp_path)
+    build_pairs(config(tmp_path), random_denoiser)
+    with pytest.raises(ValueError, match="other settings"):
+        build_pairs(config(tmp_path, weak_guidance=2.0), random_denoiser)
+    with pytest.raises(ValueError, match="unknown kind"):
+        build_pairs(config(tmp_path / "b", kind="strong_to_weak"), random_denoiser)
+    with pytest.raises(ValueError, match="set filter_reward"):
+        build_pairs(leak(tmp_path / "b", filter_reward=None), random_denoiser)
+    with pytest.raises(ValueError, match="must be positive"):
+        build_pairs(leak(tmp_path / "b", noise_scale=0.0), random_denoiser)
+    with pytest.raises(ValueError, match="no pair passed"):
+        build_pairs(leak(tmp_path / "b", min_reward=2.0), random_denoiser)
+    with pytest.raises(ValueError, match="unknown inversion"):
+        inversion_coefficients(schedule(10), "approximate")
+    with pytest.raises(ValueError, match="at least 3 timesteps"):
+        inversion_coefficients(schedule(2), "compat")
+
+
+def test_a_one_step_student_has_no_schedule_for_pairs(turbo, tmp_path):
+    with pytest.raises(ValueError, match=r"distilled to few steps.*ask its teacher"):
+        build_pairs(PairsConfig(output_dir=tmp_path, pairs=2, denoiser="shapes-turbo"), turbo)

@@ -1,0 +1,140 @@
+"""Noises that many prompts were tried on: the right ones are found, borrowed from like prompts, and learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from noisear_rl.algos import nll
+from noisear_rl.algos.collect import CollectConfig, collect
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.data.pairs import load_pairs
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.data.rollouts import load_rollouts
+from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs, choose_noise, rewards_by_noise
+
+
+def world(prompts, noises, luck, seed=0):
+    """Two kinds of prompts, each of which likes a noise of its own: rewards ``(P, S)``, features, the right noise."""
+    rng = np.random.default_rng(seed)
+    kind = np.arange(prompts) % 2
+    features = np.stack([kind, 1 - kind], 1) + 0.1 * rng.standard_normal((prompts, 2))
+    right = np.where(kind == 0, 3, noises - 2)
+    rewards = luck * rng.standard_normal((prompts, noises)) + rng.standard_normal((prompts, 1))
+    rewards[np.arange(prompts), right] += 1
+    return rewards, features, right
+
+
+def test_finds_the_noise_of_each_kind_of_prompt_through_luck():
+    """Each prompt's own best noise is right for one in twenty; together they tell."""
+    rewards, features, right = world(200, 64, luck=1.0)
+    assert (rewards.argmax(1) == right).mean() < 0.2
+    choice = choose_noise(rewards, features, features, noises=2)
+    assert (choice.noise == right).all()
+    assert choice.expected == pytest.approx(choice.average + 1, abs=0.2)
+
+
+def test_prompts_that_were_not_tried_get_the_noise_of_their_kind():
+    rewards, features, _ = world(100, 32, luck=0.5)
+    _, asked, right = world(50, 32, luck=0.5, seed=1)
+    assert (choose_noise(rewards, features, asked, noises=4).noise == right).all()
+
+
+def test_expectation_is_not_fooled_by_luck():
+    """Without anything in common, what other prompts recommend is worth nothing."""
+    rng = np.random.default_rng(0)
+    rewards, features = rng.standard_normal((150, 50)), rng.standard_normal((150, 8))
+    choice = choose_noise(rewards, features, features, noises=50)
+    assert abs(choice.expected - choice.average) < 0.3 < rewards.max(1).mean() - choice.average
+
+
+def test_leaving_out_in_closed_form_equals_fitting_without():
+    rewards, features, _ = world(12, 5, luck=0.7)
+    choice = choose_noise(rewards, features, features, noises=5)
+    relative = rewards - rewards.mean(1, keepdims=True)
+    x = features - features.mean(0)
+    kernel = x @ x.T / np.square(x).sum(1).mean() + 1
+    picked = []
+    for i in range(12):
+        rest = np.delete(np.arange(12), i)
+        weights = np.linalg.solve(kernel[np.ix_(rest, rest)] + choice.ridge * np.eye(11), relative[rest])
+        picked.append(rewards[i, (kernel[i, rest] @ weights).argmax()])
+    assert choice.expected == pytest.approx(np.mean(picked))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "noises", "message"),
+    [
+        (((3, 4), (2, 5), (2, 5)), 2, "at least two prompts"),
+        (((3, 4), (3, 5), (2, 6)), 2, "at least two prompts"),
+        (((1, 4), (1, 5), (1, 5)), 2, "at least two prompts"),
+        (((3, 4), (3, 5), (2, 5)), 5, "between 1 and the 4"),
+        (((3, 4), (3, 5), (2, 5)), 0, "between 1 and the 4"),
+    ],
+)
+def test_bad_input(shapes, noises, message):
+    with pytest.raises(ValueError, match=message):
+        choose_noise(*(np.zeros(shape) for shape in shapes), noises)
+
+
+def test_not_finite():
+    with pytest.raises(ValueError, match="finite"):
+        choose_noise(np.full((3, 4), np.nan), np.zeros((3, 5)), np.zeros((3, 5)), 2)
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tried")
+    options = {"num_prompts": 5, "samples_per_prompt": 4, "prompts_per_shard": 2}
+    collect(CollectConfig("NoiseAR-ShapesTurbo-v0", same_noise=True, output_dir=folder, **options))
+    return folder
+
+
+def test_collected_noises_are_the_same_for_all_prompts(tried):
+    rollouts = load_rollouts(tried)
+    prompts, rewards, noise, seeds = rewards_by_noise(rollouts)
+    assert len(set(prompts)) == 5 and rewards.shape == (5, 4) and noise.shape == (4, 256)
+    everything = np.stack(rollouts.dataset.with_format("numpy")["noise"][:]).reshape(5, 4, 256)
+    assert (everything == noise.astype(np.float16)).all()
+    assert len(np.unique(everything[0], axis=0)) == 4
+    assert rewards[2, 1] == rollouts.rewards[9] and prompts[2] == rollouts.prompts[9]
+
+
+def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
+    """One noise for all prompts: the policy must give it back, with the scale of the fresh noise around it."""
+    asked = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle") * 20
+    config = SharedNoiseConfig(tried, tmp_path / "pairs", prompts=asked, noises=1, noise_scale=0.7)
+    choice = build_pairs(config, turbo)
+    rows = load_pairs(tmp_path / "pairs").with_format("numpy")[:]
+    _, rewards, noise, _ = rewards_by_noise(load_rollouts(tried))
+    assert len(set(choice.noise)) == 1 and rewards.mean(0).argmax() == choice.noise[0]
+    target = 0.51**0.5 * noise[choice.noise[0]]
+    np.testing.assert_allclose(rows["target"][0], target, atol=2e-3)
+    seeded = standard_noise([int(rows["seed"][0])], (4, 8, 8)).flatten().numpy()
+    np.testing.assert_allclose(noise[choice.noise[0]], seeded, atol=2e-3)
+    policy = nll.train(
+        nll.NLLConfig(
+            tmp_path / "pairs",
+            output_dir=tmp_path / "run",
+            denoiser="shapes-turbo",
+            policy=NoiseARConfig(log_variance="shared"),
+            epochs=350,
+            learning_rate=5e-3,
+        )
+    )
+    text = turbo.encode(asked[:1] * 64)
+    sample = policy.noise(policy.sample(text.policy_embeds, text.policy_mask, seeds=range(64))).flatten(1)
+    assert (sample.mean(0) - torch.from_numpy(target)).square().mean().sqrt() < 0.2
+    assert 0.6 < sample.std(0).mean() < 0.8
+
+
+def test_refuses_what_does_not_fit(tried, tmp_path, turbo):
+    with pytest.raises(ValueError, match="noise_scale"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
+    own = tmp_path / "own"
+    options = {"num_prompts": 2, "samples_per_prompt": 2, "prompts_per_shard": 2}
+    collect(CollectConfig("NoiseAR-ShapesTurbo-v0", output_dir=own, **options))
+    with pytest.raises(ValueError, match="--same-noise"):
+        build_pairs(SharedNoiseConfig(own, tmp_path / "b"), turbo)
+    build_pairs(SharedNoiseConfig(tried, tmp_path / "c", noises=1), turbo)
+    with pytest.raises(ValueError, match="other settings"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "c", noises=2), turbo)

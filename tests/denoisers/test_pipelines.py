@@ -1,0 +1,310 @@
+"""Published pipeline classes with tiny random weights: the whole loop, the bare pipeline's images, and what fails."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+
+import noisear_rl
+from noisear_rl.algos import collect, dpo, evaluate, nll, ppo
+from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
+from noisear_rl.denoisers.pipelines import interface_of
+from noisear_rl.denoisers.presets import PRESETS
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.data.pairs import PairsConfig, build_pairs
+from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.data.rollouts import load_rollouts
+from noisear_rl.learning.run import load_yaml
+from tests import tiny_pipelines
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
+NAMES = tuple(tiny_pipelines.BUILDERS)
+IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
+SMALL = NoiseARConfig(d_model=32, d_ff=32, n_heads=4, n_layers=1, log_variance="shared")
+pytestmark = pytest.mark.filterwarnings("ignore:prompt holds words")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every pipeline as a folder that ``from_pretrained`` reads."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name in NAMES:
+        tiny_pipelines.build(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def denoiser(request, folders):
+    options = {"num_inference_steps": 3, "dtype": "float32", "cache_dir": "none"}
+    return load_denoiser(request.param, path=str(folders / request.param), **options)
+
+
+def test_images_are_the_bare_pipelines(denoiser, folders):
+    """The pipeline's own call with a prompt, and our encoding and denoising, from the same noise."""
+    pipeline = DiffusionPipeline.from_pretrained(folders / denoiser.name)
+    if PRESETS[denoiser.name].scheduler == "dpm":
+        pipeline.scheduler = type(denoiser.pipeline.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = standard_noise(range(3), denoiser.latent_shape)
+    options = {"use_resolution_binning": False} if denoiser.name in ("hunyuan-dit", "pixart-sigma") else {}
+    for i, prompt in enumerate(PROMPTS):
+        expected = pipeline(
+            prompt,
+            latents=noise[i : i + 1].clone(),
+            num_inference_steps=3,
+            guidance_scale=denoiser.guidance_scale,
+            height=denoiser.image_size,
+            width=denoiser.image_size,
+            output_type="pt",
+            **options,
+        ).images
+        images = denoiser.denoise(noise[i : i + 1], denoiser.encode([prompt]))
+        torch.testing.assert_close(images, expected.float().clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_batches_do_not_matter_and_inputs_stay(denoiser):
+    noise, conditioning = standard_noise(range(3), denoiser.latent_shape), denoiser.encode(PROMPTS)
+    untouched = noise.clone()
+    whole = denoiser.denoise(noise, conditioning, [1, 2, 3])
+    assert torch.equal(noise, untouched)
+    assert whole.shape == (3, 3, denoiser.image_size, denoiser.image_size) and whole.std() > 0.01
+    single = [denoiser.denoise(noise[i : i + 1], conditioning[[i]], [i + 1]) for i in range(3)]
+    torch.testing.assert_close(torch.cat(single), whole, rtol=0, atol=1e-4)
+    swapped = denoiser.denoise(noise, denoiser.encode(PROMPTS[::-1]))
+    assert not torch.allclose(swapped[0], whole[0], atol=1e-4)  # the prompt matters
+
+
+def test_running_out_of_memory_halves_the_batch(denoiser, monkeypatch):
+    """As an allocator would: the network refuses more than two images at once (four with guidance)."""
+    noise, conditioning = standard_noise(range(5), denoiser.latent_shape), denoiser.encode([*PROMPTS, *PROMPTS[:2]])
+    expected = denoiser.denoise(noise, conditioning)
+    forward, refused = denoiser.network.forward, []
+
+    @torch.compiler.disable
+    def limited(hidden_states, *arguments, **keywords):
+        if len(hidden_states) > 4:
+            refused.append(len(hidden_states))
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return forward(hidden_states, *arguments, **keywords)
+
+    def limited_by_name(*arguments, **keywords):
+        first = next(iter(inspect.signature(forward).parameters))
+        return limited(keywords.pop(first), **keywords) if first in keywords else limited(*arguments, **keywords)
+
+    monkeypatch.setattr(denoiser.network, "forward", limited_by_name)
+    monkeypatch.setattr(denoiser, "micro_batch_size", 5)
+    with pytest.warns(UserWarning, match="out of memory with 5 images"):
+        images = denoiser.denoise(noise, conditioning)
+    assert refused == [10] and denoiser.micro_batch_size == 2
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+    def never(*arguments, **keywords):
+        raise torch.OutOfMemoryError("nothing fits")
+
+    monkeypatch.setattr(denoiser.network, "forward", never)
+    with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings(action="ignore"):
+        denoiser.denoise(noise, conditioning)
+
+
+def test_bad_noise(denoiser):
+    conditioning = denoiser.encode(PROMPTS)
+    shape = (3, *denoiser.latent_shape)
+    with pytest.raises(ValueError, match="expected noise"):
+        denoiser.denoise(torch.zeros(3, denoiser.latent_shape[0], 4, 4), conditioning)
+    with pytest.raises(ValueError, match="floating-point"):
+        denoiser.denoise(torch.zeros(shape, dtype=torch.long), conditioning)
+    with pytest.raises(ValueError, match="NaN"):
+        denoiser.denoise(torch.full(shape, torch.nan), conditioning)
+    with pytest.raises(ValueError, match="empty prompt"):
+        denoiser.encode([" "])
+
+
+def test_prediction_is_the_step_that_the_pipeline_takes(denoiser):
+    """One step of the pipeline with the first-order scheduler is one step from our prediction."""
+    schedule = denoiser.first_order_schedule(4)
+    noise, conditioning = standard_noise(range(3), denoiser.latent_shape), denoiser.encode(PROMPTS)
+    time_ = float(schedule.timesteps[0])
+    low, high = (denoiser.predict_noise(noise, time_, conditioning, g) for g in (1.0, 3.0))
+    middle = denoiser.predict_noise(noise, time_, conditioning, 2.0)
+    torch.testing.assert_close(middle, (low + high) / 2, rtol=1e-4, atol=1e-5)  # guidance is linear
+    assert not torch.allclose(low, high, atol=1e-4)
+
+
+def test_the_whole_loop(denoiser, tmp_path):
+    """Encode, sample, pairs, one NLL step, collected rollouts, one DPO step, and evaluation."""
+    name, path = denoiser.name, str(denoiser.pipeline.config._name_or_path)
+    options = {"path": path, "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
+    config = PairsConfig(name, prompts=PROMPTS, pairs=6, num_inference_steps=10, output_dir=tmp_path / "pairs")
+    pairs = build_pairs(dataclasses.replace(config, batch_size=4, shard_size=4), denoiser)
+    assert len(pairs) == 6
+    targets = torch.tensor(pairs["target"][:]).unflatten(1, denoiser.latent_shape)
+    shift = targets - standard_noise(pairs["seed"][:], denoiser.latent_shape)
+    assert shift.abs().max() > 1e-3
+
+    run = {"denoiser_options": options, "policy": SMALL}
+    made = nll.NLLConfig(tmp_path / "pairs", output_dir=tmp_path / "nll", denoiser=name, epochs=1, batch_size=4, **run)
+    policy = nll.train(made)
+    assert policy.config.latent_shape == denoiser.latent_shape and policy.n_patches == 16
+    fresh = NoiseARPolicy(policy.config)
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), fresh.parameters(), strict=True))
+    text = denoiser.encode(PROMPTS)
+    sample = policy.sample(text.policy_embeds, text.policy_mask, seeds=[1, 2, 3])
+    again = policy.log_prob(sample.patches, text.policy_embeds, text.policy_mask)
+    torch.testing.assert_close(again, sample.log_prob, rtol=1e-4, atol=1e-3)
+
+    rows = evaluate.run(
+        evaluate.EvaluateConfig(
+            (f"nll={tmp_path / 'nll'}",),
+            name,
+            str(write_prompts(tmp_path)),
+            samples=2,
+            scorers=("jpeg-compressibility", "brightness"),
+            output_dir=tmp_path / "evaluation",
+            denoiser_options=options,
+        )
+    )
+    assert "nll" in rows and (tmp_path / "evaluation/results.json").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reinforcement_learning_through_the_environment(name, folders, tmp_path):
+    """PPO, rollouts and DPO by the environment's id, as with the published weights."""
+    options = {"path": str(folders / name), "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
+    shared = {"env_id": IDS[name], "denoiser_options": options, "reward": "brightness", "prompts": PROMPTS}
+    sizes = {"prompts_per_update": 2, "samples_per_prompt": 4, "updates": 1, "policy": SMALL}
+    policy = ppo.train(ppo.PPOConfig(output_dir=tmp_path / "ppo", **shared, **sizes))
+    assert (
+        policy.kl_divergence(torch.zeros(1, 16, policy.patch_dim), torch.randn(1, 5, policy.config.text_dim)).sum() > 0
+    )
+    rollouts = {"num_prompts": 3, "samples_per_prompt": 3, "prompts_per_shard": 2, "policy": str(tmp_path / "ppo")}
+    collect.collect(collect.CollectConfig(output_dir=tmp_path / "rollouts", **shared, **rollouts))
+    assert len(load_rollouts(tmp_path / "rollouts").dataset) == 9
+    made = {"rollouts": tmp_path / "rollouts", "init_from": str(tmp_path / "ppo"), "denoiser_options": options}
+    dpo.train(dpo.DPOConfig(output_dir=tmp_path / "dpo", threshold=0.0, epochs=1, **made))
+
+
+def write_prompts(folder):
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
+    """The shipped presets with another model path and sizes for a test: pairs, NLL, PPO, evaluation."""
+    folder = name.replace("-", "_") if (ROOT / "configs" / name.replace("-", "_")).is_dir() else "sdxl"
+    where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
+    small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
+    file = folders / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+
+    def command(stage, *options, prompts=True):
+        kind = ["--env-id", IDS[name]] if stage == "ppo" else ["--denoiser", name]
+        text = ["--prompts", str(file)] if prompts else []
+        out = ["--output-dir", str(tmp_path / stage)]
+        return [stage, "--config", f"configs/{folder}/{stage}.yaml", *kind, *text, *out, *options, *where]
+
+    pretraining = ["--pairs", str(tmp_path / "pairs"), "--epochs", "1", "--batch-size", "2"]
+    free = ["--reward", "jpeg-compressibility"]  # the presets' scorers need weights
+    commands = [
+        command("pairs", "--pairs", "4"),
+        command("nll", *small, *pretraining, prompts=False),
+        command(
+            "ppo", *small, "--init-from", str(tmp_path / "nll"), "--updates", "1", "--samples-per-prompt", "2", *free
+        ),
+        command("evaluate", "--methods", f"ppo={tmp_path / 'ppo'}", "--scorers", "jpeg-compressibility", "brightness"),
+    ]
+    script = f"from noisear_rl.cli import main\nfor line in {commands!r}:\n    main(line)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| ppo |" in (tmp_path / "evaluate/table.md").read_text()
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_noise_has_unit_variance_whatever_the_scheduler_wants(scheduler):
+    """Euler schedulers scale it by ``init_noise_sigma``; with seeds, their own draws do not depend on the batch."""
+    pipeline = tiny_pipelines.build("sdxl")
+    pipeline.scheduler = scheduler(**tiny_pipelines.SDXL_SCHEDULE)
+    denoiser = DiffusionPipelineDenoiser(
+        pipeline, name="sdxl", num_inference_steps=4, dtype="float32", cache_dir="none"
+    )
+    assert pipeline.scheduler.init_noise_sigma > 5
+    noise, conditioning = standard_noise(range(3), denoiser.latent_shape), denoiser.encode(PROMPTS)
+    images = denoiser.denoise(noise, conditioning, [5, 6, 7])
+    bare = pipeline(
+        list(PROMPTS),
+        latents=noise.clone(),
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)],
+        num_inference_steps=4,
+        guidance_scale=5.5,
+        height=32,
+        width=32,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(images, bare.clamp(0, 1), rtol=0, atol=1e-5)
+    single = denoiser.denoise(noise[2:], conditioning[[2]], [7])
+    torch.testing.assert_close(single, images[2:], rtol=0, atol=1e-4)
+
+
+def test_unknown_classes_are_refused():
+    class Other:
+        pass
+
+    with pytest.raises(ValueError, match="Other is not supported"):
+        interface_of(Other())
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("shapes")])
+def test_missing_weights_say_what_to_fetch(name, tmp_path, monkeypatch):
+    """Without a network, quickly, in one message: which model, which command, which folder."""
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    began = time.perf_counter()
+    with pytest.raises(FileNotFoundError) as caught:
+        load_denoiser(name)
+    assert time.perf_counter() - began < 5
+    message = str(caught.value)
+    assert PRESETS[name].path in message and "hf download" in message and "path=FOLDER" in message
+
+
+def test_prompt_embeddings_are_kept_on_disk(folders, tmp_path):
+    options = {"path": str(folders / "sdxl"), "num_inference_steps": 2, "dtype": "float32", "cache_dir": str(tmp_path)}
+    first = load_denoiser("sdxl", **options)
+    expected = first.encode(PROMPTS)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == len(PROMPTS) + 1  # and the empty prompt
+    second = load_denoiser("sdxl", **options)
+
+    def not_again(*arguments, **keywords):
+        raise AssertionError("encoded again")
+
+    second.pipeline.encode_prompt = not_again
+    found = second.encode(PROMPTS)
+    assert all(torch.equal(found.inputs[key], value) for key, value in expected.inputs.items())
+    files[0].write_bytes(files[0].read_bytes()[:20])  # damaged: counts as missing
+    third = load_denoiser("sdxl", **options)
+    assert torch.equal(third.encode(PROMPTS).policy_embeds, expected.policy_embeds)
+
+
+def test_presets_are_the_papers():
+    assert {PRESETS[name].num_inference_steps for name in ("sdxl", "dreamshaper", "hunyuan-dit")} == {50}
+    pairs = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
+    assert (pairs.pairs, pairs.strong_guidance, pairs.weak_guidance, pairs.num_inference_steps) == (100000, 5.5, 1, 50)
+    pretraining = load_yaml(nll.NLLConfig, ROOT / "configs/sdxl/nll.yaml")
+    assert (pretraining.epochs, pretraining.batch_size, pretraining.learning_rate) == (10, 40, 6.25e-5)
+    assert pretraining.policy.d_model == 2048 and pretraining.policy.n_layers == 1

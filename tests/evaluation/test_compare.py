@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from noisear_rl.evaluation.compare import GAUSSIAN, diversity, evaluate, radial_spectrum, table
+from noisear_rl.rewards import load_reward
+from noisear_rl.evaluation.intervals import bootstrap
+from tests.conftest import random_policy
+
+PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
+
+
+def test_overall_is_the_mean_over_categories():
+    scores = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert bootstrap(scores, ["a", "b", "b", "b"]).mean == 0.5
+    with pytest.raises(ValueError, match="unknown resample"):
+        bootstrap(scores, ["a"] * 4, resample="seeds")
+
+
+def test_methods_are_paired_and_batches_do_not_matter(random_denoiser):
+    policies = {GAUSSIAN: None, "same": random_policy(scale=0.0), "other": random_policy()}
+    reward = load_reward("shapes-match")
+    results = evaluate(random_denoiser, reward, policies, PROMPTS, 3, batch_size=4, keep_images=2)
+    whole = evaluate(random_denoiser, reward, policies, PROMPTS, 3, batch_size=64)
+    for name in policies:
+        assert results[name].scores["shapes-match"].shape == (3, 3)
+        np.testing.assert_allclose(results[name].scores["shapes-match"], whole[name].scores["shapes-match"], atol=1e-5)
+        assert results[name].images.shape == (3, 2, 3, 64, 64)
+        assert results[name].nfe == 4
+    np.testing.assert_array_equal(results[GAUSSIAN].scores["shapes-match"], results["same"].scores["shapes-match"])
+    assert results["same"].kl_to_gaussian == 0 and results["other"].kl_to_gaussian > 1
+    assert results[GAUSSIAN].noise_std == pytest.approx(1, abs=0.1)
+    text = table(results, ["colors", "counting", "position"], scorer="shapes-match")
+    rows = [line.split("|") for line in text.splitlines()]
+    assert len(rows) == 5 and len({len(row) for row in rows}) == 1
+    assert "+0.0 [0.0, 0.0]" in rows[3][-4]  # no gain of a method over itself
+
+
+def test_spectrum_of_white_and_of_coloured_noise():
+    noise = torch.randn(400, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    white = radial_spectrum(noise)
+    assert white.shape == (5,) and (white - 1).abs().max() < 0.1
+    assert radial_spectrum(2 * noise)[2] == pytest.approx(4 * white[2].item())
+    smooth = (noise + noise.roll(1, -1) + noise.roll(1, -2)) / 3**0.5
+    power = radial_spectrum(smooth)
+    assert power[0] == pytest.approx(3, rel=0.2) and power[-1] < 1
+    constant = radial_spectrum(torch.ones(1, 1, 8, 8))
+    assert constant[0] == 64 and constant[1:].abs().max() < 1e-20
+
+
+def test_diversity_is_the_mean_pairwise_distance():
+    images = torch.rand(3, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    embed = lambda part: torch.nn.functional.normalize(part.flatten(1), dim=-1)
+    by_hand = []
+    for part in images:
+        vectors = embed(part)
+        pairs = [1 - vectors[i] @ vectors[j] for i in range(4) for j in range(4) if i != j]
+        by_hand.append(torch.stack(pairs).mean().item())
+    np.testing.assert_allclose(diversity(images, embed), by_hand, atol=1e-6)
+
+
+def test_scores_that_are_missing_stop_a_comparison(random_denoiser, tmp_path):
+    file = tmp_path / "fails.py"
+    file.write_text("def score(images, prompts):\n    return [float('nan')] * len(prompts)\n")
+    with pytest.raises(ValueError, match="scorer 'fails' gave NaN or infinity for 'Gaussian'"):
+        evaluate(random_denoiser, load_reward(str(file)), {GAUSSIAN: None}, PROMPTS, 1)

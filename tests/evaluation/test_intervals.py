@@ -1,0 +1,178 @@
+"""Intervals cover what they say, also for few prompts and skewed scores; wins and preferences of pairs."""
+
+import math
+
+import numpy as np
+import pytest
+
+from noisear_rl.evaluation.intervals import (
+    Estimate,
+    bootstrap,
+    bootstrap_many,
+    category_mean,
+    paired_difference,
+    preference_probability,
+    significance_mark,
+    student_quantile,
+    win_rate,
+)
+
+REPETITIONS, DRAWS = 3000, 800
+
+
+def coverage(scores: np.ndarray, categories: list[str], truth: float | np.ndarray, resample: str = "prompts") -> float:
+    """Share in % of ``(R, P, S)`` data sets whose interval holds the truth."""
+    _, low, high = bootstrap_many(scores, categories, resample=resample, draws=DRAWS)
+    return 100 * float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).mean())
+
+
+def shares(
+    rng: np.random.Generator, prompts: int, categories: int, right: float
+) -> tuple[np.ndarray, list[str], float]:
+    """Chances ``(R, P)`` that a prompt's picture is right, Beta of a U shape; categories; their true mean."""
+    means = right + np.linspace(-0.08, 0.08, categories) * (categories > 1)
+    of = np.arange(prompts) % categories
+    chances = rng.beta(1.5 * means[of], 1.5 * (1 - means[of]), size=(REPETITIONS, prompts))
+    return chances, [f"c{i}" for i in of], float(means.mean())
+
+
+@pytest.mark.parametrize("categories", [1, 6])
+@pytest.mark.parametrize(
+    ("prompts", "samples", "right"),
+    [(30, 4, 0.7), (30, 8, 0.8), (60, 1, 0.7), (60, 4, 0.8), (120, 8, 0.8), (200, 1, 0.8), (200, 2, 0.9)],
+)
+def test_interval_covers_new_prompts(prompts, samples, right, categories):
+    rng = np.random.default_rng(prompts + samples)
+    chances, names, truth = shares(rng, prompts, categories, right)
+    scores = (rng.random((REPETITIONS, prompts, samples)) < chances[..., None]).astype(float)
+    assert 93 <= coverage(scores, names, truth) <= 97
+
+
+@pytest.mark.parametrize(("prompts", "samples", "categories"), [(30, 1, 6), (30, 8, 6), (60, 4, 1), (120, 2, 6)])
+def test_interval_of_a_paired_difference_covers(prompts, samples, categories):
+    rng = np.random.default_rng(prompts + samples)
+    chances, names, truth = shares(rng, prompts, categories, 0.6)
+    better = chances + 0.3 * (1 - chances)  # the true gain is 0.3 · (1 - mean)
+    draw = lambda p: (rng.random((REPETITIONS, prompts, samples)) < p[..., None]).astype(float)
+    assert 93 <= coverage(draw(better) - draw(chances), names, 0.3 * (1 - truth)) <= 97
+
+
+@pytest.mark.parametrize(("prompts", "samples", "categories"), [(30, 4, 1), (30, 8, 6), (120, 2, 6)])
+def test_interval_covers_new_noise_on_the_same_prompts(prompts, samples, categories):
+    rng = np.random.default_rng(prompts + samples)
+    of = np.arange(prompts) % categories
+    chances = np.linspace(0.3, 0.95, prompts)
+    truth = np.mean([chances[of == c].mean() for c in range(categories)])
+    scores = (rng.random((REPETITIONS, prompts, samples)) < chances[:, None]).astype(float)
+    assert 93 <= coverage(scores, [f"c{i}" for i in of], truth, "noise") <= 97
+
+
+def test_percentiles_alone_would_undercover():
+    """Why the interval is no percentile interval: 30 prompts in six categories, and a right variance."""
+    rng = np.random.default_rng(0)
+    chances, names, truth = shares(rng, 30, 6, 0.8)
+    scores = (rng.random((REPETITIONS, 30, 8)) < chances[..., None]).mean(2)  # (R, P)
+    drawn = np.zeros((DRAWS, REPETITIONS))
+    for name in dict.fromkeys(names):
+        part = scores[:, np.array(names) == name]
+        drawn += (part[:, rng.integers(5, size=(DRAWS, 5))].mean(2).T - part.mean(1)) / 6
+    low, high = scores.mean(1) + np.sqrt(5 / 4) * np.quantile(drawn, [0.025, 0.975], axis=0)
+    assert 100 * ((low <= truth) & (truth <= high)).mean() < 93
+
+
+def test_large_samples_get_the_textbook_interval():
+    scores = np.random.default_rng(0).normal(5, 2, size=(400, 1))
+    estimate = bootstrap(scores, ["all"] * 400, draws=20_000)
+    half = 1.966 * scores.std(ddof=1) / 20  # Student's quantile for 399 degrees of freedom
+    assert estimate.mean == pytest.approx(scores.mean())
+    assert estimate.low == pytest.approx(scores.mean() - half, abs=0.03 * half)
+    assert estimate.high == pytest.approx(scores.mean() + half, abs=0.03 * half)
+
+
+def test_skewed_scores_reach_further_into_the_long_tail():
+    scores = np.random.default_rng(0).exponential(size=(40, 1))
+    estimate = bootstrap(scores, ["all"] * 40)
+    assert estimate.high - estimate.mean > 1.2 * (estimate.mean - estimate.low)
+
+
+def test_students_quantile():
+    table = {3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 1e9: 1.960}
+    np.testing.assert_allclose(student_quantile(np.array(list(table))), list(table.values()), rtol=0.01)
+
+
+def test_categories_count_the_same_and_the_seed_decides():
+    scores = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    categories = ["a", "b", "b", "b"]
+    assert bootstrap(scores, categories).mean == category_mean(scores, categories) == pytest.approx((1 + 1 / 6) / 2)
+    scores, categories = np.random.default_rng(0).normal(size=(12, 2)), ["a", "b", "b"] * 4
+    first = bootstrap(scores, categories)
+    assert first == bootstrap(scores, categories)
+    assert first.low != bootstrap(scores, categories, seed=1).low
+    many = bootstrap_many(np.stack([scores[::-1], scores]), categories)
+    np.testing.assert_allclose([part[1] for part in many], [first.mean, first.low, first.high])
+    constant = bootstrap(np.full((5, 3), 0.7), ["a"] * 5)
+    assert (constant.low, constant.high) == (constant.mean, constant.mean)
+
+
+def test_no_bounds_without_a_spread():
+    for scores, categories, resample in (
+        (np.array([[1.0], [0.0], [1.0]]), ["a", "b", "b"], "prompts"),
+        (np.array([[1.0], [0.0]]), ["a", "a"], "noise"),
+    ):
+        estimate = bootstrap(scores, categories, resample=resample)
+        assert math.isnan(estimate.low) and math.isnan(estimate.high)
+        assert str(estimate) == f"{estimate.mean:.1f}"
+        assert significance_mark(estimate) == ""
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        (np.zeros((3, 2)), {"resample": "seeds"}, "unknown resample 'seeds'"),
+        (np.zeros((2, 2)), {}, r"expected scores \(3, S\)"),
+        (np.zeros((3, 0)), {}, r"expected scores \(3, S\)"),
+        (np.zeros(3), {}, r"expected scores \(3, S\)"),
+        (np.full((3, 2), np.nan), {}, "finite"),
+    ],
+)
+def test_what_is_refused(scores, options, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(scores, ["a", "b", "c"], **options)
+
+
+def test_wins():
+    scores, baseline = np.array([[2.0, 1.0], [0.0, 5.0]]), np.array([[1.0, 1.0], [3.0, 4.0]])
+    np.testing.assert_array_equal(win_rate(scores, baseline), [[1, 0.5], [0, 1]])
+    np.testing.assert_array_equal(win_rate(scores, baseline) + win_rate(baseline, scores), 1)
+    random = np.random.default_rng(0).normal(size=(50, 4))
+    assert 100 * win_rate(random, random).mean() == 50.0
+    with pytest.raises(ValueError, match="same prompts and samples"):
+        win_rate(scores, baseline[:1])
+
+
+def test_preference_probability_is_the_softmax_of_two():
+    scores, baseline = np.array([[21.0, 20.0, 900.0]]), np.array([[20.0, 20.0, -900.0]])
+    softmax = math.exp(21) / (math.exp(21) + math.exp(20))
+    np.testing.assert_allclose(preference_probability(scores, baseline), [[softmax, 0.5, 1.0]])
+    np.testing.assert_allclose(preference_probability(baseline, scores), [[1 - softmax, 0.5, 0.0]], atol=1e-12)
+
+
+def test_paired_difference_and_its_mark():
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 10, size=(40, 1))
+    baseline = difficulty + rng.normal(size=(40, 4))
+    scores = difficulty + rng.normal(size=(40, 4)) + 1
+    gain = paired_difference(scores, baseline, ["a"] * 40)
+    assert 0.5 < gain.low < gain.mean < gain.high < 1.5 and significance_mark(gain) == "*"
+    apart = bootstrap(scores, ["a"] * 40), bootstrap(baseline, ["a"] * 40)
+    assert apart[0].low < apart[1].high  # what pairing is for
+    assert significance_mark(paired_difference(baseline, scores, ["a"] * 40)) == "*"
+    same = paired_difference(scores, scores, ["a"] * 40)
+    assert (same.mean, same.low, same.high) == (0, 0, 0) and significance_mark(same) == ""
+    with pytest.raises(ValueError, match="same prompts and samples"):
+        paired_difference(scores, baseline[:, :1], ["a"] * 40)
+
+
+def test_estimates_read_well():
+    assert str(Estimate(1.0, -0.5, 2.26)) == "1.0 [-0.5, 2.3]"
+    assert Estimate(1.0, -0.004, 2.0).text(2, "+") == "+1.00 [0.00, 2.00]"

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+from noisear_rl.learning.losses import group_advantages, nll_loss, reconstruction_loss, reinforce_loss
+
+
+def gaussian(mean, std):
+    return Independent(Normal(mean, std), 1)
+
+
+def test_nll_of_a_standard_gaussian():
+    target = torch.randn(3, 16, 16)
+    expected = 0.5 * (target.square().mean() + torch.log(torch.tensor(2 * torch.pi)))
+    torch.testing.assert_close(nll_loss(gaussian(torch.zeros(3, 16, 16), torch.ones(3, 16, 16)), target), expected)
+
+
+def test_nll_is_least_at_the_truth():
+    target = 1.5 + 0.3 * torch.randn(2000, 1, 4, generator=torch.Generator().manual_seed(0))
+    at = lambda mean, std: nll_loss(gaussian(torch.full_like(target, mean), torch.full_like(target, std)), target)
+    best = at(1.5, 0.3)
+    assert all(best < at(*other) for other in ((1.4, 0.3), (1.6, 0.3), (1.5, 0.25), (1.5, 0.36)))
+
+
+def test_nll_over_noisy_targets_is_the_expectation():
+    mean, std, target = torch.randn(1, 2, 3), torch.rand(1, 2, 3) + 0.5, torch.randn(1, 2, 3)
+    noise = torch.randn(200_000, 2, 3, generator=torch.Generator().manual_seed(0))
+    drawn = nll_loss(gaussian(mean, std), target + 0.8 * noise)
+    torch.testing.assert_close(nll_loss(gaussian(mean, std), target, 0.8), drawn, rtol=0, atol=0.01)
+
+
+def test_reconstruction_is_bias_squared_plus_variance():
+    mean, std = torch.full((5000, 1, 4), 0.5), torch.full((5000, 1, 4), 0.2)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    loss = reconstruction_loss(gaussian(mean, std), torch.zeros_like(mean), noise)
+    torch.testing.assert_close(loss, torch.tensor(0.5**2 + 0.2**2), rtol=0.01, atol=0)
+
+
+def test_reconstruction_reaches_mean_and_deviation():
+    mean, std = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(2, 3, 4, requires_grad=True)
+    reconstruction_loss(gaussian(mean, std), torch.ones(2, 3, 4), torch.randn(2, 3, 4)).backward()
+    assert mean.grad.abs().min() > 0 and std.grad.abs().min() > 0
+
+
+def test_baselines():
+    rewards, groups = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0]), torch.tensor([4, 4, 4, 7, 7])
+    assert group_advantages(rewards, groups, "none").tolist() == rewards.tolist()
+    assert group_advantages(rewards, groups, "ema", 2.0).tolist() == [-1, 0, 1, 8, 18]
+    assert group_advantages(rewards, groups, "group").tolist() == [-1, 0, 1, -5, 5]
+    assert group_advantages(rewards, groups, "leave_one_out").tolist() == [-1.5, 0, 1.5, -10, 10]
+    with pytest.raises(ValueError, match="at least two"):
+        group_advantages(rewards[:4], groups[:4], "leave_one_out")
+    with pytest.raises(ValueError, match="unknown baseline"):
+        group_advantages(rewards, groups, "critic")
+
+
+def test_reinforce_gradient_is_advantage_times_score():
+    mean = torch.zeros(4, 3, 2, requires_grad=True)
+    actions, advantages = torch.randn(4, 3, 2), torch.tensor([1.0, -2.0, 0.5, 0.0], requires_grad=True)
+    reinforce_loss(gaussian(mean, torch.ones(4, 3, 2)).log_prob(actions), advantages).backward()
+    torch.testing.assert_close(mean.grad, -advantages.detach().view(4, 1, 1) * actions / 4)
+    assert advantages.grad is None
+
+
+def test_reinforce_is_unbiased():
+    """The gradient of E[x²] under N(m, 1) is 2m."""
+    mean = torch.tensor(0.7, requires_grad=True)
+    actions = 0.7 + torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0))
+    log_prob = gaussian(mean.expand(200_000, 1, 1), torch.ones(200_000, 1, 1)).log_prob(actions)
+    rewards = actions.square().flatten()
+    reinforce_loss(log_prob, group_advantages(rewards, torch.zeros(200_000).long(), "leave_one_out")).backward()
+    assert abs(-mean.grad.item() - 1.4) < 0.03
+
+
+def test_advantages_do_not_broadcast():
+    with pytest.raises(ValueError, match="expected advantages"):
+        reinforce_loss(torch.zeros(4, 3), torch.zeros(4, 1))

@@ -1,0 +1,189 @@
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from noisear_rl import cli
+from noisear_rl.algos.collect import CollectConfig
+from noisear_rl.algos.dpo import DPOConfig
+from noisear_rl.algos.evaluate import EvaluateConfig
+from noisear_rl.algos.nll import NLLConfig
+from noisear_rl.algos.npnet import NPNetTrainingConfig
+from noisear_rl.algos.ppo import PPOConfig
+from noisear_rl.algos.reinforce import ReinforceConfig
+from noisear_rl.algos.reward_gradient import RewardGradientConfig
+from noisear_rl.data.pairs import PairsConfig
+from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.rewards import RewardConfig
+from noisear_rl.data.shared_noise import SharedNoiseConfig
+from noisear_rl.learning.run import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
+from tests.conftest import random_policy
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass
+class Options:
+    """Options of a test."""
+
+    rate: float = 0.1
+    """How fast."""
+    names: tuple[str, ...] = ("a",)
+    """Which."""
+    policy: NoiseARConfig = field(default_factory=NoiseARConfig)
+    """Sizes."""
+    output_dir: Path = Path("runs/x")
+    """Where."""
+
+
+def test_yaml_then_command_line(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("rate: 1e-3\nnames: [b, c]\noutput_dir: somewhere\npolicy:\n  d_model: 64\n")
+    config = parse_config(Options, ["--config", str(path), "--names", "d", "--policy.n-layers", "3"], "test")
+    assert config == Options(1e-3, ("d",), NoiseARConfig(d_model=64, n_layers=3), Path("somewhere"))
+    assert from_mapping(Options, to_mapping(config)) == config
+
+
+def test_unknown_keys_name_the_nearest(tmp_path, capsys):
+    path = tmp_path / "preset.yaml"
+    path.write_text("ratee: 1\n")
+    with pytest.raises(SystemExit, match="unknown key 'ratee'; did you mean 'rate'"):
+        parse_config(Options, ["--config", str(path)], "test")
+    path.write_text("policy:\n  d_modell: 1\n")
+    with pytest.raises(SystemExit, match="'d_modell'; did you mean 'd_model'"):
+        parse_config(Options, ["--config", str(path)], "test")
+    with pytest.raises(SystemExit, match=r"none\.yaml"):
+        parse_config(Options, ["--config", str(tmp_path / "none.yaml")], "test")
+    with pytest.raises(SystemExit):
+        parse_config(Options, ["--ratee", "1"], "test")
+    assert "--rate" in capsys.readouterr().err
+
+
+def test_help_comes_from_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Options, ["--help"], "What it does.")
+    text = capsys.readouterr().out
+    assert "What it does." in text and "How fast." in text and "--config" in text
+
+
+PRESETS = {
+    "shapes/pairs": PairsConfig,
+    "shapes/signal_leak": PairsConfig,
+    "shapes/nll": NLLConfig,
+    "shapes/nll_signal_leak": NLLConfig,
+    "shapes/reinforce": ReinforceConfig,
+    "shapes/ppo": PPOConfig,
+    "shapes/reinforce_transfer": ReinforceConfig,
+    "shapes/dpo": DPOConfig,
+    "shapes/collect": CollectConfig,
+    "shapes/reward_gradient": RewardGradientConfig,
+    "shapes/collect_same_noise": CollectConfig,
+    "shapes/shared_noise": SharedNoiseConfig,
+    "shapes/nll_shared_noise": NLLConfig,
+    "shapes/ppo_transfer": PPOConfig,
+    "shapes/npnet": NPNetTrainingConfig,
+    "rewards/paper": RewardConfig,
+    "rewards/metrics": RewardConfig,
+}
+STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}
+PRESETS |= {f"{model}/{stage}": STAGES[stage] for model in ("sdxl", "dreamshaper", "hunyuan_dit") for stage in STAGES}
+PRESETS |= {f"shapes/ablations/{path.stem}": NLLConfig for path in (CONFIGS / "shapes/ablations").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("name", "cls"), PRESETS.items())
+def test_presets_parse(name, cls):
+    assert isinstance(load_yaml(cls, CONFIGS / f"{name}.yaml"), cls)
+
+
+def test_every_preset_is_tested():
+    assert {str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")} == set(PRESETS)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    policy = random_policy(n_layers=1)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    policy.log_prob(torch.randn(2, 16, 16), torch.randn(2, 16, 256)).sum().backward()
+    optimizer.step()
+    run = Run(tmp_path, Options())
+    run.log({"x": 1.0}, 1)
+    run.save(policy, Counters(1, 2, 3.0), optimizer=optimizer)
+    run.log({"x": 2.0}, 2)  # logged, but killed before it was saved
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+    with pytest.raises(FileExistsError, match="--resume"):
+        Run(tmp_path, Options())
+    other = random_policy(1, n_layers=1)
+    fresh = torch.optim.Adam(other.parameters(), lr=0.5)
+    assert Run(tmp_path, Options(), resume=True).load(other, optimizer=fresh) == Counters(1, 2, 3.0)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+    assert fresh.param_groups[0]["lr"] == 0.01
+    first = next(iter(optimizer.state.values()))["exp_avg"]
+    assert torch.equal(next(iter(fresh.state.values()))["exp_avg"], first)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(ValueError, match="another configuration"):
+        Run(tmp_path, Options(), resume=True).load(random_policy(n_layers=2))
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    policy = random_policy(n_layers=1)
+    run = Run(tmp_path, Options())
+    run.save(policy, Counters(1))
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run.save(policy, Counters(2))
+    assert run.latest().name == "step-000001"
+
+
+def test_command_lists_and_dispatches(capsys, tmp_path):
+    cli.main([])
+    listing = capsys.readouterr().out
+    assert all(name in listing for name in cli.COMMANDS)
+    with pytest.raises(SystemExit, match="unknown command 'fly'"):
+        cli.main(["fly"])
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0 and "--" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"noisear nll: .* holds no pairs"):
+        cli.main(["nll", "--pairs", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("script", ["algos/nll.py", "algos/reinforce.py", "algos/evaluate.py"])
+def test_scripts_run_from_the_source_tree(script):
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, script, "--help"], cwd=root, capture_output=True, text=True, check=True)
+    assert "--output-dir" in done.stdout
+
+
+def test_every_option_has_a_docstring():
+    import ast
+
+    root = Path(__file__).parents[1]
+    for file in [*(root / "algos").glob("*.py"), root / "noisear_rl/pairs.py", root / "noisear_rl/demo.py"]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                fields = [i for i, item in enumerate(node.body) if isinstance(item, ast.AnnAssign)]
+                assert fields and all(
+                    isinstance(node.body[i + 1], ast.Expr) and isinstance(node.body[i + 1].value, ast.Constant)
+                    for i in fields
+                ), (file, node.name)
+
+
+def test_counters_are_plain():
+    assert dataclasses.asdict(Counters()) == {
+        "step": 0,
+        "images": 0,
+        "seconds": 0.0,
+        "reward_ema": None,
+        "best": None,
+        "stale": 0,
+    }
