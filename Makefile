@@ -26,12 +26,12 @@ test: install  ## Run the test suite
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow
 
-.originals/installed: tests/originals.txt
+.originals/installed: tests/rewards/originals.txt
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target .originals --requirement $<
 	@touch $@
 
 test-originals: install .originals/installed  ## Compare ImageReward and HPSv2 with their authors' packages
-	$(RUN) -m pytest tests/test_original_scorers.py
+	$(RUN) -m pytest tests/rewards/test_original_scorers.py
 
 lint: install  ## Check style and types
 	$(VENV)/bin/ruff check $(CHECKED)

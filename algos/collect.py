@@ -9,7 +9,6 @@ again, goes on with those that are missing.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.config import parse_config
+from noisear_rl.data.rollouts import load_rollouts, rollout_features, rollout_manifest
+from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.envs import make_vector_env
-from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.policy.model import NoiseARConfig
-from noisear_rl.data.rollouts import load_rollouts, policy_sha256, rollout_features, rollout_manifest
-from noisear_rl.data.shards import check_manifest, shard_file, write_shard
-from noisear_rl.learning.run import initial_policy, parse_config
+from noisear_rl.files import check_manifest, sha256
+from noisear_rl.images import to_uint8
+from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256
 
 
 @dataclass
@@ -61,7 +61,7 @@ class CollectConfig:
 
 
 def collect(config: CollectConfig) -> None:
-    """Writes rollouts; see the module's docstring and :mod:`noisear_rl.rollouts`.
+    """Writes rollouts; see the module's docstring and :mod:`noisear_rl.data.rollouts`.
 
     Raises:
         ValueError: If the folder holds rollouts of other settings, or the policy does not fit the environment.
@@ -77,9 +77,8 @@ def collect(config: CollectConfig) -> None:
         raise ValueError("running statistics depend on what was collected before; use normalize: reference")
 
     # Policy: an untrained one is Gaussian noise.
-    gaussian = NoiseARConfig(log_variance="fixed").resized(task.policy_sizes)
-    policy = initial_policy(config.policy, gaussian).to(state.device)
-    task.check_policy(policy.config)
+    gaussian = NoiseARConfig(log_variance="fixed")
+    policy = initial_policy(config.policy, gaussian, task.policy_sizes, str(task)).to(state.device)
 
     # Prompts and manifest.
     prompts = list(dict.fromkeys(task.prompts))
@@ -92,7 +91,7 @@ def collect(config: CollectConfig) -> None:
         "policy_sha256": policy_sha256(policy) if config.policy else "gaussian",
         "samples_per_prompt": k,
         "prompts_per_shard": config.prompts_per_shard,
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts_sha256": sha256(prompts),
         "rollouts": len(prompts) * k,
         "same_noise": config.same_noise,
         "save_images": config.save_images,

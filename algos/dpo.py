@@ -27,13 +27,15 @@ from torch.distributions import Independent, kl_divergence
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
+from noisear_rl.config import parse_config
+from noisear_rl.data.preference_pairs import preference_pairs
+from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import PolicyOptimizer
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, check_losses, preference_loss
-from noisear_rl.data.rollouts import load_rollouts, preference_pairs
-from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config
+from noisear_rl.learning.run import Counters, Run
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 
 if TYPE_CHECKING:
     import trl
@@ -147,8 +149,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     # Data: every rollout's patches; text embeddings are computed once and kept by the denoiser.
     rollouts = load_rollouts(config.rollouts)
     torch.manual_seed(config.seed)
-    policy = initial_policy(config.init_from, config.policy.resized(rollouts.policy_sizes))
-    rollouts.check_policy(policy.config)
+    policy = initial_policy(config.init_from, config.policy, rollouts.policy_sizes, str(config.rollouts))
     pairs = preference_pairs(rollouts, config.threshold, config.strategy, config.seed)
     print(pairs, flush=True)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)

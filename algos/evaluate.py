@@ -17,10 +17,7 @@ search that starts from Gaussian noise or from a named method: ``best-of-N``, ``
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,22 +31,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from noisear_rl.config import parse_config, to_mapping
 from noisear_rl.denoisers import EMBEDDED, load_denoiser
-from noisear_rl.denoisers.shapes.captions import CATEGORIES, SPLITS, parse_caption
-from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation.compare import diversity, finite_components, radial_spectrum
-from noisear_rl.prompts.geneval_style import geneval_style_prompts
-from noisear_rl.samplers.by_name import SEARCH, Method, SearchConfig, plan_methods
-from noisear_rl.prompts.sets import PromptSet, load_prompt_set, shapes_prompt_set
+from noisear_rl.denoisers.shapes.captions import SPLITS
+from noisear_rl.evaluation.compare import finite_components
+from noisear_rl.evaluation.diversity import diversity, radial_spectrum
+from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.evaluation.results import VERSION, load_results, picture_path
+from noisear_rl.evaluation.tables import render, results_table
+from noisear_rl.files import check_manifest, sha256, write_atomically
+from noisear_rl.images import to_tensor, to_uint8
+from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
 from noisear_rl.rewards.layouts import layout_diversity
-from noisear_rl.rewards.preprocess import to_tensor
 from noisear_rl.rewards.shapes import ShapesExact
-from noisear_rl.samplers.base import Sampler
-from noisear_rl.data.shards import check_manifest
-from noisear_rl.evaluation.tables import render, results_table
-from noisear_rl.learning.run import parse_config, to_mapping, write_atomically
+from noisear_rl.samplers import Sampler
+from noisear_rl.samplers.by_name import SEARCH, Method, SearchConfig, plan_methods
 
 
 @dataclass
@@ -88,39 +85,11 @@ class EvaluateConfig:
     """Overrides for the denoiser, such as `dtype float32`."""
 
 
-def categories_of(prompts: Sequence[str]) -> list[str]:
-    """GenEval category of every prompt; ``all`` for prompts outside the shapes world."""
-    names = []
-    for prompt in prompts:
-        try:
-            names.append(parse_caption(prompt).category)
-        except ValueError:
-            names.append("all")
-    return names
-
-
-def provenance() -> dict[str, str | int]:
-    """Commit, versions and hardware of this run."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"commit": commit, "torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
-
-
 def prompt_set(config: EvaluateConfig) -> PromptSet:
     """The prompts to evaluate on."""
-    if config.denoiser in EMBEDDED and config.prompts in SPLITS:
-        return shapes_prompt_set(config.prompts, config.num_prompts or 120)
-    if config.prompts == "geneval-style":
-        return geneval_style_prompts(-(-(config.num_prompts or 120) // len(CATEGORIES)))
-    found = load_prompt_set(config.prompts, skip_bad_rows=config.skip_bad_rows, limit=config.num_prompts)
-    if config.denoiser in EMBEDDED:
-        return dataclasses.replace(found, categories=categories_of(found.prompts))
-    return found
+    drawn = config.prompts in SPLITS or config.prompts == "geneval-style"
+    count = config.num_prompts or (120 if drawn else None)
+    return resolve_prompts(config.prompts, config.denoiser, count=count, skip_bad_rows=config.skip_bad_rows)
 
 
 def scorers_of(config: EvaluateConfig) -> RewardConfig:
@@ -252,7 +221,7 @@ def run(config: EvaluateConfig) -> str:
     # The folder: of these prompts, seeds and scorers, whatever the methods.
     manifest = {
         "version": VERSION,
-        "prompts_sha256": hashlib.sha256("\n".join(chosen.prompts).encode()).hexdigest(),
+        "prompts_sha256": sha256(chosen.prompts),
         "prompts": len(chosen),
         "samples": config.samples,
         "seed": config.seed,

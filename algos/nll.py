@@ -6,7 +6,7 @@ with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, 
 Pairs of kind ``signal_leak`` say what the target's mean is and how much noise comes on top of it: the prefix is
 drawn anew at every update, and the expectation over a patch's own noise is taken in closed form.
 
-    python -m noisear_rl.pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
+    noisear pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
     python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
 """
 
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.config import parse_config
+from noisear_rl.data.pairs import load_pairs
+from noisear_rl.denoisers import load_denoiser, policy_sizes
+from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import nll_loss, reconstruction_loss
-from noisear_rl.data.pairs import load_pairs
+from noisear_rl.learning.run import Counters, Run
 from noisear_rl.patches import patchify
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.data.shards import read_manifest
-from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 
 
 @dataclass
@@ -36,7 +37,7 @@ class NLLConfig:
     """Options of pretraining."""
 
     pairs: Path = Path("runs/pairs")
-    """Folder that `python -m noisear_rl.pairs` wrote."""
+    """Folder that `noisear pairs` wrote."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     output_dir: Path = Path("runs/nll")
@@ -84,12 +85,9 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
     # Policy.
     torch.manual_seed(config.seed)
-    shape, width = tuple(denoiser.latent_shape), denoiser.text_shape[1]
-    sizes = {"latent_shape": shape, "text_dim": width}  # patches may be of another size than the denoiser's own
-    fresh = config.policy.resized(sizes | {"patch_size": denoiser.patch_size})
-    policy = initial_policy(config.init_from, fresh).to(run.device)
-    if name := policy.config.size_mismatch(sizes):
-        raise ValueError(f"{config.init_from}: its {name} is {getattr(policy.config, name)}, not {sizes[name]}")
+    shape, owner = tuple(denoiser.latent_shape), f"denoiser {denoiser.name!r}"
+    sizes = policy_sizes(denoiser, denoiser.patch_size)
+    policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
     held_out = max(1, int(config.held_out_share * len(pairs)))
     train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)

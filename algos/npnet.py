@@ -3,14 +3,14 @@
     loss = mean (npnet(x, text) - x')²
 
 with ``x`` the noise of a pair's seed and ``x'`` its target. AdamW, with cosine decay. The authors keep a pair only if
-a reward prefers the picture of its target: ``filter_reward`` of :mod:`noisear_rl.pairs`. Pairs of kinds
+a reward prefers the picture of its target: ``filter_reward`` of :mod:`noisear_rl.data.pairs`. Pairs of kinds
 ``signal_leak`` and ``shared_noise`` say what the target's mean is and how much noise comes on top of it: that noise
 is then ``x``, drawn anew at every update, and ``x' = mean + noise_scale·x``.
 
 The weights with the least held-out loss are kept; as an untrained network leaves noise as it is, training can only
 lower that loss.
 
-    python -m noisear_rl.pairs --config configs/shapes/pairs.yaml --filter-reward shapes-match --output-dir runs/golden
+    noisear pairs --config configs/shapes/pairs.yaml --filter-reward shapes-match --output-dir runs/golden
     python algos/npnet.py --config configs/shapes/npnet.yaml --pairs runs/golden
 """
 
@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers import Denoiser, load_denoiser
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.npnet.network import NPNet, NPNetConfig, load_npnet
+from noisear_rl.config import parse_config
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.data.shards import read_manifest
-from noisear_rl.learning.run import Counters, Run, parse_config
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.files import read_manifest
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.run import Counters, Run
+from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
 
 
 @dataclass
@@ -41,7 +42,7 @@ class NPNetTrainingConfig:
     """Options of training."""
 
     pairs: Path = Path("runs/golden")
-    """Folder that `python -m noisear_rl.pairs` or `python -m noisear_rl.shared_noise` wrote."""
+    """Folder that `noisear pairs` or `noisear shared-noise` wrote."""
     init_from: str | None = None
     """Checkpoint, run folder, Hub id or `.pth` file of the authors to start from; unset for a fresh network."""
     output_dir: Path = Path("runs/npnet")

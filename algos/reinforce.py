@@ -22,12 +22,13 @@ import torch
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.config import parse_config
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import finite_episodes, group_advantages, reinforce_loss
 from noisear_rl.learning.natural_gradient import PolicyOptimizer
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config, take_turns
+from noisear_rl.learning.run import Counters, Run, take_turns
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 
 
 @dataclass
@@ -96,8 +97,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
-    policy = initial_policy(config.init_from, config.policy.resized(task.policy_sizes)).to(run.device)
-    task.check_policy(policy.config)
+    policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,

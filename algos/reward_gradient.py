@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from noisear_rl.config import parse_config
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import PolicyOptimizer
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.learning.run import Counters, Run, take_turns
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.samplers.reno import norm_regularizer
-from noisear_rl.learning.run import Counters, Run, initial_policy, parse_config, take_turns
 
 
 @dataclass
@@ -82,8 +83,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     batch = config.prompts_per_update * config.samples_per_prompt
 
     torch.manual_seed(config.seed)
-    policy = initial_policy(config.init_from, config.policy.resized(task.policy_sizes)).to(run.device)
-    task.check_policy(policy.config)
+    policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,

@@ -21,17 +21,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
 
-from noisear_rl.data import shared_noise
 from noisear_rl.algos import collect, nll
-from noisear_rl.algos.evaluate import provenance
+from noisear_rl.config import load_yaml
+from noisear_rl.data import shared_noise
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
-from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.evaluation.compare import evaluate
+from noisear_rl.evaluation.intervals import Estimate, bootstrap, paired_difference, significance_mark
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
+from noisear_rl.learning.run import read_records
+from noisear_rl.policy import NoiseARPolicy, load_policy
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
-from noisear_rl.evaluation.intervals import Estimate, bootstrap, paired_difference, significance_mark
-from noisear_rl.learning.run import load_policy, load_yaml, read_records, write_atomically
+from noisear_rl.samplers import GAUSSIAN
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/ablations"), ROOT / "benchmarks/results"

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from noisear_rl import demo
-from noisear_rl.algos.evaluate import categories_of
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.learning.run import write_atomically
+from noisear_rl.files import write_atomically
+from noisear_rl.prompts import categories_of
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from PIL import Image
 
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.denoisers.shapes.world import render, sample_scenes
-from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.rewards import make_reward
+from noisear_rl.images import to_uint8
 from noisear_rl.rewards.package import PACKAGES
+from noisear_rl.rewards.registry import make_reward
 
 GOLDEN = json.loads(Path(__file__).with_suffix(".json").read_text())
 DRAWN = 6

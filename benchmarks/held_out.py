@@ -23,21 +23,23 @@ import numpy as np
 import torch
 from seeds import HEAD, SEEDS, baseline_rows, seeds_row, signed  # beside this file
 
-from noisear_rl.data import pairs
-from noisear_rl.data import shared_noise
 from noisear_rl.algos import collect, dpo, nll, ppo
-from noisear_rl.algos.evaluate import provenance
+from noisear_rl.config import load_yaml
+from noisear_rl.data import pairs, shared_noise
+from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
-from noisear_rl.evaluation.compare import GAUSSIAN, MethodScores, best_of, diversity, evaluate
-from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.evaluation.compare import MethodScores, best_of, evaluate
+from noisear_rl.evaluation.diversity import diversity
+from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import read_manifest, write_atomically
+from noisear_rl.learning.run import read_records
+from noisear_rl.policy import NoiseARPolicy, load_policy
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
-from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.data.shards import read_manifest
-from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.learning.run import load_policy, load_yaml, read_records, write_atomically
+from noisear_rl.samplers import GAUSSIAN
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/held_out"), ROOT / "benchmarks/results"

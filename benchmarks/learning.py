@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from noisear_rl.learning.run import write_atomically
+from noisear_rl.files import write_atomically
 
 HERE = Path(__file__).parent
 PARTS = {"few_captions": "Few captions: trained on, fresh noise", "held_out": "Held-out captions"}

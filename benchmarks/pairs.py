@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.algos.evaluate import provenance
+from noisear_rl.data.weak_to_strong import inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.data.pairs import inversion_coefficients, weak_to_strong
-from noisear_rl.rewards import load_reward
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.learning.run import write_atomically
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.rewards import load_reward
 
 # (schedule length, strong guidance, rounds, inversion)
 SETTINGS = (

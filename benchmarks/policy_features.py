@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.algos.evaluate import provenance
 from noisear_rl.demo import HARD_CAPTIONS
 from noisear_rl.denoisers import load_denoiser
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import group_advantages, reinforce_loss
 from noisear_rl.learning.natural_gradient import natural_step
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.learning.run import write_atomically
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 
 UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
 FULL_PREFIX = 10.0  # undoes the small start of the patch encoder
@@ -63,7 +63,7 @@ def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, cond
     torch.manual_seed(seed)
     policy = NoiseARPolicy(NoiseARConfig(log_variance="fixed", positions=positions)).eval()
     with torch.no_grad():
-        policy.latent_patch_encoder.weight.mul_(prefix)
+        policy.network.latent_patch_encoder.weight.mul_(prefix)
     text, mask = conditioning.policy_embeds, conditioning.policy_mask
     for update in range(UPDATES):
         first = 1_000_000 * seed + 1000 * update

@@ -44,16 +44,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.dpo import DPOConfig
-from noisear_rl.algos.evaluate import provenance
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
-from noisear_rl.policy.critic import NoiseARCritic
+from noisear_rl.config import load_yaml
 from noisear_rl.denoisers.presets import PRESETS
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
 from noisear_rl.learning.natural_gradient import fisher_product
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
-from noisear_rl.learning.run import load_yaml, write_atomically
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy.critic import NoiseARCritic
 
 ROOT = Path(__file__).parents[1]
 GIB, KIB = 2**30, 2**10
@@ -118,7 +119,7 @@ def growing_prefix_flops(config: NoiseARConfig, tokens: int) -> int:
 
         def step(policy: NoiseARPolicy = policy, patches: torch.Tensor = patches, text: torch.Tensor = text) -> None:
             features = policy.features(patches, text, None)
-            policy.prediction_head_mu(features), policy.prediction_head_logvar(features)
+            policy.network.heads(features)
 
         total += sum(flops(step).values())
     return total
@@ -193,7 +194,7 @@ def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
 
 def measure(what: str) -> dict[str, float]:
     """Seconds (median) and peak memory of this process: a training step or sampling of the authors' network."""
-    policy = NoiseARPolicy(policy_config(SDXL, "reference"))
+    policy = NoiseARPolicy(policy_config(SDXL, "released"))
     check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
     patches, text, mask = batch_of(policy, 77, BATCH)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5)
@@ -241,8 +242,8 @@ def policies() -> str:
         rows.append((title, *numbers, *(f"{cost[kind]:.1f}" for kind in kinds)))
     head = ("policy for", "parameters", "GFLOPs a sample", *(f"{kind}, GiB" for kind in kinds))
     title = "Policies of the paper's size (width 2048, one layer), float32, at the batch sizes of `configs/sdxl`."
-    theirs = growing_prefix_flops(policy_config(SDXL, "reference"), 77) / 1e9
-    ours = policy_cost("sdxl", "reference")["flops"] / 1e9
+    theirs = growing_prefix_flops(policy_config(SDXL, "released"), 77) / 1e9
+    ours = policy_cost("sdxl", "released")["flops"] / 1e9
     return table(title, head, *rows) + (
         f"\n\nThe authors' network ({REFERENCE_PARAMETERS / 1e6:.1f} M) samples with {ours:.1f} GFLOPs here, and with "
         f"{theirs:.1f} if everything is computed anew at every patch, as their code does. The paper's Table 3 says "

@@ -20,12 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
 
-from noisear_rl.data import pairs
 from noisear_rl.algos import evaluate, npnet, reinforce
 from noisear_rl.algos.evaluate import EvaluateConfig
-from noisear_rl.report.plots import save_figure
-from noisear_rl.evaluation.results import Results, load_results
-from noisear_rl.data.shards import read_manifest
+from noisear_rl.data import pairs
 from noisear_rl.evaluation.intervals import (
     bootstrap,
     category_mean,
@@ -34,7 +31,10 @@ from noisear_rl.evaluation.intervals import (
     significance_mark,
     win_rate,
 )
-from noisear_rl.learning.run import read_records, write_atomically
+from noisear_rl.evaluation.results import Results, load_results
+from noisear_rl.files import read_manifest, write_atomically
+from noisear_rl.learning.run import read_records
+from noisear_rl.report.plots import save_figure
 
 RESULTS = Path(__file__).parent / "results"
 CAPTIONS, SAMPLES = 240, 4

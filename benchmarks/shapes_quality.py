@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
-from noisear_rl.rewards import load_reward
+from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.learning.run import write_atomically
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
+from noisear_rl.rewards import load_reward
+from noisear_rl.samplers import GAUSSIAN
 
 SETTINGS = ((4, 4.0), (4, 1.5), (4, 3.0), (4, 5.0), (3, 2.0), (8, 3.0))
 CAPTIONS, SAMPLES = 300, 4

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.algos.evaluate import provenance
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
-from noisear_rl.learning.run import write_atomically
 
 CAPTIONS, SAMPLES = 180, 4
 # (strength, noise scale); the first is Gaussian noise.

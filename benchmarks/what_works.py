@@ -22,14 +22,17 @@ import numpy as np
 from seeds import SEEDS
 
 from noisear_rl.algos import ppo, reinforce
-from noisear_rl.algos.evaluate import categories_of, provenance
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
-from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.evaluation.compare import evaluate
+from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
+from noisear_rl.learning.run import read_records
+from noisear_rl.policy import NoiseARConfig, load_policy
+from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
-from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.learning.run import load_policy, read_records, write_atomically
+from noisear_rl.samplers import GAUSSIAN
 
 RUNS, RESULTS = Path("runs/what_works"), Path(__file__).parent / "results"
 PROMPTS = tuple((Path(__file__).parent / "hard_captions.txt").read_text().splitlines()[:6])

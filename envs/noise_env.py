@@ -11,7 +11,8 @@ import torch
 from gymnasium.error import ResetNeeded
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask, to_uint8
+from noisear_rl.envs.noise_task import NoiseTask
+from noisear_rl.images import to_uint8
 from noisear_rl.rewards import WeightedReward
 
 

@@ -7,26 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 
-from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser
+from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser, policy_sizes
+from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
-from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.prompts import resolve_prompts
 from noisear_rl.rewards import WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
-BALANCED = 3000
-EXAMPLE_PROMPTS = (
-    "a red cube on top of a blue sphere",
-    "three apples on a wooden table",
-    "a photo of a dog left of a bench",
-    "a watercolor painting of a lighthouse at dawn",
-)
 
 
 @dataclass
@@ -53,7 +46,7 @@ class NoiseTask:
         denoiser: Name or object.
         reward: Name, weights by name, or object; ``None`` for the denoiser's default.
         prompts: Prompts; a text file with one a line, or another file or name of a published set
-            (:mod:`noisear_rl.prompt_sets`); for ``shapes`` also a split's name (``train``, ``held_out``),
+            (:mod:`noisear_rl.prompts.sets`); for ``shapes`` also a split's name (``train``, ``held_out``),
             or ``train-balanced``: 3,000 of its captions with equal shares of the categories, small ones repeated.
             ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
@@ -77,7 +70,7 @@ class NoiseTask:
         elif denoiser_options:
             raise ValueError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
         self.denoiser = denoiser
-        self.prompts = load_prompts(prompts, denoiser.name)
+        self.prompts = resolve_prompts(prompts, denoiser.name).prompts
         if reward is None:
             if denoiser.name not in EMBEDDED:
                 raise ValueError(f"denoiser {denoiser.name!r} has no default reward; name one: reward=...")
@@ -99,20 +92,10 @@ class NoiseTask:
     @property
     def policy_sizes(self) -> dict[str, Any]:
         """What a policy must agree on with this task."""
-        shape, width = tuple(self.denoiser.latent_shape), self.denoiser.text_shape[1]
-        return {"latent_shape": shape, "patch_size": self.patch_size, "text_dim": width}
+        return policy_sizes(self.denoiser, self.patch_size)
 
-    def check_policy(self, config: NoiseARConfig) -> None:
-        """Refuses a policy of other sizes.
-
-        Raises:
-            ValueError: If latent shape, patch size or text width differ.
-        """
-        if name := config.size_mismatch(self.policy_sizes):
-            raise ValueError(
-                f"the policy was made for another denoiser or patch size: its {name} is {getattr(config, name)}, "
-                f"that of denoiser {self.denoiser.name!r} is {self.policy_sizes[name]}"
-            )
+    def __str__(self) -> str:
+        return f"denoiser {self.denoiser.name!r}"
 
     def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
         """Draws an episode's prompt and denoising seed; both follow from the generator's state alone."""
@@ -156,35 +139,3 @@ class NoiseTask:
             latent = latent[:1].expand(3, -1, -1)
         shown = torch.nn.functional.interpolate(latent[None, :3], size=(size, size))[0]
         return to_uint8(((shown + 3) / 6).clamp(0, 1))
-
-
-def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Picture ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
-    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-
-
-def load_prompts(prompts: str | Sequence[str] | None, denoiser: str) -> list[str]:
-    """Resolves the ``prompts`` argument of :class:`NoiseTask`. A prompt that comes twice in a file counts once.
-
-    Raises:
-        ValueError: If there is no prompt, one is empty, or a file is malformed (:mod:`noisear_rl.prompt_sets`).
-        FileNotFoundError: If a string is neither a split, nor a file, nor a published set's name.
-    """
-    from noisear_rl.denoisers.shapes.captions import SPLITS, balanced_captions, captions_of
-    from noisear_rl.prompts.sets import PUBLISHED, load_prompt_set
-
-    if prompts is None:
-        prompts = "train" if denoiser in EMBEDDED else EXAMPLE_PROMPTS
-    if isinstance(prompts, str):
-        if denoiser in EMBEDDED and prompts in SPLITS:
-            return [caption.text for caption in captions_of(prompts)]
-        if denoiser in EMBEDDED and prompts in (f"{split}-balanced" for split in SPLITS):
-            return [caption.text for caption in balanced_captions(prompts.removesuffix("-balanced"), BALANCED)]
-        if not Path(prompts).is_file() and prompts not in PUBLISHED:
-            raise FileNotFoundError(
-                f"prompts: {prompts!r} is neither a file nor one of {sorted(PUBLISHED)} nor (for 'shapes') of {SPLITS}"
-            )
-        prompts = load_prompt_set(prompts).prompts
-    if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
-        raise ValueError("prompts must be a non-empty list of non-empty strings")
-    return list(prompts)

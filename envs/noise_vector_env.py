@@ -14,7 +14,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask, to_uint8
+from noisear_rl.envs.noise_task import NoiseTask
+from noisear_rl.images import to_uint8
 from noisear_rl.rewards import WeightedReward
 
 

@@ -1,11 +1,31 @@
 """Reinforcement learning over the initial noise of diffusion models.
 
-Importing this package registers the Gymnasium environments; it loads neither torch nor diffusers.
+Importing this package registers the Gymnasium environments; it loads neither torch nor diffusers. The public names
+below load what they need when they are first used.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
+
+if TYPE_CHECKING:
+    from noisear_rl.denoisers import load_denoiser
+    from noisear_rl.envs import make_vector_env
+    from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
+    from noisear_rl.rewards import load_reward
+
+__all__ = ["NoiseARConfig", "NoiseARPolicy", "load_denoiser", "load_policy", "load_reward", "make_vector_env"]
+
+_HOMES = {
+    "NoiseARConfig": "policy",
+    "NoiseARPolicy": "policy",
+    "load_denoiser": "denoisers",
+    "load_policy": "policy",
+    "load_reward": "rewards",
+    "make_vector_env": "envs",
+}
 
 try:
     __version__ = version("noisear-rl")
@@ -29,3 +49,14 @@ for _id, _denoiser in ENVIRONMENTS.items():
         vector_entry_point="noisear_rl.envs.noise_vector_env:NoiseVectorEnv",
         kwargs={"denoiser": _denoiser},
     )
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from the folder that holds it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

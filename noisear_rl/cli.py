@@ -10,19 +10,25 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
     "sample": ("noisear_rl.sample", "draw pictures from Gaussian noise and from a policy's noise side by side"),
-    "pairs": ("noisear_rl.pairs", "build pairs to pretrain on: weak-to-strong, or leaks of good pictures"),
-    "shared-noise": ("noisear_rl.shared_noise", "build pairs from noises that many prompts were tried on"),
+    "pairs": ("noisear_rl.data.pairs", "build pairs to pretrain on: weak-to-strong, or leaks of good pictures"),
+    "shared-noise": ("noisear_rl.data.shared_noise", "build pairs from noises that many prompts were tried on"),
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
     "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
     "ppo": ("noisear_rl.algos.ppo", "improve a policy with PPO"),
     "collect": ("noisear_rl.algos.collect", "collect rollouts on disk"),
     "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
     "reward-gradient": ("noisear_rl.algos.reward_gradient", "improve a policy by gradients through the denoiser"),
-    "reward-statistics": ("noisear_rl.rewards.reference", "measure scorers on Gaussian noise, to standardise them by"),
+    "reward-statistics": (
+        "noisear_rl.evaluation.reward_statistics",
+        "measure scorers on Gaussian noise, to standardise them by",
+    ),
     "npnet": ("noisear_rl.algos.npnet", "train NPNet (golden noise) on pairs, to compare with"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
-    "table": ("noisear_rl.table", "print tables of evaluations, also in the paper's layouts beside its numbers"),
-    "report": ("noisear_rl.report_page", "write one self-contained page about an evaluation and trainings"),
+    "table": (
+        "noisear_rl.evaluation.paper_tables",
+        "print tables of evaluations, also in the paper's layouts beside its numbers",
+    ),
+    "report": ("noisear_rl.report.page", "write one self-contained page about an evaluation and trainings"),
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges anew"),
 }
 

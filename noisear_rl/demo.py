@@ -14,19 +14,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisear_rl.algos import evaluate as evaluating
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as train_nll
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reinforce import train as train_reinforce
+from noisear_rl.config import load_yaml, parse_config, to_mapping
+from noisear_rl.data.pairs import PairsConfig, build_pairs
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate, summary, table
-from noisear_rl.data.pairs import PairsConfig, build_pairs
-from noisear_rl.policy.model import NoiseARConfig
+from noisear_rl.evaluation.compare import evaluate, summary, table
+from noisear_rl.evaluation.provenance import provenance
+from noisear_rl.files import write_atomically
+from noisear_rl.policy import NoiseARConfig
+from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import comparison
 from noisear_rl.rewards import load_reward
-from noisear_rl.learning.run import load_yaml, parse_config, to_mapping, write_atomically
+from noisear_rl.samplers import GAUSSIAN
 
 # Training captions that Gaussian noise often gets wrong, from three categories.
 HARD_CAPTIONS = (
@@ -103,11 +106,11 @@ def run(config: DemoConfig) -> str:
             "",
             f"On the {len(trained)} captions that REINFORCE trained on, {config.samples} fresh noises each:",
             "",
-            table(on_trained, evaluating.categories_of(trained), resample="noise"),
+            table(on_trained, categories_of(trained), resample="noise"),
             "",
             f"On {len(held_out)} held-out captions, 4 noises each:",
             "",
-            table(on_held_out, evaluating.categories_of(held_out)),
+            table(on_held_out, categories_of(held_out)),
             "",
             f"{time.time() - began:.0f} s in all; pictures: {folder / 'report.png'}; "
             f"curves: tensorboard --logdir {folder}",
@@ -115,7 +118,7 @@ def run(config: DemoConfig) -> str:
     )
     write_atomically(folder / "table.md", text + "\n")
     record = {
-        "provenance": evaluating.provenance(),
+        "provenance": provenance(),
         "trained": summary(on_trained, trained),
         "held_out": summary(on_held_out, held_out),
     }

@@ -19,12 +19,12 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
-from noisear_rl.denoisers import Denoiser, load_denoiser
-from noisear_rl.envs.noise_task import to_uint8
-from noisear_rl.evaluation.compare import GAUSSIAN, as_sampler
-from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.config import parse_config
+from noisear_rl.denoisers import Denoiser, load_denoiser, policy_sizes
+from noisear_rl.images import to_uint8
+from noisear_rl.policy import NoiseARPolicy, load_policy
 from noisear_rl.report.plots import save_figure
-from noisear_rl.learning.run import load_policy, parse_config
+from noisear_rl.samplers import GAUSSIAN, as_sampler
 
 
 @dataclass
@@ -74,11 +74,7 @@ def sample(config: SampleConfig) -> Path:
     methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
     if config.policy:
         policy = load_policy(config.policy)
-        sizes = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
-        if name := policy.config.size_mismatch(sizes):
-            raise ValueError(
-                f"{config.policy} was made for another denoiser: its {name} is {getattr(policy.config, name)}"
-            )
+        policy.config.check_sizes(policy_sizes(denoiser), f"denoiser {denoiser.name!r}")
         if config.temperature is not None:
             policy.config = replace(policy.config, temperature=config.temperature)
         methods["policy"] = policy

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.shapes import architecture
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 
 
 @pytest.fixture(scope="session")

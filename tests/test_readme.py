@@ -14,16 +14,16 @@ from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.config import parse_config
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
-from noisear_rl.learning.run import parse_config
+from noisear_rl.denoisers import load_denoiser
 from tests.conftest import random_policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = {
-    "noisear_rl.pairs": PairsConfig,
+    "noisear pairs": PairsConfig,
     "noisear_rl.shared_noise": SharedNoiseConfig,
     "algos/nll.py": NLLConfig,
     "algos/reinforce.py": ReinforceConfig,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from datasets import (
     Dataset,
@@ -17,32 +15,6 @@ from datasets import (
     enable_progress_bars,
 )
 from pyarrow.parquet import read_metadata
-
-from noisear_rl.learning.run import write_atomically
-
-
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes a folder's manifest, or compares with the one that is there.
-
-    Raises:
-        ValueError: If the folder was written with other settings; names the first that differs.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(manifest, indent=1))
-        return
-    known = read_manifest(folder)
-    for key in {**known, **manifest}:
-        if known.get(key) != manifest.get(key):
-            raise ValueError(
-                f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {manifest.get(key)!r}): "
-                "choose another output_dir"
-            )
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What a folder was written with."""
-    return json.loads((Path(folder) / "manifest.json").read_text())
 
 
 def shard_file(folder: Path, index: int) -> Path:

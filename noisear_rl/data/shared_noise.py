@@ -7,7 +7,7 @@ out would have earned. Few noises for all prompts make a target that a Gaussian 
 each prompt's own are many layouts, which blur into an average of none. Rewards alone, no reward gradients.
 
     python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
-    python -m noisear_rl.shared_noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
+    noisear shared-noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
     python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/shared
 
 Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``D`` text width.
@@ -15,19 +15,19 @@ Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from noisear_rl.denoisers import Denoiser, load_denoiser
-from noisear_rl.envs.noise_task import load_prompts
+from noisear_rl.config import parse_config
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
-from noisear_rl.data.shards import check_manifest, write_shard
-from noisear_rl.learning.run import parse_config
+from noisear_rl.data.shards import write_shard
+from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.files import check_manifest, sha256
+from noisear_rl.prompts import resolve_prompts
 
 RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
 
@@ -157,7 +157,7 @@ def text_features(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
 
 
 def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> Choice:
-    """Writes a pair for every prompt, in the format of :func:`noisear_rl.pairs.build_pairs`; returns the choice.
+    """Writes a pair for every prompt, in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
 
     Raises:
         ValueError: If an option is out of range, the prompts were not tried on the same noises, or the folder holds
@@ -168,10 +168,10 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
-    prompts = tried if config.prompts is None else load_prompts(config.prompts, denoiser.name)
+    prompts = tried if config.prompts is None else resolve_prompts(config.prompts, denoiser.name).prompts
     choice = choose_noise(rewards, text_features(denoiser, tried), text_features(denoiser, prompts), config.noises)
     manifest = rollouts.manifest | {"kind": "shared_noise", "noises": config.noises, "noise_scale": config.noise_scale}
-    manifest["asked_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    manifest["asked_sha256"] = sha256(prompts)
     check_manifest(config.output_dir, manifest)
     targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
     rows = {"prompt": prompts, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}

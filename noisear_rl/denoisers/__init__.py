@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-__all__ = ["EMBEDDED", "Conditioning", "Denoiser", "load_denoiser"]
+__all__ = ["EMBEDDED", "Conditioning", "Denoiser", "load_denoiser", "policy_sizes"]
 
 EMBEDDED = ("shapes", "shapes-turbo")  # need no download; their prompts are captions of the shapes world
 
@@ -127,6 +127,17 @@ class Denoiser(Protocol):
     def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
         """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set."""
         ...
+
+
+def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str, Any]:
+    """What a policy must agree on with a denoiser, by the names of its configuration.
+
+    Args:
+        denoiser: Any.
+        patch_size: Patch side, where it matters: a sampler takes a policy of any.
+    """
+    sizes: dict[str, Any] = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
+    return sizes if patch_size is None else sizes | {"patch_size": patch_size}
 
 
 def load_denoiser(name: str, **options: Any) -> Denoiser:

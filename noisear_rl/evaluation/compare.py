@@ -10,7 +10,7 @@ Shapes: ``M`` methods, ``P`` prompts, ``S`` samples a prompt.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.policy.model import NoiseARPolicy
-from noisear_rl.rewards import WeightedReward
-from noisear_rl.samplers.base import GaussianSampler, PolicySampler, Sampler
 from noisear_rl.evaluation.intervals import bootstrap
-
-GAUSSIAN = "Gaussian"
+from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.rewards import WeightedReward
+from noisear_rl.samplers import Sampler, as_sampler
 
 
 @dataclass
@@ -47,13 +45,6 @@ class MethodScores:
     nfe: float
     seconds_per_image: float
     images: torch.Tensor
-
-
-def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sampler:
-    """A policy's sampler, the Gaussian one for ``None``; samplers stay what they are."""
-    if method is None:
-        return GaussianSampler(denoiser)
-    return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
 
 
 def evaluate(
@@ -138,26 +129,6 @@ def finite_components(
     return components
 
 
-def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
-    """Power of latents by radial frequency, low to high: 1 everywhere for N(0, I).
-
-    Args:
-        noise: ``(B, C, h, w)``.
-
-    Returns:
-        ``(R,)`` float64, ``R = min(h, w) // 2 + 1``: the mean of ``|FFT|² / (h·w)`` over samples, channels, and the
-        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are left out.
-    """
-    h, w = noise.shape[-2:]
-    power = torch.fft.fft2(noise.double()).abs().square().mean((0, 1)) / (h * w)
-    y, x = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
-    rings = min(h, w) // 2 + 1
-    radius = (y[:, None].square() + x.square()).sqrt().round().long().to(noise.device)
-    inside = radius < rings
-    total = torch.zeros(rings, dtype=torch.float64, device=noise.device).index_add_(0, radius[inside], power[inside])
-    return total / torch.bincount(radius[inside], minlength=rings)
-
-
 def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dict[str, np.ndarray]:
     """Scores of the best of every ``count`` samples: what search without learning gets at ``count`` times the cost.
 
@@ -174,23 +145,6 @@ def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dic
         name: np.take_along_axis(values.reshape(len(values), -1, count), index, -1)[..., 0]
         for name, values in scores.items()
     }
-
-
-def diversity(images: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-    """Mean pairwise cosine distance of the pictures of each prompt.
-
-    Args:
-        images: ``(P, K, 3, H, W)`` in [0, 1], ``K`` at least 2.
-        embed: Pictures → unit vectors, such as ``ShapesClip.embed``.
-
-    Returns:
-        ``(P,)``; 0 where all pictures look the same to ``embed``.
-    """
-    k = images.shape[1]
-    with torch.no_grad():
-        features = torch.stack([embed(part) for part in images]).float()  # (P, K, D)
-    cosine = (features @ features.mT).sum((1, 2)) - k  # without the diagonal
-    return (1 - cosine / (k * (k - 1))).cpu().numpy()
 
 
 def table(

@@ -17,11 +17,13 @@ import numpy as np
 import tyro
 import yaml
 
+from noisear_rl.config import parse_config, to_mapping
 from noisear_rl.denoisers import Denoiser, load_denoiser
-from noisear_rl.envs.noise_task import load_prompts
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.evaluation.compare import evaluate
+from noisear_rl.files import write_atomically
+from noisear_rl.prompts import resolve_prompts
 from noisear_rl.rewards import RewardConfig, load_reward, reward_config
-from noisear_rl.learning.run import parse_config, to_mapping, write_atomically
+from noisear_rl.samplers import GAUSSIAN
 
 
 @dataclass
@@ -57,7 +59,7 @@ def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> Reward
     asked = reward_config(config.reward)
     reward = load_reward(dataclasses.replace(asked, normalize="none"))
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
-    prompts = list(dict.fromkeys(load_prompts(config.prompts, denoiser.name)))
+    prompts = list(dict.fromkeys(resolve_prompts(config.prompts, denoiser.name).prompts))
     order = np.random.default_rng([config.seed, 0]).permutation(len(prompts))[: config.num_prompts]
     chosen = [prompts[i] for i in order]
     results = evaluate(

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
-from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.policy import NoiseARPolicy
 
 OPTIMIZERS = ("natural", "adam", "adaptive_adam")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import isqrt
 from typing import Any
 
 from noisear_rl.patches import sequence_shape
 
-ARCHITECTURES = ("paper", "reference")
+ARCHITECTURES = ("paper", "released")
 LOG_VARIANCES = ("predicted", "shared", "fixed")
 SIZES = ("latent_shape", "patch_size", "text_dim")  # what a policy and a denoiser must agree on
 
@@ -26,10 +25,10 @@ class NoiseARConfig:
         d_ff: Hidden width of the feed-forward layers.
         n_heads: Attention heads.
         n_layers: Decoder blocks.
-        n_prediction_head: Extra residual-free two-layer blocks in the heads (the reference's ablation).
+        n_prediction_head: Extra residual-free two-layer blocks in the heads (the authors' ablation).
         dropout: Dropout probability, active in train mode only.
-        architecture: ``"paper"`` (pre-norm, joint head, starts as N(0, I)) or ``"reference"`` (the authors'
-            released network, same state dict).
+        architecture: ``"paper"`` (pre-norm, joint head, starts as N(0, I)) or ``"released"`` (the authors'
+            network, same state dict).
         positions: ``"learned"`` (starts as unit Gaussian vectors) or ``"sinusoidal"`` (the paper's default)
             position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
             a natural-gradient step of given KL achieves.
@@ -64,11 +63,11 @@ class NoiseARConfig:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.architecture == "paper" and self.n_prediction_head:
-            raise ValueError("n_prediction_head belongs to architecture='reference'")
+            raise ValueError("n_prediction_head belongs to architecture='released'")
         if self.log_variance not in LOG_VARIANCES:
             raise ValueError(f"unknown log_variance {self.log_variance!r}; expected one of {LOG_VARIANCES}")
-        if self.architecture == "reference" and self.log_variance != "predicted":
-            raise ValueError("architecture='reference' predicts its log-variance")
+        if self.architecture == "released" and self.log_variance != "predicted":
+            raise ValueError("architecture='released' predicts its log-variance")
 
     def resized(self, sizes: Mapping[str, Any]) -> NoiseARConfig:
         """The same policy in a denoiser's sizes, the keys of which are :data:`SIZES`.
@@ -84,50 +83,19 @@ class NoiseARConfig:
                 )
         return replace(self, **sizes)
 
-    def size_mismatch(self, sizes: Mapping[str, Any]) -> str | None:
-        """The first of the given sizes that differs from the policy's own; ``None`` if all agree."""
-        return next((name for name in SIZES if name in sizes and getattr(self, name) != sizes[name]), None)
+    def check_sizes(self, sizes: Mapping[str, Any], owner: str) -> None:
+        """Refuses a policy that was made for something else.
 
+        Args:
+            sizes: What it must agree on, by the names of :data:`SIZES`; those left out may differ.
+            owner: Whose sizes they are, for the message.
 
-def reference_config(state: Mapping[str, Any], n_heads: int = 1) -> NoiseARConfig:
-    """Reads the sizes of the authors' released network off its state dict.
-
-    The number of heads leaves no trace there; theirs is 1. Latents are square with four channels, as theirs are.
-
-    Args:
-        state: Tensors by name.
-        n_heads: Attention heads.
-
-    Raises:
-        ValueError: If a tensor is missing or the sizes do not fit together.
-    """
-    try:
-        patch_elements = state["latent_patch_encoder.0.weight"].shape[1]
-        patches = state["pos_encoding"].shape[1] - 1
-        d_model = state["learnable_start_token_emb"].shape[0]
-        d_ff = state["ffn_layers.0.0.weight"].shape[0]
-        head = [name for name in state if name.startswith("prediction_head_mu.") and name.endswith(".weight")]
-        first = state["prediction_head_mu.0.weight"].shape[0]
-        text_dim = state["dim_adapter.weight"].shape[1] if "dim_adapter.weight" in state else d_model
-    except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"not a state dict of the authors' network: {error} is missing or no tensor") from error
-    patch_size, side = isqrt(patch_elements // 4), isqrt(patches)
-    if 4 * patch_size**2 != patch_elements or side**2 != patches:
-        raise ValueError(f"{patches} patches of {patch_elements} elements do not tile a square latent of 4 channels")
-    # Two layers are the published head; 2k + 1 are k further blocks.
-    blocks = len(head) // 2 if len(head) % 2 else 0
-    if len(head) not in (2, 2 * blocks + 1) or first != 2 * d_model:
-        raise ValueError(f"a prediction head of {len(head)} layers is not one of the authors'")
-    return NoiseARConfig(
-        latent_shape=(4, side * patch_size, side * patch_size),
-        patch_size=patch_size,
-        text_dim=text_dim,
-        d_model=d_model,
-        d_ff=d_ff,
-        n_heads=n_heads,
-        n_layers=len({name.split(".")[1] for name in state if name.startswith("self_attn_norm.")}),
-        n_prediction_head=blocks,
-        dropout=0.15,
-        architecture="reference",
-        temperature=0.5,
-    )
+        Raises:
+            ValueError: If latent shape, patch size or text width differ.
+        """
+        for name in SIZES:
+            if name in sizes and getattr(self, name) != sizes[name]:
+                raise ValueError(
+                    f"the policy was made for another denoiser or patch size: its {name} is {getattr(self, name)}, "
+                    f"that of {owner} is {sizes[name]}"
+                )

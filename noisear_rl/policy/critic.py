@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy.config import NoiseARConfig
+from noisear_rl.policy.model import NoiseARPolicy
 
 
 class NoiseARCritic(nn.Module):
@@ -22,14 +23,14 @@ class NoiseARCritic(nn.Module):
 
     def __init__(self, config: NoiseARConfig):
         super().__init__()
-        self.network = NoiseARPolicy(config)
-        for name, _ in list(self.network.named_children()):
+        self.policy = NoiseARPolicy(config)
+        for name, _ in list(self.policy.network.named_children()):
             if name.startswith("prediction_head"):
-                delattr(self.network, name)  # features alone are asked for
+                delattr(self.policy.network, name)  # features alone are asked for
         self.value = nn.Linear(config.d_model, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
     def forward(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Values before each patch, ``(B, N)``: column ``i`` sees the text and ``i`` patches."""
-        return self.value(self.network.features(patches, text, text_mask))[..., 0]
+        return self.value(self.policy.features(patches, text, text_mask))[..., 0]

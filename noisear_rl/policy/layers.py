@@ -48,7 +48,7 @@ def attend(
 
 
 def prediction_head(width: int, out: int, blocks: int) -> nn.Sequential:
-    """Two linear layers, or ``blocks`` pairs of them and one more (the reference's ablation)."""
+    """Two linear layers, or ``blocks`` pairs of them and one more (the authors' ablation)."""
     layers: list[nn.Module] = []
     for _ in range(blocks):
         layers += [nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)]

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from noisear_rl.denoisers.shapes.captions import balanced_captions
+from noisear_rl.files import write_atomically
 
 PROMPT_COLUMNS: tuple[str, ...] = ("prompt", "prompts", "caption", "text")
 CATEGORY_COLUMNS: tuple[str, ...] = ("category", "tag")
@@ -134,23 +134,6 @@ def load_prompt_set(
     return PromptSet(name, prompts, [found[prompt] for prompt in prompts], bad)
 
 
-def shapes_prompt_set(split: str, count: int, seed: int = 0) -> PromptSet:
-    """Captions of the embedded denoiser, with GenEval's categories taking turns.
-
-    Args:
-        split: ``"train"`` or ``"held_out"``.
-        count: How many; ``P``. The captions of small categories come again, so that the shares stay equal.
-        seed: Seed of the draw.
-
-    Raises:
-        ValueError: If the split is unknown or ``count`` is below 1.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    captions = balanced_captions(split, count, seed)
-    return PromptSet(f"shapes-{split}", [c.text for c in captions], [c.category for c in captions])
-
-
 def _find(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_dir():
@@ -184,8 +167,6 @@ def _download(name: str) -> list[Path]:
 
 def _fetch(address: str, path: Path) -> Path:
     from huggingface_hub import constants
-
-    from noisear_rl.learning.run import write_atomically
 
     if not path.is_file():
         if constants.HF_HUB_OFFLINE:

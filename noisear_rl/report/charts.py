@@ -16,10 +16,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from noisear_rl.report.embed import SMALL, Picture, to_picture
-from noisear_rl.report.summary import plain
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import scorers
+from noisear_rl.report.embed import SMALL, Picture, to_picture
+from noisear_rl.report.summary import plain
 
 WIDTH, HEIGHT = 360, 210
 COLORS = 7

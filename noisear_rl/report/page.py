@@ -25,6 +25,11 @@ import tyro
 import yaml
 from markupsafe import Markup
 
+from noisear_rl.config import parse_config
+from noisear_rl.evaluation.results import Results
+from noisear_rl.evaluation.tables import load
+from noisear_rl.files import write_atomically
+from noisear_rl.learning.run import read_records
 from noisear_rl.report import charts as figures
 from noisear_rl.report.embed import fit_pictures
 from noisear_rl.report.summary import (
@@ -38,11 +43,8 @@ from noisear_rl.report.summary import (
     table_rows,
     verdict,
 )
-from noisear_rl.evaluation.results import Results
-from noisear_rl.evaluation.tables import load
-from noisear_rl.learning.run import parse_config, read_records, write_atomically
 
-ASSETS = Path(__file__).parent / "assets" / "report"
+ASSETS = Path(__file__).parents[1] / "assets" / "report"
 
 
 @dataclass

@@ -60,7 +60,7 @@ def comparison(
 
     Args:
         path: The file to write.
-        results: What :func:`noisear_rl.evaluation.evaluate` returned, with images.
+        results: What :func:`noisear_rl.evaluation.compare.evaluate` returned, with images.
         prompts: The ``P`` prompts.
         title: Headline.
         run: Run folder whose learning curve to add.

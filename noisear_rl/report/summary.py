@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from noisear_rl.evaluation.compare import GAUSSIAN
-from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.intervals import (
     Estimate,
     bootstrap,
@@ -20,7 +18,9 @@ from noisear_rl.evaluation.intervals import (
     significance_mark,
     win_rate,
 )
+from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import compared, scorers
+from noisear_rl.samplers import GAUSSIAN
 
 
 @dataclass

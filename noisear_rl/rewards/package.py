@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.images import to_uint8
 from noisear_rl.rewards.pretrained import check_pictures
 
 WORKER = Path(__file__).with_name("package_worker.py")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.images import to_tensor, to_uint8
 
 ORDERS = ("torchvision", "transformers", "float")
 
@@ -99,9 +99,3 @@ class Preprocess:
         """Subtracts the channels' means and divides by their standard deviations."""
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as ``(1, 3, H, W)`` float32 in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255

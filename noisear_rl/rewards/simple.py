@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from noisear_rl.envs.noise_task import to_uint8
+from noisear_rl.images import to_uint8
 
 JPEG_QUALITY = 95
 

@@ -38,7 +38,7 @@ class WeightedReward:
             those of Gaussian noise, so that a weight counts standard deviations. ``running``: by those of all scores
             so far, which depend on what came before; checkpoints keep them.
         statistics: Mean and standard deviation by scorer's name, for ``reference``
-            (:mod:`noisear_rl.rewards.reference` measures them); a scorer's own ``statistics`` stand in.
+            (:mod:`noisear_rl.evaluation.reward_statistics` measures them); a scorer's own ``statistics`` stand in.
 
     Raises:
         ValueError: If there is no scorer, two have one name, a weight is not finite, the normalisation is unknown, or

@@ -2,7 +2,7 @@
 
 The picture of a prompt and a seed follows from these two alone, in any batch. Samplers compose: what takes a
 sampler takes any, so that "policy + best of 4" is ``BestOf(PolicySampler(denoiser, policy), 4, reward)``. Searches
-around a noise are in :mod:`noisear_rl.search`, gradients to it in :mod:`noisear_rl.reno`.
+around a noise are in :mod:`noisear_rl.samplers.search`, gradients to it in :mod:`noisear_rl.samplers.reno`.
 
 Shapes: ``B`` samples, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 """
@@ -16,16 +16,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from noisear_rl.denoisers import Denoiser
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.policy.model import NoiseARPolicy
 from noisear_rl.rewards import WeightedReward
 
 __all__ = [
-    "BestOf",
-    "GaussianSampler",
     "Incumbent",
-    "PolicySampler",
     "Sampler",
     "Samples",
     "check_choice",
@@ -111,101 +105,6 @@ def check_choice(reward: WeightedReward) -> None:
             "a reward that is standardised by running statistics scores a picture by those before it, so that the "
             "choice would not follow from prompt and seed: set its normalize to 'none' or 'reference'"
         )
-
-
-class GaussianSampler:
-    """Noise from N(0, I), as the denoiser was trained for.
-
-    Args:
-        denoiser: Frozen diffusion model.
-    """
-
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser = denoiser
-
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`Sampler`."""
-        check_seeds(prompts, seeds)
-        noise = standard_noise(seeds, self.denoiser.latent_shape)
-        own = seeds if denoising_seeds is None else denoising_seeds
-        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, torch.zeros(len(noise)))
-
-
-class PolicySampler:
-    """Noise from a policy; an untrained one gives what :class:`GaussianSampler` gives.
-
-    Args:
-        denoiser: Frozen diffusion model.
-        policy: In eval mode. Moves to the denoiser's device.
-
-    Raises:
-        ValueError: If the policy was made for another denoiser.
-    """
-
-    def __init__(self, denoiser: Denoiser, policy: NoiseARPolicy):
-        sizes = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
-        if name := policy.config.size_mismatch(sizes):
-            raise ValueError(
-                f"the policy was made for another denoiser: its {name} is {getattr(policy.config, name)}, "
-                f"that of {denoiser.name!r} is {sizes[name]}"
-            )
-        self.denoiser, self.policy = denoiser, policy
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`Sampler`."""
-        check_seeds(prompts, seeds)
-        conditioning = self.denoiser.encode(prompts)
-        text, mask = conditioning.policy_embeds, conditioning.policy_mask
-        policy = self.policy.to(text.device)
-        sample = policy.sample(text, mask, seeds=seeds)
-        noise = policy.noise(sample)
-        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
-        return Samples(noise, images, self.denoiser.nfe, policy.kl_divergence(sample.patches, text, mask).sum(1))
-
-
-class BestOf:
-    """The best of several noises, by a reward: random search in Ma et al. 2025 (arXiv 2501.09732).
-
-    Candidate 0 is the sampler's own sample of the seed, the others have seeds derived from it; the first of the best is
-    chosen. ``nfe`` is ``count`` times the sampler's.
-
-    Args:
-        sampler: Draws the candidates.
-        count: Candidates an image.
-        reward: What chooses, by :meth:`~noisear_rl.rewards.WeightedReward.score`; it should not be what judges.
-
-    Raises:
-        ValueError: If ``count`` is below 1, or the reward is standardised by running statistics.
-    """
-
-    def __init__(self, sampler: Sampler, count: int, reward: WeightedReward):
-        if count < 1:
-            raise ValueError(f"count must be at least 1 candidate an image, got {count}")
-        check_choice(reward)
-        self.sampler, self.count, self.reward = sampler, count, reward
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`Sampler`; ``kl_to_gaussian`` is ``None`` where there was a choice."""
-        denoising_seeds = seeds if denoising_seeds is None else denoising_seeds
-        first = self.sampler(prompts, seeds, denoising_seeds=denoising_seeds)
-        if self.count == 1:
-            return first
-        best = Incumbent(first.noise, first.images, self.reward.score(first.images, prompts))
-        nfe = first.nfe
-        for j in range(1, self.count):
-            candidate = self.sampler(prompts, derived_seeds(seeds, j), denoising_seeds=denoising_seeds)
-            best.challenge(candidate.noise, candidate.images, self.reward.score(candidate.images, prompts))
-            nfe += candidate.nfe
-        return Samples(best.noise, best.images, nfe, None)
 
 
 def _ranked(scores: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ denoise.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from noisear_rl.checkpoints import find_checkpoint
+from noisear_rl.config import to_mapping
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.evaluation.compare import GAUSSIAN, as_sampler
-from noisear_rl.samplers.npnet.network import NPNetSampler, holds_npnet, load_npnet
-from noisear_rl.samplers.reno import Reno
+from noisear_rl.files import sha256
+from noisear_rl.policy import load_policy
 from noisear_rl.rewards import load_reward
-from noisear_rl.samplers.base import BestOf, Sampler
+from noisear_rl.samplers.base import Sampler
+from noisear_rl.samplers.best_of import BestOf
+from noisear_rl.samplers.npnet import NPNetSampler, holds_npnet, load_npnet
+from noisear_rl.samplers.reno import Reno
 from noisear_rl.samplers.search import ZerothOrderSearch
-from noisear_rl.learning.run import load_policy, to_mapping
+from noisear_rl.samplers.simple import GAUSSIAN, as_sampler
 
 SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d+)")
 
@@ -155,5 +158,5 @@ def _searching(
 
 def _digest(path: str) -> str:
     """Fingerprint of a checkpoint's weights; a Hub id stands for itself."""
-    files = sorted(Path(path).rglob("model.safetensors"))[-1:] if Path(path).is_dir() else [Path(path)]
-    return hashlib.sha256(files[0].read_bytes()).hexdigest() if files and files[0].is_file() else path
+    file = Path(find_checkpoint(path, "policy")) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    return sha256(file) if file.is_file() else path

@@ -11,16 +11,16 @@ from noisear_rl.algos import nll, reinforce, reward_gradient
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
+from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
+from noisear_rl.data.weak_to_strong import weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs, weak_to_strong
-from noisear_rl.policy.model import NoiseARConfig
-from noisear_rl.learning.run import load_policy
+from noisear_rl.policy import NoiseARConfig, load_policy
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
 
 
-TOP_LEFT = str(Path(__file__).parent / "data/top_left.py")
+TOP_LEFT = str(Path(__file__).parents[1] / "files/top_left.py")
 
 
 def config(folder, **options):
@@ -162,5 +162,5 @@ def test_nll_learns_the_mean_and_the_variance_of_noisy_targets(tmp_path, turbo):
     )
     rows = records(tmp_path / "run")
     assert rows[-1]["losses/nll"] < rows[0]["losses/nll"] - 0.1
-    std = policy.log_variance.mul(0.5).exp().detach()
+    std = policy.network.log_variance.mul(0.5).exp().detach()
     assert 0.45 < std.mean() < 0.7 and std.min() > 0.4  # no less than the noise that comes on top

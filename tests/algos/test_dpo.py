@@ -11,11 +11,10 @@ import torch
 from noisear_rl.algos import dpo
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.algos.dpo import DPOConfig, from_trl
+from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.policy.model import NoiseARConfig
-from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.learning.run import load_policy
+from noisear_rl.policy import NoiseARConfig, load_policy
 from tests.conftest import random_policy
 
 TURBO = "NoiseAR-ShapesTurbo-v0"

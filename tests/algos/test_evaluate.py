@@ -15,12 +15,12 @@ from PIL import Image
 
 from noisear_rl.algos.evaluate import EvaluateConfig, main, prompt_set, run
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.samplers.by_name import plan_methods
 from noisear_rl.evaluation.results import load_results
 from noisear_rl.rewards.layouts import layout_distance
+from noisear_rl.samplers.by_name import plan_methods
 from tests.conftest import random_policy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = EvaluateConfig(denoiser="shapes-turbo", num_prompts=7, samples=3, batch_size=6)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from noisear_rl.algos import dpo, ppo, reinforce
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.policy.model import NoiseARConfig
 from noisear_rl.data.rollouts import load_rollouts
+from noisear_rl.policy import NoiseARConfig
 from tests import toys
 
 SMALL, LARGE = {"latent_shape": (1, 8, 4), "patch_size": 4}, {"latent_shape": (1, 128, 64), "patch_size": 64}

@@ -8,10 +8,11 @@ import torch
 
 from noisear_rl.algos import npnet as algorithm
 from noisear_rl.algos.npnet import NPNetTrainingConfig
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.npnet.network import NPNet, NPNetConfig, load_npnet
 from noisear_rl.data.pairs import PAIR_FEATURES
-from noisear_rl.data.shards import check_manifest, write_shard
+from noisear_rl.data.shards import write_shard
+from noisear_rl.files import check_manifest
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
 from tests.toys import NoDenoiser
 
 TINY = {"image_size": 8, "patch_size": 2, "window_size": 2, "d_model": 8, "depths": (2, 1), "n_heads": (2, 2)}

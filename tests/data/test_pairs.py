@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
+from noisear_rl.data.weak_to_strong import inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers.shapes.architecture import SCHEDULE
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.data.pairs import PairsConfig, build_pairs, inversion_coefficients, load_pairs, weak_to_strong
 from noisear_rl.rewards import load_reward
 from tests.conftest import random_policy
 
@@ -94,7 +95,7 @@ def test_two_processes_write_the_same(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS, PROMPTS[0]]))
     options = ["--denoiser", "shapes", "--prompts", str(prompts), "--pairs", "7", "--shard-size", "2"]
-    script = ["-m", "noisear_rl.pairs", *options, "--denoiser-options", "dtype", "float32", "--output-dir"]
+    script = ["-m", "noisear_rl.data.pairs", *options, "--denoiser-options", "dtype", "float32", "--output-dir"]
     subprocess.run([sys.executable, *script, str(tmp_path / "one")], check=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     subprocess.run([*launch, *script, str(tmp_path / "two")], check=True)

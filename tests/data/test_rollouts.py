@@ -12,11 +12,11 @@ from datasets import Dataset
 
 from noisear_rl.algos import collect as collecting
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.patches import patchify
-from noisear_rl.policy.model import NoiseARConfig
-from noisear_rl.data.rollouts import Rollouts, load_rollouts, policy_sha256, preference_pairs
+from noisear_rl.data.preference_pairs import preference_pairs
+from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file
-from noisear_rl.learning.run import load_policy
+from noisear_rl.patches import patchify
+from noisear_rl.policy import NoiseARConfig, load_policy, policy_sha256
 from tests import toys
 from tests.conftest import random_policy
 

@@ -6,11 +6,11 @@ import torch
 
 from noisear_rl.algos import nll
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.gaussian import standard_noise
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.policy.model import NoiseARConfig
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs, choose_noise, rewards_by_noise
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.policy import NoiseARConfig
 
 
 def world(prompts, noises, luck, seed=0):

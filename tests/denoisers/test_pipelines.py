@@ -14,18 +14,18 @@ from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, EulerD
 
 import noisear_rl
 from noisear_rl.algos import collect, dpo, evaluate, nll, ppo
+from noisear_rl.config import load_yaml
+from noisear_rl.data.pairs import PairsConfig, build_pairs
+from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import interface_of
 from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.data.pairs import PairsConfig, build_pairs
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.learning.run import load_yaml
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from tests import tiny_pipelines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
 NAMES = tuple(tiny_pipelines.BUILDERS)
 IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}

@@ -12,9 +12,10 @@ from noisear_rl.denoisers.shapes.architecture import ASSETS
 from noisear_rl.denoisers.shapes.captions import CaptionTensors, balanced_captions
 from noisear_rl.denoisers.shapes.detectors import connected_components, load_detector
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
+from noisear_rl.samplers import GAUSSIAN
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 

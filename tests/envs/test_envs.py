@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 import warnings
-from collections import Counter
 
 import gymnasium
 import numpy as np
@@ -13,9 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 import noisear_rl
 from noisear_rl.denoisers import EMBEDDED
-from noisear_rl.denoisers.shapes.captions import parse_caption
 from noisear_rl.envs import NoiseEnv, NoiseVectorEnv
-from noisear_rl.envs.noise_task import load_prompts
 from noisear_rl.rewards import load_reward
 
 ID = "NoiseAR-Shapes-v0"
@@ -184,13 +181,3 @@ def test_large_model_path_on_random_weights(random_denoiser):
     env = NoiseEnv(denoiser=random_denoiser, reward="shapes-match", prompts=PROMPTS)
     _, reward, terminated, _, info = episode(env, 0)
     assert terminated and np.isfinite(reward) and torch.isfinite(torch.from_numpy(info["noise"])).all()
-
-
-def test_prompts_by_name_of_a_split():
-    names = {name: load_prompts(name, "shapes-turbo") for name in ("train", "held_out", "train-balanced")}
-    assert not set(names["train"]) & set(names["held_out"])
-    assert set(names["train-balanced"]) <= set(names["train"])
-    counts = Counter(parse_caption(prompt).category for prompt in names["train-balanced"])
-    assert set(counts.values()) == {500} and len(counts) == 6
-    with pytest.raises(FileNotFoundError, match="neither a file"):
-        load_prompts("train-balanced", "sdxl")

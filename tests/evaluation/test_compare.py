@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from noisear_rl.evaluation.compare import GAUSSIAN, diversity, evaluate, radial_spectrum, table
-from noisear_rl.rewards import load_reward
+from noisear_rl.evaluation.compare import evaluate, table
+from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.rewards import load_reward
+from noisear_rl.samplers import GAUSSIAN
 from tests.conftest import random_policy
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]

@@ -3,7 +3,7 @@ import torch
 
 from noisear_rl.learning.losses import reinforce_loss
 from noisear_rl.learning.natural_gradient import conjugate_gradient, fisher_product, natural_step
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from tests.conftest import random_policy
 
 SMALL = {

@@ -16,14 +16,15 @@ from noisear_rl.algos.npnet import NPNetTrainingConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
+from noisear_rl.config import from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
-from noisear_rl.policy.model import NoiseARConfig
-from noisear_rl.rewards import RewardConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
-from noisear_rl.learning.run import Counters, Run, from_mapping, load_yaml, parse_config, to_mapping
+from noisear_rl.learning.run import Counters, Run
+from noisear_rl.policy import NoiseARConfig
+from noisear_rl.rewards import RewardConfig
 from tests.conftest import random_policy
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclass
@@ -159,7 +160,7 @@ def test_command_lists_and_dispatches(capsys, tmp_path):
 
 @pytest.mark.parametrize("script", ["algos/nll.py", "algos/reinforce.py", "algos/evaluate.py"])
 def test_scripts_run_from_the_source_tree(script):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, script, "--help"], cwd=root, capture_output=True, text=True, check=True)
     assert "--output-dir" in done.stdout
 
@@ -167,8 +168,8 @@ def test_scripts_run_from_the_source_tree(script):
 def test_every_option_has_a_docstring():
     import ast
 
-    root = Path(__file__).parents[1]
-    for file in [*(root / "algos").glob("*.py"), root / "noisear_rl/pairs.py", root / "noisear_rl/demo.py"]:
+    root = Path(__file__).parents[2]
+    for file in [*(root / "algos").glob("*.py"), root / "noisear_rl/data/pairs.py", root / "noisear_rl/demo.py"]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 fields = [i for i, item in enumerate(node.body) if isinstance(item, ast.AnnAssign)]

@@ -5,9 +5,8 @@ import torch
 from torch.distributions import Normal
 
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.policy.config import ARCHITECTURES
-from noisear_rl.learning.run import load_policy
 from tests.conftest import random_policy
 
 TEXT = torch.randn(8, 16, 256, generator=torch.Generator().manual_seed(1))
@@ -102,8 +101,8 @@ def test_any_rank_and_channel_count():
 
 def test_positions_and_fixed_variance():
     policy = random_policy(positions="sinusoidal", log_variance="fixed")
-    assert "pos_encoding" not in dict(policy.named_parameters())
-    assert "pos_encoding" in dict(random_policy().named_parameters())
+    assert "network.pos_encoding" not in dict(policy.named_parameters())
+    assert "network.pos_encoding" in dict(random_policy().named_parameters())
     gaussian = policy.distribution(standard_noise(range(8), (16, 16)), TEXT).base_dist
     assert (gaussian.stddev == 1).all()
 
@@ -152,7 +151,7 @@ def test_bad_files(tmp_path):
         load_policy(tmp_path)
     weights.write_bytes(whole)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"paper"', '"reference"'))
+    (tmp_path / "config.json").write_text(config.replace('"paper"', '"released"'))
     with pytest.raises(ValueError, match="not the weights of a policy with"):
         load_policy(tmp_path)
     empty = tmp_path / "empty"

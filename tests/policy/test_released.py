@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.learning.run import load_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy, load_released
 from tests.conftest import random_policy
 
 
@@ -67,7 +66,7 @@ def recompute(state, patches, text, layers, heads, head_blocks):
 def test_equals_an_independent_computation(layers, text_dim, head_blocks):
     policy = random_policy(
         scale=0.2,
-        architecture="reference",
+        architecture="released",
         d_model=64,
         d_ff=96,
         n_heads=2,
@@ -76,7 +75,7 @@ def test_equals_an_independent_computation(layers, text_dim, head_blocks):
         n_prediction_head=head_blocks,
         dropout=0.15,
     ).double()
-    state = policy.state_dict()
+    state = policy.network.state_dict()
     assert ("dim_adapter.weight" in state) == (text_dim != 64)
     patches, text = torch.randn(3, 16, 16).double(), torch.randn(3, 7, text_dim).double()
     mean, log_variance = recompute(state, patches, text, layers, 2, head_blocks)
@@ -98,7 +97,7 @@ def published(text_dim=2048):
                 n_heads=1,
                 n_layers=1,
                 dropout=0.15,
-                architecture="reference",
+                architecture="released",
                 temperature=0.5,
             )
         )
@@ -136,12 +135,12 @@ def test_published_size_keys_and_shapes():
             f"prediction_head_{head}.2.weight": (4096, 4096),
             f"prediction_head_{head}.2.bias": (4096,),
         }
-    assert {key: tuple(value.shape) for key, value in policy.state_dict().items()} == expected
-    assert not isinstance(policy.learnable_start_token_emb, torch.nn.Parameter)
+    assert {key: tuple(value.shape) for key, value in policy.network.state_dict().items()} == expected
+    assert not isinstance(policy.network.learnable_start_token_emb, torch.nn.Parameter)
 
 
 def test_published_size_with_adapter():
-    state = published(text_dim=1024).state_dict()
+    state = published(text_dim=1024).network.state_dict()
     assert tuple(state["dim_adapter.weight"].shape) == (2048, 1024)
 
 
@@ -181,7 +180,7 @@ def write_state(path, layers=1, text_dim=64, head_blocks=0):
 @pytest.mark.parametrize(("layers", "text_dim", "head_blocks"), [(1, 64, 0), (1, 48, 0), (2, 64, 1), (3, 48, 2)])
 def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head_blocks):
     state = write_state(tmp_path / "model.pth", layers, text_dim, head_blocks)
-    policy = NoiseARPolicy.from_reference(tmp_path / "model.pth", n_heads=1)
+    policy = load_released(tmp_path / "model.pth", n_heads=1)
     assert not policy.training and policy.config.temperature == 0.5 and policy.config.latent_shape == (4, 8, 8)
     patches, text = torch.randn(3, 16, 16), torch.randn(3, 7, text_dim)
     mean, log_variance = recompute(state, patches, text, layers, 1, head_blocks)
@@ -215,17 +214,17 @@ def test_files_that_are_not_theirs_are_refused(tmp_path):
 
     torch.save({"weights": Malicious()}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="more than tensors"):
-        NoiseARPolicy.from_reference(tmp_path / "code.pth")
+        load_released(tmp_path / "code.pth")
     assert not (tmp_path / "touched").exists()
     state = write_state(tmp_path / "model.pth")
     (tmp_path / "short.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:1000])
     with pytest.raises(ValueError, match="truncated"):
-        NoiseARPolicy.from_reference(tmp_path / "short.pth")
+        load_released(tmp_path / "short.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="not a state dict of the authors"):
-        NoiseARPolicy.from_reference(tmp_path / "other.pth")
+        load_released(tmp_path / "other.pth")
     torch.save(state | {"more": torch.zeros(1)}, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="not the authors' network"):
-        NoiseARPolicy.from_reference(tmp_path / "more.pth")
+        load_released(tmp_path / "more.pth")
     with pytest.raises(FileNotFoundError):
-        NoiseARPolicy.from_reference(tmp_path / "none.pth")
+        load_released(tmp_path / "none.pth")

@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from noisear_rl.denoisers.shapes.captions import CATEGORIES, parse_caption
+from noisear_rl.denoisers.shapes.captions import CATEGORIES
+from noisear_rl.prompts import PUBLISHED, PromptSet, load_prompt_set
 from noisear_rl.prompts.geneval_style import COLORS, NUMBERS, OBJECTS, geneval_style_prompts, plural
-from noisear_rl.prompts.sets import HPD_FILES, PUBLISHED, PromptSet, load_prompt_set, shapes_prompt_set
+from noisear_rl.prompts.sets import HPD_FILES
 
 DRAWBENCH = (
     'Prompts,Category\nA teal kettle.,Colors\n"A sign that says ""Open"".",Text\n"One fox, two hens.",Counting\n'
@@ -292,17 +293,6 @@ def test_geneval_is_downloaded_once(write, offline, monkeypatch):
     assert found.name == "geneval" and found.categories == [row["tag"] for row in GENEVAL]
     published.unlink()
     assert load_prompt_set("geneval") == found
-
-
-def test_shapes_prompt_set():
-    found = shapes_prompt_set("held_out", 60)
-    assert found.name == "shapes-held_out" and Counter(found.categories) == dict.fromkeys(CATEGORIES, 10)
-    assert found.categories == [parse_caption(prompt).category for prompt in found.prompts]
-    assert shapes_prompt_set("held_out", 60) == found != shapes_prompt_set("held_out", 60, seed=1)
-    with pytest.raises(ValueError, match="unknown split"):
-        shapes_prompt_set("test", 6)
-    with pytest.raises(ValueError, match="count"):
-        shapes_prompt_set("train", 0)
 
 
 def test_geneval_style_prompts_are_unique_balanced_and_follow_the_seed():

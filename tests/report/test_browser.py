@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_report_page import PROMPTS, methods_of, report, write_evaluation, write_training
+from tests.report.test_page import PROMPTS, methods_of, report, write_evaluation, write_training
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from noisear_rl.algos.evaluate import EvaluateConfig
+from noisear_rl.config import parse_config, to_mapping
+from noisear_rl.evaluation.results import load_results
 from noisear_rl.report import charts as figures
 from noisear_rl.report import page as report_page
-from noisear_rl.algos.evaluate import EvaluateConfig
-from noisear_rl.samplers.by_name import SearchConfig
-from noisear_rl.report.page import command
 from noisear_rl.report.embed import encode_picture, fit_pictures
+from noisear_rl.report.page import command
 from noisear_rl.report.summary import table_rows, verdict
-from noisear_rl.evaluation.results import load_results
-from noisear_rl.learning.run import parse_config, to_mapping
+from noisear_rl.samplers.by_name import SearchConfig
 
 # Right pictures of 4 samples, prompt by prompt; the prompts' names say in which order they must be shown.
 RIGHT = {"Gaussian": [4, 1, 1, 2, 1, 3], "PPO 0": [0, 2, 4, 4, 4, 1], "PPO 1": [0, 2, 4, 4, 4, 3]}

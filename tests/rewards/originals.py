@@ -1,7 +1,7 @@
 """The code of the original scorer packages, beside versions of torch and transformers that it was not written for.
 
 ``make test-originals`` puts the packages into ``FOLDER``. What is mended here is how they load; what they compute is
-theirs. ``python tests/originals.py`` writes the names and shapes of their weights to ``PUBLISHED``.
+theirs. ``python -m tests.rewards.originals`` writes the names and shapes of their weights to ``PUBLISHED``.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from unittest import mock
 
 import torch
 import transformers
-from published_scorers import PUBLISHED
 from transformers import CLIPTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-FOLDER = Path(__file__).parents[1] / ".originals"
+from tests.rewards.published_scorers import PUBLISHED
+
+FOLDER = Path(__file__).parents[2] / ".originals"
 REASON = "the original packages are not here; run `make test-originals`"
 MED_CONFIG = {  # med_config.json, as BLIP and ImageReward publish it
     "architectures": ["BertModel"],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-PUBLISHED = Path(__file__).parent / "data" / "published_scorers.json"
+PUBLISHED = Path(__file__).parents[1] / "files" / "published_scorers.json"
 State = dict[str, torch.Tensor]
 
 

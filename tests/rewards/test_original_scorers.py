@@ -4,17 +4,17 @@ import json
 import warnings
 from collections import Counter
 
-import originals
-import published_scorers as published
 import pytest
 import torch
-from published_scorers import PICTURES, picture
 from transformers import BertTokenizer
 
 from noisear_rl.rewards.clip import VIT_H_14
 from noisear_rl.rewards.hpsv2 import HPSv2
 from noisear_rl.rewards.image_reward import BLIP_LARGE, ImageReward
 from noisear_rl.rewards.preprocess import Preprocess
+from tests.rewards import originals
+from tests.rewards import published_scorers as published
+from tests.rewards.published_scorers import PICTURES, picture
 
 pytestmark = pytest.mark.skipif(not originals.installed(), reason=originals.REASON)
 ODD_PROMPTS = [

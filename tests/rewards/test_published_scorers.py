@@ -3,11 +3,9 @@
 import sys
 import warnings
 
-import published_scorers as published
 import pytest
 import torch
 from PIL import Image
-from published_scorers import PICTURES, picture
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPTokenizer
 
@@ -16,6 +14,8 @@ from noisear_rl.rewards.hpsv2 import HPSv2, HPSv21
 from noisear_rl.rewards.image_reward import BLIP_LARGE, ImageReward
 from noisear_rl.rewards.preprocess import Preprocess
 from noisear_rl.rewards.weights import load_weights
+from tests.rewards import published_scorers as published
+from tests.rewards.published_scorers import PICTURES, picture
 
 HEADS = 4
 WORDS = ["a", "photo", "of", "red", "blue", "two", "circles", ",", "lighthouse", "at", "dawn"]

@@ -10,9 +10,10 @@ from PIL import Image
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions, hard_negative
 from noisear_rl.denoisers.shapes.world import render, sample_scenes
-from noisear_rl.evaluation.compare import GAUSSIAN, evaluate
+from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.rewards import WeightedReward, load_reward
 from noisear_rl.rewards.shapes import ShapesClip, ShapesExact, ShapesMatch
+from noisear_rl.samplers import GAUSSIAN
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_statistics_are_those_of_gaussian_noise():
 
 
 def test_readme_numbers_come_from_the_results():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     results = (root / "benchmarks/results/demo.md").read_text()
     rows = re.findall(r"^\| (?:the 4 trained|120 held).*", (root / "README.md").read_text(), flags=re.M)
     assert len(rows) == 2

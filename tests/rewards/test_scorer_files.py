@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_scorers
 import torch
 from safetensors.torch import save_file
 
-from noisear_rl.rewards import REWARDS, make_reward
+from noisear_rl.rewards import REWARDS
 from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2
 from noisear_rl.rewards.clip import CLIPScore
 from noisear_rl.rewards.mps import MPS
 from noisear_rl.rewards.package import WORKER, PackageReward
 from noisear_rl.rewards.pickscore import PickScore
+from noisear_rl.rewards.registry import make_reward
 from noisear_rl.rewards.weights import load_weights, read_state_dict
+from tests.rewards import tiny_scorers
 
 PROMPTS = ["a photo of a red circle", "two squares", "a photo of a blue cross above a red circle", "three crosses"]
 
@@ -178,7 +179,7 @@ def test_package_worker_needs_nothing_of_this_library():
 
 
 def test_golden_scores_say_what_they_need(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks/golden_scores.py"
+    script = Path(__file__).parents[2] / "benchmarks/golden_scores.py"
     done = subprocess.run([sys.executable, script, "--images", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "THUDM/ImageReward" in done.stderr
     golden = json.loads(script.with_suffix(".json").read_text())

@@ -5,17 +5,17 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny_scorers
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from noisear_rl.rewards import make_reward
 from noisear_rl.rewards.clip import CLIPScore
 from noisear_rl.rewards.mps import MPS, OVERALL
 from noisear_rl.rewards.pickscore import PickScore
 from noisear_rl.rewards.preprocess import Preprocess
+from noisear_rl.rewards.registry import make_reward
+from tests.rewards import tiny_scorers
 
 NAMES = ("clip-score", "pickscore", "aesthetic-v1", "aesthetic-v2", "mps")
 PROMPTS = ["a photo of a red circle", "two squares", "a photo of a blue cross above a red circle", "three crosses"]

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import toys
 import yaml
 
 from noisear_rl import rewards as rewards_module
 from noisear_rl.algos import ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.learning.losses import finite_episodes, group_advantages
-from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
-from noisear_rl.evaluation.reward_statistics import ReferenceConfig, main, measure
 from noisear_rl.data.rollouts import load_rollouts
+from noisear_rl.evaluation.reward_statistics import ReferenceConfig, main, measure
+from noisear_rl.learning.losses import finite_episodes, group_advantages
 from noisear_rl.learning.run import read_records
+from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
+from tests import toys
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 PROMPTS = [f"prompt {i}" for i in range(6)]

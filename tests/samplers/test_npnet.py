@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.npnet.network import NPNet, NPNetConfig, NPNetSampler, holds_npnet, load_npnet
 from noisear_rl.rewards import load_reward
-from noisear_rl.samplers.base import BestOf, GaussianSampler
+from noisear_rl.samplers import BestOf, GaussianSampler
+from noisear_rl.samplers.npnet import NPNet, NPNetConfig, NPNetSampler, holds_npnet, load_npnet
 
 SMALL = {"image_size": 16, "patch_size": 2, "window_size": 4, "d_model": 6, "depths": (2, 3), "n_heads": (2, 3)}
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]

@@ -3,10 +3,11 @@ import torch
 
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.policy.model import NoiseARConfig, NoiseARPolicy
-from noisear_rl.samplers.reno import Reno, norm_regularizer
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.rewards import WeightedReward, load_reward
-from noisear_rl.samplers.base import BestOf, GaussianSampler, PolicySampler, derived_seeds
+from noisear_rl.samplers import BestOf, GaussianSampler, PolicySampler
+from noisear_rl.samplers.base import derived_seeds
+from noisear_rl.samplers.reno import Reno, norm_regularizer
 from noisear_rl.samplers.search import ZerothOrderSearch
 from tests.conftest import random_policy
 from tests.toys import NoDenoiser, Target

@@ -15,7 +15,7 @@ linear algebra library, the same noise may turn into another golden noise.
 Shapes: ``B`` batch, ``C, h, w`` latent, ``L`` text tokens, ``D`` text width, ``K`` singular values.
 """
 
-from collections.abc import Mapping, Sequence  # no postponed annotations: the hub mixin reads the type of ``config``
+from collections.abc import Mapping  # no postponed annotations: the hub mixin reads the type of ``config``
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -30,11 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from noisear_rl.checkpoints import find_checkpoint, list_checkpoints
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.base import Samples, check_seeds
 from noisear_rl.samplers.npnet.swin import Attention, Swin, swin_sizes
-from noisear_rl.learning.run import find_checkpoint
 
 TEXT_TOKENS = 77  # what the authors' text encoders pad to
 PARTS = {"unet_svd": "unet_svd", "unet_embedding": "unet_embedding", "embeeding": "text_embedding"}  # theirs: ours
@@ -304,33 +302,5 @@ def holds_npnet(path: str | Path) -> bool:
     """Whether a checkpoint, a run folder or a ``.pth`` file holds this network; another, or none, is false."""
     if Path(path).suffix == ".pth":
         return Path(path).is_file() and "unet_svd" in read_tensors(path)
-    files = sorted(Path(path).glob("checkpoints/step-*/config.json")) or [Path(path) / "config.json"]
-    return files[-1].is_file() and "svd_heads" in files[-1].read_text()
-
-
-class NPNetSampler:
-    """Golden noise of the noise that the plain sampler draws with the same seed.
-
-    Args:
-        denoiser: Frozen diffusion model.
-        npnet: In eval mode. Moves to the denoiser's device.
-
-    Raises:
-        ValueError: If the network was made for another denoiser.
-    """
-
-    def __init__(self, denoiser: Denoiser, npnet: NPNet):
-        npnet.check_denoiser(denoiser)
-        self.denoiser, self.npnet = denoiser, npnet
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts the denoiser's evaluations alone."""
-        check_seeds(prompts, seeds)
-        conditioning = self.denoiser.encode(prompts)
-        text = conditioning.policy_embeds
-        noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)
-        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
-        return Samples(noise, images, self.denoiser.nfe, None)
+    file = [Path(path), *list_checkpoints(path)][-1] / "config.json"
+    return file.is_file() and "svd_heads" in file.read_text()

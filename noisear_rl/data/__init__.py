@@ -1,0 +1,1 @@
+"""Datasets on disk: rollouts, preference pairs from them, and the pairs that pretraining reads."""

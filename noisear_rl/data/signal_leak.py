@@ -1,0 +1,71 @@
+"""The noise that the forward process would have left of a good image: ``√ᾱ·z0 + σ·ε``.
+
+Schedules do not end in pure noise, so the layout leaks into what the model saw at its first timestep (Everaert et al.
+arXiv 2309.15842; Lin et al. arXiv 2305.08891). ``z0`` is the latent of an image that the denoiser made of a policy's or
+Gaussian noise and the reward accepted: rewards alone, no reward gradient, no images from elsewhere.
+
+Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from noisear_rl.denoisers import Denoiser
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.rewards import WeightedReward
+
+
+def signal_leak(
+    denoiser: Denoiser,
+    policy: NoiseARPolicy | None,
+    reward: WeightedReward,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    min_reward: float,
+    signal_strength: float,
+    noise_scale: float,
+    rounds: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Leaks of good images, round by round; each round after the first starts from the last good leak.
+
+    Args:
+        denoiser: Whose schedule leaks.
+        policy: Draws the first noise; ``None`` for Gaussian noise.
+        reward: Judges the images.
+        prompts: ``B`` prompts.
+        seeds: ``B`` seeds of the noise.
+        min_reward: Least score of a good image.
+        signal_strength: Multiplies the layout's share; 1 is what the denoiser saw in its training.
+        noise_scale: Standard deviation of the noise on top of a leak.
+        rounds: How many images are made for a pair.
+
+    Returns:
+        For every round the means of the targets ``(B, C, h, w)``, without their noise, and which of them to keep
+        ``(B,)``.
+    """
+    conditioning = denoiser.encode(prompts)
+    if policy is not None:
+        policy.to(conditioning.policy_embeds.device)
+    level = signal_strength * denoiser.signal_level
+    good = torch.zeros(len(seeds), dtype=torch.bool)  # has had a good image
+    mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good one
+    found = []
+    text, mask = conditioning.policy_embeds, conditioning.policy_mask
+    for i in range(rounds):
+        own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
+        fresh = standard_noise(own, denoiser.latent_shape)
+        first = fresh if policy is None else policy.noise(policy.sample(text, mask, seeds=own)).cpu()
+        noise = torch.where(good[:, None, None, None], mean + noise_scale * fresh, first)
+        images, latents = denoiser.denoise_with_latents(noise, conditioning, seeds)
+        kept = (reward.score(images, prompts) >= min_reward).cpu()
+        target = level * latents.cpu()
+        found.append((target, kept))
+        mean = torch.where(kept[:, None, None, None], target, mean)
+        good |= kept
+    return found

@@ -1,0 +1,109 @@
+"""The noise that strong guidance would have preferred: one step down with strong guidance, one step back up with weak.
+
+Both predictions are made at the same timestep ``t0`` (NoiseAR §3.1; Bai et al. arXiv 2502.00473; Golden Noise arXiv
+2411.09502).
+
+Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from noisear_rl.denoisers import Conditioning, Denoiser
+
+INVERSIONS = ("exact", "compat")
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Coefficients of one step down and one back up: ``x1 = a·x0 + b·ε_s``, ``x0' = c·x1 + d·ε_w``."""
+
+    timestep: float
+    a: float
+    b: float
+    c: float
+    d: float
+
+    @property
+    def k(self) -> float:
+        """Strength of the shift: ``x0' = a·c·x0 + k·(ε_w - ε_s)`` where the inversion is exact."""
+        return self.d
+
+
+def inversion_coefficients(
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, inversion: str = "exact"
+) -> Inversion:
+    """Coefficients at the first two timesteps of a schedule whose timesteps are set.
+
+    Args:
+        scheduler: Deterministic DDIM (``eta = 0``), or Euler for flow matching, where the prediction is a velocity:
+            ``x1 = x0 + (σ1 - σ0)·v`` and back.
+        inversion: ``exact``: the inverse of the step just taken. ``compat``: what public scripts compute with
+            ``DDIMInverseScheduler``, which inverts the *next* step's interval and so scales the noise (by
+            1.0035 on SDXL's schedule at 50 steps).
+
+    Raises:
+        ValueError: If the inversion is unknown or there are too few timesteps.
+    """
+    if inversion not in INVERSIONS:
+        raise ValueError(f"unknown inversion {inversion!r}; expected one of {INVERSIONS}")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if inversion != "exact":
+            raise ValueError(f"{inversion!r} inversion is a habit of DDIM scripts; flow matching has 'exact' alone")
+        down = float(scheduler.sigmas[1] - scheduler.sigmas[0])
+        return Inversion(float(scheduler.timesteps[0]), a=1.0, b=down, c=1.0, d=-down)
+    needed = 2 if inversion == "exact" else 3
+    times = [int(t) for t in scheduler.timesteps[:needed]]
+    if len(times) < needed:
+        raise ValueError(f"{inversion!r} inversion needs at least {needed} timesteps")
+    alpha = [float(scheduler.alphas_cumprod[t]) for t in times]
+    high, low = (alpha[0], alpha[1]) if inversion == "exact" else (alpha[1], alpha[2])
+    a = (alpha[1] / alpha[0]) ** 0.5
+    c = (high / low) ** 0.5
+    return Inversion(
+        timestep=times[0],
+        a=a,
+        b=(1 - alpha[1]) ** 0.5 - a * (1 - alpha[0]) ** 0.5,
+        c=c,
+        d=(1 - high) ** 0.5 - c * (1 - low) ** 0.5,
+    )
+
+
+def weak_to_strong(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    conditioning: Conditioning,
+    *,
+    strong_guidance: float = 5.5,
+    weak_guidance: float = 1.0,
+    num_inference_steps: int = 50,
+    inversion: str = "exact",
+    rounds: int = 1,
+) -> torch.Tensor:
+    """The target noise of a pair, at the price of two guided predictions a round.
+
+    Args:
+        denoiser: Any denoiser.
+        noise: ``(B, C, h, w)`` from N(0, I). Not changed.
+        conditioning: Of ``B`` prompts.
+        strong_guidance: Guidance of the step down.
+        weak_guidance: Guidance of the step up.
+        num_inference_steps: Length of the DDIM schedule; fewer steps are larger ones.
+        inversion: See :func:`inversion_coefficients`.
+        rounds: How often to repeat, each time from the last target.
+
+    Returns:
+        ``(B, C, h, w)`` float32.
+    """
+    step = inversion_coefficients(denoiser.first_order_schedule(num_inference_steps), inversion)
+    target = noise.float()
+    for _ in range(rounds):
+        strong = denoiser.predict_noise(target, step.timestep, conditioning, strong_guidance)
+        lower = step.a * target + step.b * strong
+        weak = denoiser.predict_noise(lower, step.timestep, conditioning, weak_guidance)
+        target = step.c * lower + step.d * weak
+    return target

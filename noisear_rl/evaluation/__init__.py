@@ -1,0 +1,1 @@
+"""Comparisons: paired scores, intervals, diversity and tables."""

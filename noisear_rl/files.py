@@ -1,0 +1,48 @@
+"""Files written whole or not at all, and manifests that say what a folder was written with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file through a temporary one, so that a killed process leaves the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def sha256(content: Path | Sequence[str]) -> str:
+    """Fingerprint of a file, or of lines of text."""
+    data = content.read_bytes() if isinstance(content, Path) else "\n".join(content).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a folder's manifest, or compares with the one that is there.
+
+    Raises:
+        ValueError: If the folder was written with other settings; names the first that differs.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(manifest, indent=1))
+        return
+    known = read_manifest(folder)
+    for key in {**known, **manifest}:
+        if known.get(key) != manifest.get(key):
+            raise ValueError(
+                f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {manifest.get(key)!r}): "
+                "choose another output_dir"
+            )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What a folder was written with."""
+    return json.loads((Path(folder) / "manifest.json").read_text())

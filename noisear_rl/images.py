@@ -1,0 +1,18 @@
+"""Images as tensors in [0, 1] and as 8-bit pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Picture ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
+    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """An RGB picture as ``(1, 3, H, W)`` float32 in [0, 1]."""
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255

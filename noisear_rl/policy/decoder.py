@@ -1,0 +1,145 @@
+"""The transformer decoder that turns a prefix of patches and the text into a Gaussian (NoiseAR §2.2).
+
+:class:`Decoder` is what our network and the authors' (:mod:`~noisear_rl.policy.released`) have in common: token
+embedding and blocks of causal self-attention, cross-attention to the text, and a feed-forward layer.
+:class:`PaperDecoder` is ours.
+
+Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``T`` tokens, ``L`` text tokens, ``D`` text width,
+``d`` model width, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from noisear_rl.patches import sequence_shape
+from noisear_rl.policy.config import NoiseARConfig
+from noisear_rl.policy.layers import attend, prediction_head, project_keys_values, sinusoidal_encoding
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+Text = tuple[list[KeysValues], torch.Tensor | None]  # keys and values per block, and the attention mask (B, 1, 1, L)
+
+
+class Decoder(nn.Module):
+    """Token embedding and decoder blocks. A subclass adds what reads the text and the prediction heads.
+
+    Attributes:
+        residual_of_norm: Whether a sublayer's result is added to its normalised input instead of to the input itself.
+    """
+
+    residual_of_norm = False
+    latent_patch_encoder: nn.Module
+    learnable_start_token_emb: torch.Tensor
+    pos_encoding: torch.Tensor
+
+    def add_blocks(self, config: NoiseARConfig) -> None:
+        """Registers the layers of all blocks, under the names of the authors' state dict."""
+        d, layers = config.d_model, range(config.n_layers)
+        attention = {"num_heads": config.n_heads, "dropout": config.dropout, "batch_first": True}
+        self.self_attn_layers = nn.ModuleList(nn.MultiheadAttention(d, **attention) for _ in layers)
+        self.self_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        self.cross_attn_layers = nn.ModuleList(nn.MultiheadAttention(d, **attention) for _ in layers)
+        self.cross_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        self.ffn_layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(d, config.d_ff),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.d_ff, d),
+                nn.Dropout(config.dropout),
+            )
+            for _ in layers
+        )
+        self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+
+    def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
+        """Projects the text ``(B, L, D)`` once for all patches."""
+        raise NotImplementedError
+
+    def heads(self, features: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features ``(B, T, d)`` of the patches from ``first`` on → mean and log-variance ``(B, T, A)``."""
+        raise NotImplementedError
+
+    def tokens(self, patches: torch.Tensor) -> torch.Tensor:
+        """The start token and all patches but the last, ``(B, N, A)`` → ``(B, N, d)``."""
+        start = self.learnable_start_token_emb.expand(len(patches), 1, -1)
+        past = self.latent_patch_encoder(patches[:, :-1].to(self.pos_encoding.dtype))  # (B, N-1, d)
+        return torch.cat([start, past], 1) + self.pos_encoding[:, : patches.shape[1]]
+
+    def token(self, patch: torch.Tensor | None, position: int, batch: int) -> torch.Tensor:
+        """The token at a position, ``(B, 1, d)``: the start token, or the embedded patch ``(B, A)`` before it."""
+        if patch is None:
+            token = self.learnable_start_token_emb.expand(batch, 1, -1)
+        else:
+            token = self.latent_patch_encoder(patch.to(self.pos_encoding.dtype))[:, None]
+        return token + self.pos_encoding[:, position : position + 1]
+
+    def forward(self, x: torch.Tensor, text: Text, cache: list[KeysValues | None] | None = None) -> torch.Tensor:
+        """Tokens ``(B, T, d)`` → features ``(B, T, d)``.
+
+        With a cache, ``x`` is the one next token and ``cache`` holds the keys and values of all before.
+        """
+        keys_values, mask = text
+        for i in range(len(self.ffn_layers)):
+            normed = self.self_attn_norm[i](x)
+            own = project_keys_values(self.self_attn_layers[i], normed)
+            if cache is not None:
+                if (past := cache[i]) is not None:
+                    own = torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2)
+                cache[i] = own
+            update = attend(self.self_attn_layers[i], normed, own, causal=cache is None)
+            x = (normed if self.residual_of_norm else x) + update
+            normed = self.cross_attn_norm[i](x)
+            update = attend(self.cross_attn_layers[i], normed, keys_values[i], mask)
+            x = (normed if self.residual_of_norm else x) + update
+            normed = self.ffn_norm[i](x)
+            x = (normed if self.residual_of_norm else x) + self.ffn_layers[i](normed)
+        return x
+
+
+class PaperDecoder(Decoder):
+    """Our network: pre-norm blocks, a final norm and one joint head; untrained it predicts N(0, I)."""
+
+    def __init__(self, config: NoiseARConfig):
+        super().__init__()
+        self.kind = config.log_variance
+        n, a = sequence_shape(config.latent_shape, config.patch_size)
+        d = config.d_model
+        self.latent_patch_encoder = nn.Linear(a, d)
+        # Small at first: a step on few samples would otherwise be spent on telling their prefixes apart.
+        nn.init.normal_(self.latent_patch_encoder.weight, std=0.1 / a**0.5)
+        self.learnable_start_token_emb = nn.Parameter(torch.randn(d) * 0.1)
+        self.text_norm = nn.LayerNorm(config.text_dim)
+        self.dim_adapter = nn.Linear(config.text_dim, d)
+        encoding = sinusoidal_encoding(n + 1, d)
+        if config.positions == "learned":
+            self.pos_encoding = nn.Parameter(torch.randn_like(encoding))  # nearly orthogonal positions
+        else:
+            self.register_buffer("pos_encoding", encoding)
+        self.add_blocks(config)
+        self.final_norm = nn.LayerNorm(d)
+        self.prediction_head = prediction_head(d, 2 * a if self.kind == "predicted" else a, 0)
+        if self.kind == "shared":
+            self.log_variance = nn.Parameter(torch.zeros(n))
+
+    def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
+        """See :meth:`Decoder.read`; padding is masked."""
+        text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype)))  # (B, L, d)
+        mask = None if text_mask is None else text_mask.bool()[:, None, None]
+        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+
+    def forward(self, x: torch.Tensor, text: Text, cache: list[KeysValues | None] | None = None) -> torch.Tensor:
+        """See :meth:`Decoder.forward`."""
+        return self.final_norm(super().forward(x, text, cache))
+
+    def heads(self, features: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`Decoder.heads`; the log-variance is predicted, one learned number per position, or 0."""
+        if self.kind == "predicted":
+            mean, log_variance = self.prediction_head(features).chunk(2, -1)
+            return mean, log_variance
+        mean = self.prediction_head(features)
+        log_variance = torch.zeros_like(mean)
+        if self.kind == "shared":
+            log_variance = log_variance + self.log_variance[first : first + features.shape[1], None]
+        return mean, log_variance

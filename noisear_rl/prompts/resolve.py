@@ -1,0 +1,91 @@
+"""What every command understands by ``prompts``: splits of the shapes world, files, published sets, prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from noisear_rl.denoisers import EMBEDDED
+from noisear_rl.denoisers.shapes.captions import CATEGORIES, SPLITS, balanced_captions, captions_of, parse_caption
+from noisear_rl.prompts.geneval_style import geneval_style_prompts
+from noisear_rl.prompts.sets import PUBLISHED, PromptSet, load_prompt_set
+
+BALANCED = tuple(f"{split}-balanced" for split in SPLITS)
+BALANCED_COUNT = 3000
+EXAMPLE_PROMPTS = (
+    "a red cube on top of a blue sphere",
+    "three apples on a wooden table",
+    "a photo of a dog left of a bench",
+    "a watercolor painting of a lighthouse at dawn",
+)
+
+
+def resolve_prompts(
+    prompts: str | Sequence[str] | None, denoiser: str, *, count: int | None = None, skip_bad_rows: bool = False
+) -> PromptSet:
+    """Resolves the ``prompts`` option of every command.
+
+    Args:
+        prompts: A list of prompts; or one string:
+
+            * for the embedded denoisers a split of the shapes world (``train``, ``held_out``), or a split with equal
+              shares of the categories, small ones repeated (``train-balanced``);
+            * ``geneval-style``: prompts of our own, written like GenEval's;
+            * a file, or a published set by name (:mod:`noisear_rl.prompts.sets`); a prompt that comes twice in a file
+              counts once;
+            * anything else with a space between words: one prompt.
+
+            ``None`` for the training captions (embedded denoisers) or a few examples (others).
+        denoiser: The denoiser's name.
+        count: How many prompts. Of a split and of ``geneval-style``, in equal shares of the categories, small ones
+            repeated; of everything else, from its start. ``None`` for all.
+        skip_bad_rows: Leave malformed rows of a file out with a warning.
+
+    Raises:
+        ValueError: If there is no prompt, one is empty, ``count`` is below 1, or a file is malformed.
+        FileNotFoundError: If a string without spaces is neither a split, nor a file, nor a published set's name.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"the number of prompts must be at least 1, got {count}")
+    embedded = denoiser in EMBEDDED
+    if prompts is None:
+        prompts = "train" if embedded else EXAMPLE_PROMPTS
+    if not isinstance(prompts, str):
+        found = _as_they_are(prompts, count)
+    elif embedded and prompts in (*SPLITS, *BALANCED):
+        split = prompts.removesuffix("-balanced")
+        number = count or (BALANCED_COUNT if prompts in BALANCED else None)
+        captions = balanced_captions(split, number) if number else captions_of(split)
+        return PromptSet(f"shapes-{split}", [c.text for c in captions], [c.category for c in captions])
+    elif prompts == "geneval-style":
+        return geneval_style_prompts(-(-(count or 120) // len(CATEGORIES)))
+    elif Path(prompts).is_dir() or Path(prompts).is_file() or prompts in PUBLISHED:
+        found = load_prompt_set(prompts, skip_bad_rows=skip_bad_rows, limit=count)
+    elif re.search(r"\S\s+\S", prompts):
+        found = _as_they_are([prompts], count)
+    else:
+        splits = f", nor one of {[*SPLITS, *BALANCED]}" if embedded else ""
+        raise FileNotFoundError(
+            f"prompts: {prompts!r} is neither a file nor one of {sorted([*PUBLISHED, 'geneval-style'])}{splits}"
+        )
+    return dataclasses.replace(found, categories=categories_of(found.prompts)) if embedded else found
+
+
+def _as_they_are(prompts: Sequence[str], count: int | None) -> PromptSet:
+    if not prompts or any(not isinstance(prompt, str) or not prompt.strip() for prompt in prompts):
+        raise ValueError("prompts must be a non-empty list of non-empty strings")
+    chosen = list(prompts)[:count]
+    return PromptSet("prompts", chosen, ["all"] * len(chosen))
+
+
+def categories_of(prompts: Sequence[str]) -> list[str]:
+    """GenEval category of every prompt; ``all`` for prompts outside the shapes world."""
+    names = []
+    for prompt in prompts:
+        try:
+            names.append(parse_caption(prompt).category)
+        except ValueError:
+            names.append("all")
+    return names

@@ -1,0 +1,1 @@
+"""Figures of a training or a comparison, and the self-contained HTML page."""

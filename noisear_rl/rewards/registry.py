@@ -1,0 +1,164 @@
+"""Rewards by name, by names and weights, by a file with one function, or by a YAML file (:class:`RewardConfig`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noisear_rl.rewards.weighted import Reward, WeightedReward
+
+BACKENDS = ("native", "package")
+ENTRY_POINTS = "noisear_rl.rewards"
+PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from anywhere: configs/rewards/paper.yaml
+REWARDS: dict[str, tuple[str, str]] = {  # imported when asked for: some load transformers
+    "shapes-match": ("shapes", "ShapesMatch"),
+    "shapes-clip": ("shapes", "ShapesClip"),
+    "shapes-exact": ("shapes", "ShapesExact"),
+    "brightness": ("simple", "Brightness"),
+    "jpeg-compressibility": ("simple", "JpegCompressibility"),
+    "image-reward": ("image_reward", "ImageReward"),
+    "pickscore": ("pickscore", "PickScore"),
+    "hpsv2": ("hpsv2", "HPSv2"),
+    "hpsv2.1": ("hpsv2", "HPSv21"),
+    "mps": ("mps", "MPS"),
+    "aesthetic-v1": ("aesthetic", "AestheticV1"),
+    "aesthetic-v2": ("aesthetic", "AestheticV2"),
+    "clip-score": ("clip", "CLIPScore"),
+}
+
+
+@dataclass
+class RewardConfig:
+    """A reward as a YAML file holds it.
+
+    Attributes:
+        weights: Weight by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
+        normalize: ``none``, ``running`` or ``reference``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
+        statistics: Mean and standard deviation by scorer; ``noisear reward-statistics`` writes them.
+        options: Arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package`` asks the
+            scorer's own package (:mod:`noisear_rl.rewards.package`).
+        measured: How the statistics were measured.
+    """
+
+    weights: dict[str, float]
+    normalize: str = "none"
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+class FunctionReward:
+    """A scorer from a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
+
+    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]):
+        self.name, self.function = name, function
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32."""
+        return torch.as_tensor(self.function(images, prompts), dtype=torch.float32, device=images.device)
+
+
+def load_reward(
+    spec: str | Mapping[str, float] | RewardConfig,
+    normalize: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> WeightedReward:
+    """Builds a reward.
+
+    Args:
+        spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its content.
+        normalize: Overrides the spec's.
+        options: Arguments by scorer, besides the spec's.
+
+    Raises:
+        ValueError: If a name, an option or a key is unknown.
+        FileNotFoundError: If a file is missing. Weights are looked for when they are first used.
+    """
+    config = reward_config(spec)
+    given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
+    if foreign := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
+        raise ValueError(f"options for {sorted(foreign)}, which the reward does not use")
+    rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
+    return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+
+
+def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfig:
+    """What :func:`load_reward` was asked for, spelled out."""
+    if isinstance(spec, RewardConfig):
+        return spec
+    if not isinstance(spec, str):
+        return RewardConfig({name: float(weight) for name, weight in spec.items()})
+    if spec.endswith((".yaml", ".yml")):
+        from noisear_rl.config import load_yaml
+
+        path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{spec}: no such reward file")
+        try:
+            return load_yaml(RewardConfig, path)
+        except TypeError as error:
+            raise ValueError(f"{spec}: no `weights`: expected weights by scorer") from error
+    return RewardConfig({spec: 1.0})
+
+
+def make_reward(name: str, backend: str = "native", **options: Any) -> Reward:
+    """One scorer by name; see :func:`load_reward`.
+
+    Raises:
+        ValueError: If the name, the backend or an option is unknown.
+        FileNotFoundError: If a user's file is missing.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {BACKENDS}")
+    if ".py" in name:
+        return _from_file(name, options)
+    if backend == "package":
+        from noisear_rl.rewards.package import PackageReward
+
+        return PackageReward(name, **options)
+    if name not in REWARDS:
+        return _from_entry_point(name, options)
+    module, attribute = REWARDS[name]
+    scorer = getattr(importlib.import_module(f"noisear_rl.rewards.{module}"), attribute)
+    try:
+        return scorer(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+
+
+def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
+    """``FILE.py`` has one function ``score``; ``FILE.py:FUNCTION`` names another."""
+    file, _, function = name.partition(".py")
+    path, function = Path(f"{file}.py"), function.removeprefix(":") or "score"
+    if not path.is_file():
+        raise FileNotFoundError(f"reward {name!r}: no such file")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function!r}: define {function}(images, prompts)")
+    if options:
+        raise ValueError(f"reward {name!r} takes no options")
+    return FunctionReward(path.stem if function == "score" else function, getattr(module, function))
+
+
+def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
+    """A function that an installed package offers under the group ``noisear_rl.rewards``."""
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in installed:
+        known = sorted([*REWARDS, *installed])
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown reward {name!r}{hint} Expected FILE.py or one of {known}")
+    if options:
+        raise ValueError(f"reward {name!r} takes no options")
+    return FunctionReward(name, installed[name].load())

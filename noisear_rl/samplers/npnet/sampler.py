@@ -1,0 +1,40 @@
+"""Noise from an NPNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from noisear_rl.denoisers import Denoiser
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.samplers.base import Samples, check_seeds
+from noisear_rl.samplers.npnet.network import NPNet
+
+
+class NPNetSampler:
+    """Golden noise of the noise that the plain sampler draws with the same seed.
+
+    Args:
+        denoiser: Frozen diffusion model.
+        npnet: In eval mode. Moves to the denoiser's device.
+
+    Raises:
+        ValueError: If the network was made for another denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser, npnet: NPNet):
+        npnet.check_denoiser(denoiser)
+        self.denoiser, self.npnet = denoiser, npnet
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
+    ) -> Samples:
+        """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts the denoiser's evaluations alone."""
+        check_seeds(prompts, seeds)
+        conditioning = self.denoiser.encode(prompts)
+        text = conditioning.policy_embeds
+        noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)
+        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
+        return Samples(noise, images, self.denoiser.nfe, None)

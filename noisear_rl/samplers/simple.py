@@ -1,0 +1,72 @@
+"""Noise from N(0, I) and from a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from noisear_rl.denoisers import Denoiser, policy_sizes
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.samplers.base import Sampler, Samples, check_seeds
+
+GAUSSIAN = "Gaussian"
+
+
+def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sampler:
+    """A policy's sampler, the Gaussian one for ``None``; samplers stay what they are."""
+    if method is None:
+        return GaussianSampler(denoiser)
+    return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
+
+
+class GaussianSampler:
+    """Noise from N(0, I), as the denoiser was trained for.
+
+    Args:
+        denoiser: Frozen diffusion model.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
+    ) -> Samples:
+        """See :class:`Sampler`."""
+        check_seeds(prompts, seeds)
+        noise = standard_noise(seeds, self.denoiser.latent_shape)
+        own = seeds if denoising_seeds is None else denoising_seeds
+        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
+        return Samples(noise, images, self.denoiser.nfe, torch.zeros(len(noise)))
+
+
+class PolicySampler:
+    """Noise from a policy; an untrained one gives what :class:`GaussianSampler` gives.
+
+    Args:
+        denoiser: Frozen diffusion model.
+        policy: In eval mode. Moves to the denoiser's device.
+
+    Raises:
+        ValueError: If the policy was made for another denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser, policy: NoiseARPolicy):
+        policy.config.check_sizes(policy_sizes(denoiser), f"denoiser {denoiser.name!r}")
+        self.denoiser, self.policy = denoiser, policy
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
+    ) -> Samples:
+        """See :class:`Sampler`."""
+        check_seeds(prompts, seeds)
+        conditioning = self.denoiser.encode(prompts)
+        text, mask = conditioning.policy_embeds, conditioning.policy_mask
+        policy = self.policy.to(text.device)
+        sample = policy.sample(text, mask, seeds=seeds)
+        noise = policy.noise(sample)
+        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
+        return Samples(noise, images, self.denoiser.nfe, policy.kl_divergence(sample.patches, text, mask).sum(1))
