@@ -74,7 +74,7 @@ def collect(config: CollectConfig) -> None:
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     if task.reward.normalize == "running":
-        raise ValueError("running statistics depend on what was collected before; use normalize: reference")
+        raise ValueError("running statistics depend on what was collected before; use normalize: fixed")
 
     # Policy: an untrained one is Gaussian noise.
     gaussian = NoiseARConfig(log_variance="fixed")

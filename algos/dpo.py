@@ -76,10 +76,10 @@ class DPOConfig:
     batch_size: int = 128
     """Pairs an update."""
     optimizer: str = "adam"
-    """`adam` (at `learning_rate`), `natural` (steps of `kl_per_update`) or `adaptive_adam`."""
+    """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
     learning_rate: float = 1e-4
     """Adam's learning rate."""
-    kl_per_update: float = 0.05
+    target_kl: float = 0.05
     """Size of a natural step in nats a whole noise."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
@@ -174,7 +174,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
-        kl_per_step=config.kl_per_update,
+        target_kl=config.target_kl,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
     )

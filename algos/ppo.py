@@ -64,8 +64,8 @@ class PPOConfig:
     """Parts of a pass; each makes one step."""
     clip_range: float = 0.5
     """Ratios beyond 1 ± this gain nothing; a summed log-ratio wants more than the usual 0.2."""
-    advantage: str = "leave_one_out"
-    """`none`, `ema`, `group`, `leave_one_out` (one number an episode), or `gae` (a critic, one a patch)."""
+    advantage: str = "rloo"
+    """`none`, `ema`, `group`, `rloo` (one number an episode), or `gae` (a critic, one a patch)."""
     gae_lambda: float = 0.95
     """With `gae`: 1 trusts returns, 0 the critic."""
     critic_learning_rate: float = 1e-3
@@ -73,8 +73,8 @@ class PPOConfig:
     critic_steps: int = 8
     """With `gae`: steps of the critic a rollout, 256 episodes each."""
     optimizer: str = "natural"
-    """`natural` (steps that add up to `kl_per_update`), `adam` (at `learning_rate`) or `adaptive_adam`."""
-    kl_per_update: float = 1.0
+    """`natural` (steps that add up to `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam`."""
+    target_kl: float = 1.0
     """Sum of the sizes of an update's steps in nats a whole noise; beyond 1.5 times of it an update stops."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
@@ -86,9 +86,9 @@ class PPOConfig:
     """Adam's learning rate."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
-    kl_coef: float = 0.0
+    kl_prior_coef: float = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward a nat."""
-    kl_reference_coef: float = 0.0
+    kl_coef: float = 0.0
     """Weight of the KL to the policy that training began with, in the same unit."""
     entropy_coef: float = 0.0
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
@@ -124,7 +124,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
-        kl_per_step=config.kl_per_update / steps,
+        target_kl=config.target_kl / steps,
         learning_rate=config.learning_rate,
         damping=config.damping,
         cg_iterations=config.cg_iterations,
@@ -188,11 +188,11 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             distribution = policy.distribution(patches[rows], text[rows], mask[rows])
             log_prob = distribution.log_prob(patches[rows])  # (b, N)
             policy_loss = ppo_loss(log_prob, old_log_prob[rows], advantages[rows], config.clip_range)
-            loss = policy_loss + config.kl_coef * kl_to_gaussian(distribution).sum(1).mean()
+            loss = policy_loss + config.kl_prior_coef * kl_to_gaussian(distribution).sum(1).mean()
             loss = loss - config.entropy_coef * distribution.entropy().sum(1).mean()
-            if config.kl_reference_coef:
+            if config.kl_coef:
                 other = reference.distribution(patches[rows], text[rows], mask[rows])
-                loss = loss + config.kl_reference_coef * kl_divergence(distribution, other).sum(1).mean()
+                loss = loss + config.kl_coef * kl_divergence(distribution, other).sum(1).mean()
             policy.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step(patches[rows], text[rows], mask[rows])
@@ -203,7 +203,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             with torch.no_grad():
                 new = policy.distribution(patches, text, mask)
                 approx_kl = kl_divergence(old, new).sum(1).mean().item()
-            if approx_kl > 1.5 * config.kl_per_update:
+            if approx_kl > 1.5 * config.target_kl:
                 break
 
         # Critic: its own network, its own optimiser.

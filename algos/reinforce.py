@@ -55,11 +55,11 @@ class ReinforceConfig:
     """Distinct prompts an update; they take turns."""
     samples_per_prompt: int = 64
     """Noises a prompt and update. Nats an update should be about proportional to it."""
-    baseline: str = "leave_one_out"
-    """`none`, `ema`, `group` or `leave_one_out`."""
+    baseline: str = "rloo"
+    """`none`, `ema`, `group` or `rloo`."""
     optimizer: str = "natural"
-    """`natural` (a step of `kl_per_update`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
-    kl_per_update: float = 1.0
+    """`natural` (a step of `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
+    target_kl: float = 1.0
     """Size of a step in nats a whole noise."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
@@ -71,7 +71,7 @@ class ReinforceConfig:
     """Adam's learning rate."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
-    kl_coef: float = 0.0
+    kl_prior_coef: float = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward a nat."""
     seed: int = 0
     """Seed of initialisation, prompts and noise."""
@@ -101,7 +101,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
-        kl_per_step=config.kl_per_update,
+        target_kl=config.target_kl,
         learning_rate=config.learning_rate,
         damping=config.damping,
         cg_iterations=config.cg_iterations,
@@ -144,7 +144,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
         policy_loss = reinforce_loss(log_prob, advantages)
         policy.zero_grad(set_to_none=True)
-        (policy_loss + config.kl_coef * kl_to_prior).backward()
+        (policy_loss + config.kl_prior_coef * kl_to_prior).backward()
 
         # Step.
         kl = optimizer.step(patches, text, mask)

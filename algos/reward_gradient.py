@@ -53,16 +53,16 @@ class RewardGradientConfig:
     samples_per_prompt: int = 1
     """Noises a prompt and update."""
     optimizer: str = "adam"
-    """`adam` (at `learning_rate`), `natural` (steps of `kl_per_update`) or `adaptive_adam`."""
+    """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
     learning_rate: float = 1e-3
     """Adam's learning rate."""
-    kl_per_update: float = 0.5
+    target_kl: float = 0.5
     """Size of a natural step in nats a whole noise."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
     max_noise_gradient: float = 1.0
     """Each image's gradient by its noise is clipped to this norm: a few are huge where objects appear or vanish."""
-    kl_coef: float = 0.002
+    kl_prior_coef: float = 0.002
     """Weight of the KL to N(0, I), in reward a nat."""
     norm_coef: float = 0.0
     """Weight of ReNO's norm term."""
@@ -87,7 +87,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
-        kl_per_step=config.kl_per_update,
+        target_kl=config.target_kl,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
     )
@@ -123,7 +123,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
         surrogate = -(gradient * noise[kept]).flatten(1).sum(1).mean()
         policy.zero_grad(set_to_none=True)
-        (surrogate + config.kl_coef * kl_to_prior + config.norm_coef * reno).backward()
+        (surrogate + config.kl_prior_coef * kl_to_prior + config.norm_coef * reno).backward()
         kl = optimizer.step(sample.patches.detach(), text, mask)
 
         # Records and checkpoints.

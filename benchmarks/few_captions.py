@@ -48,7 +48,7 @@ SHARED = {
     "prompts_per_update": 16,
     "samples_per_prompt": 64,
     "updates": 50,
-    "kl_per_update": 1.5,
+    "target_kl": 1.5,
     "save_every": 10,
 }
 POLICY = NoiseARConfig(log_variance="shared")

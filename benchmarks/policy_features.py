@@ -43,7 +43,7 @@ def advantages(noise: torch.Tensor, groups: torch.Tensor, seed: int, update: int
     """Standardised advantages ``(B,)`` of noises ``(B, 256)``."""
     generator = torch.Generator().manual_seed(10_000 * seed + update)
     rewards = 0.5 * (noise * signal(seed)[groups]).sum(1) + torch.randn(len(noise), generator=generator)
-    centred = group_advantages(rewards, groups, "leave_one_out")
+    centred = group_advantages(rewards, groups, "rloo")
     return centred / centred.std()
 
 

@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
     "prompts_per_update": 6,
     "samples_per_prompt": 64,
     "updates": 16,
-    "kl_per_update": 2.0,
+    "target_kl": 2.0,
     "save_every": 8,
 }
 
@@ -70,17 +70,17 @@ class Variant:
 VARIANTS = {
     "base": Variant("base", "REINFORCE, natural step of 2 nats, leave-one-out baseline, fixed log-variance"),
     "adam": Variant("optimiser", "Adam at 2e-4", {"optimizer": "adam"}),
-    "kl-0.5": Variant("size of a step", "0.5 nats", {"kl_per_update": 0.5}),
-    "kl-6": Variant("size of a step", "6 nats", {"kl_per_update": 6.0}),
+    "kl-0.5": Variant("size of a step", "0.5 nats", {"target_kl": 0.5}),
+    "kl-6": Variant("size of a step", "6 nats", {"target_kl": 6.0}),
     "small-batch": Variant(
         "images a step", "16 noises a caption, 64 updates of 2 nats", {"samples_per_prompt": 16, "updates": 64}
     ),
     "small-batch-small-step": Variant(
         "images a step",
         "16 noises a caption, 64 updates of 0.5 nats",
-        {"samples_per_prompt": 16, "updates": 64, "kl_per_update": 0.5},
+        {"samples_per_prompt": 16, "updates": 64, "target_kl": 0.5},
     ),
-    "no-baseline": Variant("baseline", "none", {"baseline": "none"}),
+    "no-baseline": Variant("baseline", "none", {"advantage": "none"}),
     "shared-variance": Variant("log-variance", "learned, one number a patch position", {}, {"log_variance": "shared"}),
     "sinusoidal": Variant("position features", "sinusoidal", {}, {"positions": "sinusoidal"}),
     "clip-reward": Variant("reward", "CLIP similarity instead of the dense match", {"reward": "shapes-clip"}),

@@ -88,7 +88,7 @@ def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> Reward
         "samples": config.samples,
         "seed": config.seed,
     }
-    return dataclasses.replace(asked, normalize="reference", statistics=statistics, measured=measured)
+    return dataclasses.replace(asked, normalize="fixed", statistics=statistics, measured=measured)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

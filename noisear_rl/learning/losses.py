@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.distributions import Independent
 
-BASELINES = ("none", "ema", "group", "leave_one_out")
+BASELINES = ("none", "ema", "group", "rloo")
 
 
 def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float = 0.0) -> torch.Tensor:
@@ -73,7 +73,7 @@ def group_advantages(
         rewards: ``(B,)``, one an episode.
         groups: ``(B,)`` integers; episodes of one prompt share a number.
         baseline: ``none``; ``ema`` (a running mean, given as ``ema``); ``group`` (mean of the prompt's
-            episodes; biased by ``1/n``, since it includes the episode itself); ``leave_one_out`` (mean of the
+            episodes; biased by ``1/n``, since it includes the episode itself); ``rloo`` (mean of the
             prompt's other episodes; unbiased, Kool et al. 2019).
         ema: Running mean of rewards, for ``baseline="ema"``.
 
@@ -81,7 +81,7 @@ def group_advantages(
         ``(B,)`` advantages in units of reward.
 
     Raises:
-        ValueError: If the baseline is unknown, or ``leave_one_out`` meets a group of one.
+        ValueError: If the baseline is unknown, or ``rloo`` meets a group of one.
     """
     if baseline not in BASELINES:
         raise ValueError(f"unknown baseline {baseline!r}; expected one of {BASELINES}")
@@ -95,7 +95,7 @@ def group_advantages(
     if baseline == "group":
         return rewards - (total / count)[index]
     if (count < 2).any():
-        raise ValueError("leave_one_out needs at least two episodes of every prompt")
+        raise ValueError("rloo needs at least two episodes of every prompt")
     return rewards - (total[index] - rewards) / (count[index] - 1)
 
 

@@ -141,10 +141,10 @@ class PolicyOptimizer:
 
     Args:
         policy: Whose parameters to change.
-        kind: ``natural`` (:func:`natural_step` of ``kl_per_step``), ``adam`` (at ``learning_rate``) or
-            ``adaptive_adam`` (Adam whose learning rate follows ``kl_per_step``: times 1.5 while a step is shorter
+        kind: ``natural`` (:func:`natural_step` of ``target_kl``), ``adam`` (at ``learning_rate``) or
+            ``adaptive_adam`` (Adam whose learning rate follows ``target_kl``: times 1.5 while a step is shorter
             than half of it, divided by 1.5 while it is longer than twice).
-        kl_per_step: Nats a whole noise.
+        target_kl: Nats a whole noise.
         learning_rate: Adam's, at the start.
         damping: Of the Fisher matrix.
         cg_iterations: Of conjugate gradients.
@@ -160,7 +160,7 @@ class PolicyOptimizer:
         policy: NoiseARPolicy,
         kind: str = "natural",
         *,
-        kl_per_step: float = 1.0,
+        target_kl: float = 1.0,
         learning_rate: float = 2e-4,
         damping: float = 0.01,
         cg_iterations: int = 8,
@@ -169,7 +169,7 @@ class PolicyOptimizer:
     ):
         if kind not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {kind!r}; expected one of {OPTIMIZERS}")
-        self.policy, self.kind, self.kl_per_step, self.max_grad_norm = policy, kind, kl_per_step, max_grad_norm
+        self.policy, self.kind, self.target_kl, self.max_grad_norm = policy, kind, target_kl, max_grad_norm
         self.damping, self.cg_iterations, self.fisher_episodes = damping, cg_iterations, fisher_episodes
         self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
@@ -181,7 +181,7 @@ class PolicyOptimizer:
                 patches,
                 text,
                 text_mask,
-                max_kl=self.kl_per_step,
+                max_kl=self.target_kl,
                 damping=self.damping,
                 iterations=self.cg_iterations,
                 fisher_episodes=self.fisher_episodes,
@@ -197,7 +197,7 @@ class PolicyOptimizer:
             after = self.policy.distribution(patches, text, text_mask)
             kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
         if self.kind == "adaptive_adam":
-            factor = 1.5 if kl < self.kl_per_step / 2 else 1 / 1.5 if kl > self.kl_per_step * 2 else 1.0
+            factor = 1.5 if kl < self.target_kl / 2 else 1 / 1.5 if kl > self.target_kl * 2 else 1.0
             for group in self.adam.param_groups:
                 group["lr"] = min(max(group["lr"] * factor, 1e-7), 1e-1)
         return kl

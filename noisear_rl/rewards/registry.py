@@ -40,7 +40,7 @@ class RewardConfig:
 
     Attributes:
         weights: Weight by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
-        normalize: ``none``, ``running`` or ``reference``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
+        normalize: ``none``, ``running`` or ``fixed``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
         statistics: Mean and standard deviation by scorer; ``noisear reward-statistics`` writes them.
         options: Arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package`` asks the
             scorer's own package (:mod:`noisear_rl.rewards.package`).

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-NORMALIZATIONS = ("none", "running", "reference")
+NORMALIZATIONS = ("none", "running", "fixed")
 
 
 @runtime_checkable
@@ -34,15 +34,15 @@ class WeightedReward:
 
     Args:
         rewards: Scorers and their weights.
-        normalize: ``none``: scores as they are. ``reference``: standardised by fixed means and standard deviations,
+        normalize: ``none``: scores as they are. ``fixed``: standardised by fixed means and standard deviations,
             those of Gaussian noise, so that a weight counts standard deviations. ``running``: by those of all scores
             so far, which depend on what came before; checkpoints keep them.
-        statistics: Mean and standard deviation by scorer's name, for ``reference``
+        statistics: Mean and standard deviation by scorer's name, for ``fixed``
             (:mod:`noisear_rl.evaluation.reward_statistics` measures them); a scorer's own ``statistics`` stand in.
 
     Raises:
         ValueError: If there is no scorer, two have one name, a weight is not finite, the normalisation is unknown, or
-            ``reference`` lacks a scorer's statistics.
+            ``fixed`` lacks a scorer's statistics.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class WeightedReward:
         self.rewards, self.normalize = list(rewards), normalize
         self.name = "+".join(names)
         self.statistics: dict[str, tuple[float, float]] = {}
-        if normalize == "reference":
-            self.statistics = {reward.name: _reference(reward, statistics or {}) for reward, _ in rewards}
+        if normalize == "fixed":
+            self.statistics = {reward.name: _fixed(reward, statistics or {}) for reward, _ in rewards}
         self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
 
     def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ class WeightedReward:
         self.moments[name] = [total, mean + shift * len(values) / total, squares]
 
     def _statistics(self, name: str) -> tuple[float, float]:
-        if self.normalize == "reference":
+        if self.normalize == "fixed":
             return self.statistics[name]
         count, mean, squares = self.moments[name]
         if self.normalize == "none" or count < 2 or squares <= 0:
@@ -130,11 +130,11 @@ class WeightedReward:
         self.moments = {name: list(values) for name, values in state["moments"].items()}
 
 
-def _reference(reward: Reward, statistics: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+def _fixed(reward: Reward, statistics: Mapping[str, Sequence[float]]) -> tuple[float, float]:
     found = statistics.get(reward.name, getattr(reward, "statistics", None))
     if found is None:
         raise ValueError(
-            f"normalize 'reference' needs the statistics of {reward.name!r}: measure them with "
+            f"normalize 'fixed' needs the statistics of {reward.name!r}: measure them with "
             "`noisear reward-statistics`, or set normalize to 'running' or 'none'"
         )
     mean, std = (float(value) for value in found)

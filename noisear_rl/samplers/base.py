@@ -103,7 +103,7 @@ def check_choice(reward: WeightedReward) -> None:
     if reward.normalize == "running":
         raise ValueError(
             "a reward that is standardised by running statistics scores a picture by those before it, so that the "
-            "choice would not follow from prompt and seed: set its normalize to 'none' or 'reference'"
+            "choice would not follow from prompt and seed: set its normalize to 'none' or 'fixed'"
         )
 
 

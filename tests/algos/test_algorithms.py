@@ -38,9 +38,9 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("optimizer", "baseline"), [("natural", "leave_one_out"), ("adam", "ema")])
-def test_resumed_equals_uninterrupted(tmp_path, optimizer, baseline):
-    options = {"optimizer": optimizer, "baseline": baseline, "save_every": 2}
+@pytest.mark.parametrize(("optimizer", "advantage"), [("natural", "rloo"), ("adam", "ema")])
+def test_resumed_equals_uninterrupted(tmp_path, optimizer, advantage):
+    options = {"optimizer": optimizer, "advantage": advantage, "save_every": 2}
     whole = reinforce.train(config(tmp_path / "a", **options))
     reinforce.train(config(tmp_path / "b", **options, updates=2))
     resumed = reinforce.train(config(tmp_path / "b", **options, resume=True))
@@ -54,7 +54,7 @@ def test_resumed_equals_uninterrupted(tmp_path, optimizer, baseline):
 
 def test_reinforce_improves_its_reward(tmp_path):
     """30 updates of 64 images darken the corner by more than two standard deviations of Gaussian noise."""
-    options = {"samples_per_prompt": 32, "updates": 30, "kl_per_update": 1.0}
+    options = {"samples_per_prompt": 32, "updates": 30, "target_kl": 1.0}
     reinforce.train(config(tmp_path, **options))
     rewards = [record["charts/episodic_return"] for record in records(tmp_path)]
     assert sum(rewards[-5:]) / 5 - rewards[0] > 1.0, rewards
@@ -65,7 +65,7 @@ def test_reinforce_improves_its_reward(tmp_path):
 
 def test_kl_penalty_holds_the_policy_back(tmp_path):
     free = reinforce.train(config(tmp_path / "free", updates=6))
-    held = reinforce.train(config(tmp_path / "held", updates=6, kl_coef=10.0))
+    held = reinforce.train(config(tmp_path / "held", updates=6, kl_prior_coef=10.0))
     text = load_denoiser("shapes").encode(PROMPTS).policy_embeds
     patches = standard_noise(range(2), (16, 16))
     assert held.kl_divergence(patches, text).sum() < 0.5 * free.kl_divergence(patches, text).sum()
@@ -74,8 +74,8 @@ def test_kl_penalty_holds_the_policy_back(tmp_path):
 def test_reinforce_bad_input(tmp_path):
     with pytest.raises(ValueError, match="unknown optimizer"):
         reinforce.train(config(tmp_path, optimizer="sgd"))
-    with pytest.raises(ValueError, match="unknown baseline"):
-        reinforce.train(config(tmp_path / "b", baseline="critic"))
+    with pytest.raises(ValueError, match="unknown advantage"):
+        reinforce.train(config(tmp_path / "b", advantage="critic"))
     with pytest.raises(ValueError, match="another denoiser"):
         reinforce.train(config(tmp_path / "c", policy=NoiseARConfig(text_dim=2048)))
 
@@ -138,7 +138,7 @@ def test_nll_bad_input(tmp_path, pairs):
 
 @pytest.mark.parametrize("optimizer", ["natural", "adam"])
 def test_reward_gradients_learn(tmp_path, optimizer):
-    options = {"optimizer": optimizer, "learning_rate": 3e-3, "kl_per_update": 2.0}
+    options = {"optimizer": optimizer, "learning_rate": 3e-3, "target_kl": 2.0}
     settings = RewardGradientConfig(
         reward=TOP_LEFT, prompts=PROMPTS, output_dir=tmp_path, prompts_per_update=2, samples_per_prompt=8, updates=12
     )

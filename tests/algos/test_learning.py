@@ -28,7 +28,7 @@ def learn(folder, algorithm, reward, sizes, **options):
 
 @pytest.mark.parametrize("algorithm", ON_POLICY)
 def test_bandit_with_16_elements_a_patch(tmp_path, algorithm):
-    options = {"samples_per_prompt": 32, "updates": 15, "kl_per_update": 0.5}
+    options = {"samples_per_prompt": 32, "updates": 15, "target_kl": 0.5}
     progress, records = learn(tmp_path, algorithm, toys.Target(), SMALL, **options)
     assert progress > 0.9, records
     assert toys.progress(toys.Target(), records[0]["charts/episodic_return"]) < 0.2
@@ -36,7 +36,7 @@ def test_bandit_with_16_elements_a_patch(tmp_path, algorithm):
 
 @pytest.mark.parametrize("algorithm", ON_POLICY)
 def test_bandit_with_4096_elements_a_patch(tmp_path, algorithm):
-    options = {"samples_per_prompt": 64, "updates": 24, "kl_per_update": 1.5, "fisher_episodes": 64}
+    options = {"samples_per_prompt": 64, "updates": 24, "target_kl": 1.5, "fisher_episodes": 64}
     progress, records = learn(tmp_path, algorithm, toys.Target(), LARGE, **options)
     assert progress > 0.9, records
 
@@ -44,7 +44,7 @@ def test_bandit_with_4096_elements_a_patch(tmp_path, algorithm):
 @pytest.mark.parametrize("algorithm", ON_POLICY)
 def test_second_patch_depends_on_the_first(tmp_path, algorithm):
     """Without memory the best is -5; beyond it the prefix must have been used."""
-    options = {"samples_per_prompt": 128, "updates": 15, "kl_per_update": 0.5}
+    options = {"samples_per_prompt": 128, "updates": 15, "target_kl": 0.5}
     progress, records = learn(tmp_path, algorithm, toys.Echo(), SMALL, **options)
     assert progress > 0.9, records
 
@@ -52,13 +52,13 @@ def test_second_patch_depends_on_the_first(tmp_path, algorithm):
 @pytest.mark.parametrize("algorithm", ON_POLICY)
 def test_patch_depends_on_the_prompt(tmp_path, algorithm):
     """Without the prompt the best is -5, half of the prompts wanting the opposite of the other half."""
-    options = {"samples_per_prompt": 64, "updates": 15, "kl_per_update": 0.5}
+    options = {"samples_per_prompt": 64, "updates": 15, "target_kl": 0.5}
     progress, records = learn(tmp_path, algorithm, toys.Obey(), SMALL, **options)
     assert progress > 0.9, records
 
 
 def test_ppo_with_a_critic_learns_and_its_first_ratio_is_1(tmp_path):
-    options = {"samples_per_prompt": 64, "updates": 20, "kl_per_update": 0.5, "advantage": "gae", "minibatches": 2}
+    options = {"samples_per_prompt": 64, "updates": 20, "target_kl": 0.5, "advantage": "gae", "minibatches": 2}
     progress, records = learn(tmp_path, "ppo", toys.Obey(), SMALL, **options)
     assert progress > 0.9, records
     assert all(record["losses/first_ratio"] == pytest.approx(1, abs=1e-4) for record in records)
@@ -93,7 +93,7 @@ def test_dpo_on_rollouts_solves_the_bandit(tmp_path, sizes, prompts, limit, pati
     env_id = toys.register(toys.Target(), **sizes, prompts=names)
     collecting = {"num_prompts": prompts, "samples_per_prompt": 8, "prompts_per_shard": prompts}
     collect(CollectConfig(env_id, output_dir=tmp_path / "rollouts", **collecting))
-    options = {"optimizer": "natural", "kl_per_update": limit / 3, "max_kl": limit, "evaluate_every": 1}
+    options = {"optimizer": "natural", "target_kl": limit / 3, "max_kl": limit, "evaluate_every": 1}
     config = dpo.DPOConfig(
         tmp_path / "rollouts",
         output_dir=tmp_path / "dpo",

@@ -47,10 +47,10 @@ def test_baselines():
     assert group_advantages(rewards, groups, "none").tolist() == rewards.tolist()
     assert group_advantages(rewards, groups, "ema", 2.0).tolist() == [-1, 0, 1, 8, 18]
     assert group_advantages(rewards, groups, "group").tolist() == [-1, 0, 1, -5, 5]
-    assert group_advantages(rewards, groups, "leave_one_out").tolist() == [-1.5, 0, 1.5, -10, 10]
+    assert group_advantages(rewards, groups, "rloo").tolist() == [-1.5, 0, 1.5, -10, 10]
     with pytest.raises(ValueError, match="at least two"):
-        group_advantages(rewards[:4], groups[:4], "leave_one_out")
-    with pytest.raises(ValueError, match="unknown baseline"):
+        group_advantages(rewards[:4], groups[:4], "rloo")
+    with pytest.raises(ValueError, match="unknown advantage"):
         group_advantages(rewards, groups, "critic")
 
 
@@ -68,7 +68,7 @@ def test_reinforce_is_unbiased():
     actions = 0.7 + torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0))
     log_prob = gaussian(mean.expand(200_000, 1, 1), torch.ones(200_000, 1, 1)).log_prob(actions)
     rewards = actions.square().flatten()
-    reinforce_loss(log_prob, group_advantages(rewards, torch.zeros(200_000).long(), "leave_one_out")).backward()
+    reinforce_loss(log_prob, group_advantages(rewards, torch.zeros(200_000).long(), "rloo")).backward()
     assert abs(-mean.grad.item() - 1.4) < 0.03
 
 

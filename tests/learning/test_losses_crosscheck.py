@@ -120,7 +120,7 @@ def test_reinforce_is_the_gradient_of_the_expected_reward():
     actions = (mean + noise).detach()
     rewards = actions[:, 0, 0] ** 2
     log_prob = Independent(Normal(mean, torch.ones_like(actions)), 1).log_prob(actions)  # (B, 1)
-    advantages = group_advantages(rewards, torch.arange(len(rewards)) % 100, "leave_one_out")
+    advantages = group_advantages(rewards, torch.arange(len(rewards)) % 100, "rloo")
     (gradient,) = torch.autograd.grad(-reinforce_loss(log_prob, advantages), mean)
     expected = lambda value: ((value + noise) ** 2).mean().item()
     finite = (expected(0.701) - expected(0.699)) / 0.002

@@ -68,7 +68,7 @@ def test_weighted_sum_and_normalisation(drawn):
     torch.testing.assert_close(
         reward.score(images[:5], prompts[:5]), 2 * parts["shapes-match"] - 0.5 * parts["shapes-clip"]
     )
-    normal = load_reward({"shapes-match": 2.0, "shapes-clip": -0.5}, normalize="reference")
+    normal = load_reward({"shapes-match": 2.0, "shapes-clip": -0.5}, normalize="fixed")
     (m, s), (cm, cs) = ShapesMatch.statistics, ShapesClip.statistics
     expected = 2 * (parts["shapes-match"] - m) / s - 0.5 * (parts["shapes-clip"] - cm) / cs
     torch.testing.assert_close(normal.total(parts), expected)

@@ -68,10 +68,10 @@ def test_a_failed_scorer_fails_its_picture_and_no_other():
 
 def test_reference_needs_statistics():
     with pytest.raises(ValueError, match=r"needs the statistics of 'a'.*reward-statistics"):
-        WeightedReward([(Given("a", 1.0), 1.0)], "reference")
+        WeightedReward([(Given("a", 1.0), 1.0)], "fixed")
     with pytest.raises(ValueError, match="a mean and a positive deviation"):
-        WeightedReward([(Given("a", 1.0), 1.0)], "reference", {"a": (0.0, 0.0)})
-    reward = WeightedReward([(Given("a", 3.0), 2.0)], "reference", {"a": (1.0, 4.0)})
+        WeightedReward([(Given("a", 1.0), 1.0)], "fixed", {"a": (0.0, 0.0)})
+    reward = WeightedReward([(Given("a", 3.0), 2.0)], "fixed", {"a": (1.0, 4.0)})
     assert reward.score(IMAGES[:1], PROMPTS[:1]).item() == 1.0
 
 
@@ -100,7 +100,7 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
 
 def test_reward_files(tmp_path):
     path = tmp_path / "reward.yaml"
-    path.write_text("weights: {brightness: 2.0}\nnormalize: reference\nstatistics: {brightness: [0.5, 0.1]}\n")
+    path.write_text("weights: {brightness: 2.0}\nnormalize: fixed\nstatistics: {brightness: [0.5, 0.1]}\n")
     torch.testing.assert_close(load_reward(str(path)).score(IMAGES, PROMPTS), 20 * (IMAGES.mean((1, 2, 3)) - 0.5))
     path.write_text("weights: {pickscore: 1.0}\noptions: {pickscore: {dtype: float16, preprocess: tensor}}\n")
     assert load_reward(str(path)).rewards[0][0].dtype == torch.float16
@@ -127,7 +127,7 @@ def test_reference_statistics_are_measured_and_used(tmp_path):
     asked.write_text("weights: {shapes-match: 1.0, brightness: 0.5}\n")
     main([str(asked), "--denoiser", "shapes-turbo", "--num-prompts", "40", "--output", str(out)])
     written = yaml.safe_load(out.read_text())
-    assert written["normalize"] == "reference" and written["measured"]["prompts"] == 40
+    assert written["normalize"] == "fixed" and written["measured"]["prompts"] == 40
     again = measure(ReferenceConfig(str(asked), denoiser="shapes-turbo", num_prompts=40, batch_size=7))
     for name, (mean, std) in again.statistics.items():
         assert written["statistics"][name] == pytest.approx([mean, std], abs=1e-4)
@@ -146,7 +146,7 @@ def test_finite_episodes():
     with pytest.raises(ValueError, match="no episode of this update has a finite reward"):
         finite_episodes(torch.tensor([nan, nan]), groups[:2])
     kept = finite_episodes(rewards, groups)[:2]
-    assert group_advantages(rewards[kept], groups[kept], "leave_one_out").tolist() == [-1.0, 1.0]
+    assert group_advantages(rewards[kept], groups[kept], "rloo").tolist() == [-1.0, 1.0]
 
 
 class Moody(toys.Target):

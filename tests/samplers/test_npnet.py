@@ -172,7 +172,7 @@ def test_published_size(tmp_path, width, parameters):
         else torch.zeros(()).expand(shapes)
     )
     torch.save(zeros(published_shapes(config)), tmp_path / "dit.pth")
-    npnet = NPNet.from_reference(tmp_path / "dit.pth")
+    npnet = NPNet.from_released(tmp_path / "dit.pth")
     assert npnet.config == config and sum(p.numel() for p in npnet.parameters()) == parameters
     noise = standard_noise([0], config.latent_shape)
     torch.testing.assert_close(npnet(noise, torch.randn(1, 77, width)), noise, rtol=0, atol=1e-4)

@@ -6,7 +6,7 @@
 text moves the mean and the scale of every channel and nothing else, and Swin knows no absolute positions: what the
 text alone adds is the same in every row of the latent. The map is deterministic, so that its noise has no density.
 
-Modules bear the names of the authors' checkpoints, whose ``.pth`` files :meth:`NPNet.from_reference` reads.
+Modules bear the names of the authors' checkpoints, whose ``.pth`` files :meth:`NPNet.from_released` reads.
 Stochastic depth, which their script leaves on when it samples, is left out.
 
 The signs of singular vectors are the solver's choice and the network sees them: on another device, or with another
@@ -202,7 +202,7 @@ class NPNet(
                 )
 
     @classmethod
-    def from_reference(cls, path: str | Path, *, svd_heads: int = 8) -> Self:
+    def from_released(cls, path: str | Path, *, svd_heads: int = 8) -> Self:
         """Loads a ``.pth`` file of the authors (``sdxl.pth``, ``dreamshaper.pth``, ``dit.pth``), in eval mode.
 
         ``save_pretrained`` then writes it as safetensors.
@@ -217,8 +217,8 @@ class NPNet(
         """
         saved = read_tensors(path)
         try:
-            state = reference_state(saved)
-            npnet = cls(reference_config(state, svd_heads))
+            state = released_state(saved)
+            npnet = cls(released_config(state, svd_heads))
             npnet.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: not the authors' network: {error}") from error
@@ -243,7 +243,7 @@ def read_tensors(path: str | Path) -> Any:
         raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
 
 
-def reference_state(saved: Any) -> dict[str, torch.Tensor]:
+def released_state(saved: Any) -> dict[str, torch.Tensor]:
     """Tensors of the authors' file by the names that they have here, without what their network does not use.
 
     Raises:
@@ -260,7 +260,7 @@ def reference_state(saved: Any) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(UNUSED)}
 
 
-def reference_config(state: Mapping[str, torch.Tensor], svd_heads: int = 8) -> NPNetConfig:
+def released_config(state: Mapping[str, torch.Tensor], svd_heads: int = 8) -> NPNetConfig:
     """Reads the sizes of the authors' network off its state dict; latents are square, texts have 77 tokens.
 
     Raises:
@@ -287,14 +287,14 @@ def load_npnet(path: str | Path) -> NPNet:
 
     Args:
         path: A checkpoint, a run folder (its newest checkpoint), a Hub id, or a ``.pth`` file of the authors
-            (:meth:`NPNet.from_reference`).
+            (:meth:`NPNet.from_released`).
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no network.
         ValueError: If the weights are truncated or of another architecture.
     """
     if Path(path).suffix == ".pth":
-        return NPNet.from_reference(path)
+        return NPNet.from_released(path)
     return NPNet.from_pretrained(find_checkpoint(path, "NPNet")).eval()
 
 
