@@ -33,9 +33,10 @@ test-slow: install  ## Run the tests that take minutes
 test-originals: install .originals/installed  ## Compare ImageReward and HPSv2 with their authors' packages
 	$(RUN) -m pytest tests/rewards/test_original_scorers.py
 
-lint: install  ## Check style and types
+lint: install  ## Check style, the direction of imports, and types
 	$(VENV)/bin/ruff check $(CHECKED)
 	$(VENV)/bin/ruff format --check $(CHECKED)
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
 format: install  ## Format the code
@@ -43,4 +44,4 @@ format: install  ## Format the code
 	$(VENV)/bin/ruff format $(CHECKED)
 
 clean:  ## Remove what can be made again
-	rm -rf $(VENV) .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
