@@ -3,11 +3,14 @@
     loss = -log p(x' | text) / (N·A)  +  w · mean (x̂ - x')²,   x̂ = μ + σ·ε
 
 with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, cosine decay (appendix E.1.2).
-Pairs of kind ``signal_leak`` say what the target's mean is and how much noise comes on top of it: the prefix is
-drawn anew at every update, and the expectation over a patch's own noise is taken in closed form.
+Prompts of held-out pairs are never trained on. Pairs of kind ``signal_leak`` give the target's mean and the standard
+deviation of the noise on top of it: the prefix is drawn again at every update, and the expectation over a patch's own
+noise is taken in closed form.
 
     noisear pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
     python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
+
+Shapes: ``b`` pairs of a batch, ``N`` patches, ``A`` elements per patch.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from noisear_rl.denoisers import load_denoiser, policy_sizes
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import nll_loss, reconstruction_loss
-from noisear_rl.learning.run import Counters, Run
+from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -37,13 +41,13 @@ class NLLConfig:
     """Options of pretraining."""
 
     pairs: Path = Path("runs/pairs")
-    """Folder that `noisear pairs` wrote."""
+    """Folder that `noisear pairs` or `noisear shared-noise` wrote."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     output_dir: Path = Path("runs/nll")
     """Run folder."""
     denoiser: str = "shapes"
-    """Denoiser whose text embeddings the policy sees."""
+    """Denoiser whose text embeddings the policy reads."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     policy: NoiseARConfig = field(default_factory=NoiseARConfig)
@@ -51,7 +55,7 @@ class NLLConfig:
     epochs: int = 10
     """Passes over the pairs."""
     batch_size: int = 40
-    """Pairs an update."""
+    """Pairs per update."""
     learning_rate: float = 6.25e-5
     """Adam's learning rate at the start of the cosine decay."""
     reconstruction_weight: float = 0.2
@@ -59,19 +63,29 @@ class NLLConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     held_out_share: float = 0.05
-    """Share of the pairs that is only validated on."""
+    """Share of the prompts whose pairs are only validated on."""
+    held_out_pairs: int = 512
+    """Held-out pairs per validation, at most."""
+    log_every: int = 20
+    """Updates between validations and records."""
     seed: int = 0
     """Seed of initialisation, order and reparameterisation noise."""
     save_every: int = 500
     """Updates between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
 
 
 def train(config: NLLConfig) -> NoiseARPolicy:
-    """Pretrains a policy and returns it in eval mode; see the module's docstring."""
+    """Pretrains a policy and returns it in eval mode; see the module's docstring.
+
+    Raises:
+        ValueError: If the pairs were made for another denoiser or are too few to hold some out.
+        FileNotFoundError: If there are no pairs.
+        FileExistsError: If the run folder holds a run and ``resume`` is false.
+    """
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
     # Data and denoiser; text embeddings are computed once and kept by it.
@@ -82,16 +96,16 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     noise_scale = manifest["noise_scale"]  # 0 where the targets hold their own noise
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     prompts = [str(prompt) for prompt in pairs["prompt"][:]]
+    train_rows, held_out_rows = split_by_prompt(prompts, config.held_out_share, config.seed)
+    held_out_rows = stream_rng(config.seed, Stream.HELD_OUT_ROWS).permutation(held_out_rows)[: config.held_out_pairs]
 
     # Policy.
     torch.manual_seed(config.seed)
     shape, owner = tuple(denoiser.latent_shape), f"denoiser {denoiser.name!r}"
     sizes = policy_sizes(denoiser, denoiser.patch_size)
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
-    held_out = max(1, int(config.held_out_share * len(pairs)))
-    train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
-    updates_per_epoch = max(1, len(train_rows) // config.batch_size)
+    updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     counters = run.load(policy, optimizer=optimizer, schedule=schedule) if config.resume else Counters()
@@ -114,14 +128,14 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
     bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="nll", unit="update")
     for update in bar:
-        # Every epoch has its own order; update and noise depend on (seed, update) alone.
+        # Every epoch has its own order; the rest depends on the seed and the update alone.
         epoch, index = divmod(update, updates_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(train_rows)
+        order = stream_rng(config.seed, Stream.BATCH_ORDER, epoch).permutation(train_rows)
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
 
         # Loss and step.
         policy.train()
-        values = losses(rows, np.random.default_rng([config.seed, 1, update]))
+        values = losses(rows, stream_rng(config.seed, Stream.REPARAMETERIZATION, update))
         loss = values["losses/nll"] + config.reconstruction_weight * values["losses/reconstruction"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -132,10 +146,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
         # Records and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         last = counters.step == updates
-        if counters.step % 20 == 0 or last:
+        if counters.step % config.log_every == 0 or last:
             policy.eval()
             with torch.no_grad():
-                held = losses(held_out_rows[:512], np.random.default_rng(config.seed))
+                held = losses(held_out_rows, stream_rng(config.seed, Stream.HELD_OUT_NOISE))
             record = {key: value.item() for key, value in values.items()}
             record |= {"losses/nll_held_out": held["losses/nll"].item(), "losses/total": loss.item()}
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])

@@ -3,10 +3,12 @@
     ∇J = E[ (R - b) · Σ_i ∇ log π(x_i | x_<i, text) ]        (Williams 1992; NoiseAR, appendix D)
 
 The estimator leaves open how long a step is. Two answers: ``natural`` moves along ``F⁻¹ ∇J`` by a given KL
-(nats a whole noise), so that head, position and text features count by what they do to the noise; ``adam``
-is the usual one, and much less sample-efficient here.
+(nats per noise), so that head, position and text features count by what they do to the noise; ``adam`` is the
+usual one, and much less sample-efficient here.
 
     python algos/reinforce.py --config configs/shapes/reinforce.yaml
+
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.config import parse_config
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.learning.losses import finite_episodes, group_advantages, reinforce_loss
-from noisear_rl.learning.natural_gradient import PolicyOptimizer
-from noisear_rl.learning.run import Counters, Run, take_turns
+from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss
+from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
+from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -42,7 +45,7 @@ class ReinforceConfig:
     reward: str | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
-    """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
+    """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
@@ -52,48 +55,55 @@ class ReinforceConfig:
     updates: int = 100
     """Updates of the policy."""
     prompts_per_update: int = 4
-    """Distinct prompts an update; they take turns."""
+    """Distinct prompts per update, cycled in shuffled order."""
     samples_per_prompt: int = 64
-    """Noises a prompt and update. Nats an update should be about proportional to it."""
-    baseline: str = "rloo"
-    """`none`, `ema`, `group` or `rloo`."""
-    optimizer: str = "natural"
+    """Noises per prompt and update. `target_kl` should be about proportional to it."""
+    advantage: Advantage = "rloo"
+    """Baseline: `none`, `ema`, `rloo` (leave one out) or `grpo` (group mean and standard deviation)."""
+    ema_decay: float = 0.9
+    """With `ema`: decay of the running mean of rewards, per update."""
+    optimizer: Optimizer = "natural"
     """`natural` (a step of `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
     target_kl: float = 1.0
-    """Size of a step in nats a whole noise."""
+    """Size of a step in nats per noise."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
     cg_iterations: int = 8
-    """Conjugate-gradient iterations a natural step."""
+    """Conjugate-gradient iterations per natural step."""
     fisher_episodes: int = 128
-    """Episodes that the Fisher matrix is measured on; a step costs about as much as 25 passes over them."""
+    """Episodes that the Fisher matrix is measured on; a step costs about 25 passes over them."""
     learning_rate: float = 2e-4
     """Adam's learning rate."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
     kl_prior_coef: float = 0.0
-    """Weight of the KL to N(0, I), in standard deviations of reward a nat."""
+    """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
     seed: int = 0
     """Seed of initialisation, prompts and noise."""
     save_every: int = 20
     """Updates between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
 
 
 def train(config: ReinforceConfig) -> NoiseARPolicy:
-    """Improves a policy and returns it in eval mode; see the module's docstring."""
+    """Improves a policy and returns it in eval mode; see the module's docstring.
+
+    Raises:
+        ValueError: If an option is out of range, or no episode of an update has a finite reward.
+        FileExistsError: If the run folder holds a run and ``resume`` is false.
+    """
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Environment: all episodes of an update at once.
+    # Environment: all episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
-    groups = torch.arange(batch) % n_prompts
+    groups = torch.arange(batch, device=run.device) % n_prompts  # (B,)
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
@@ -109,18 +119,18 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         max_grad_norm=config.max_grad_norm,
     )
     parts: dict[str, Any] = {"optimizer": optimizer}
-    if task.reward.normalize == "running":  # else it has no state
+    if task.reward.normalize == "running":  # otherwise it has no state
         parts |= {"reward": task.reward}
     counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
     bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
     for update in bar:
-        turns = take_turns(task.prompts, n_prompts, update, config.seed)
-        prompts = [turns[g] for g in groups.tolist()]
+        chosen = next_prompts(task.prompts, n_prompts, update, config.seed)
+        prompts = [chosen[group] for group in groups.tolist()]
 
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
-        seeds = np.random.default_rng([config.seed, 2, update]).integers(2**62, size=batch)
+        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)
         observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
         text = torch.from_numpy(observation["text"]).to(run.device)  # (B, L, D)
         mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (B, L)
@@ -129,14 +139,13 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             observation, rewards, *_, info = envs.step(actions[:, patch])
         patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
         reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
-        kept = finite_episodes(reward, groups.to(run.device))  # the others are dropped and counted
-        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups.to(run.device)))
+        kept = finite_episodes(reward, groups)  # the others are dropped and counted
+        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups))
 
         # Advantages in standard deviations of this update's rewards.
-        advantages = group_advantages(reward, group, config.baseline, counters.reward_ema)
+        advantages = group_advantages(reward, group, config.advantage, counters.reward_ema)
         advantages = advantages / (advantages.std() + 1e-8)
-        average = reward.mean().item()
-        counters.reward_ema = average if counters.reward_ema is None else 0.9 * counters.reward_ema + 0.1 * average
+        counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # Gradient.
         distribution = policy.distribution(patches, text, mask)
@@ -154,7 +163,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         counters.seconds = time.time() - began
         gaussian = distribution.base_dist
         record = {
-            "charts/episodic_return": average,
+            "charts/episodic_return": reward.mean().item(),
             "charts/dropped_episodes": batch - len(kept),
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
@@ -165,6 +174,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             "policy/std": gaussian.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
+        if config.optimizer != "natural":
+            record["charts/learning_rate"] = optimizer.learning_rate
         record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")

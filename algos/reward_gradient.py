@@ -2,10 +2,10 @@
 
     ∇J = E_ε [ ∇_x R(denoise(x), text) · dx/dθ ],   x_i = μ_i(x_<i, text) + σ_i ε_i
 
-An upper anchor for the algorithms that see rewards alone: a gradient says in which direction to move every
-element of the noise, a scalar does not. Needs a differentiable scorer and white-box access to the denoiser, so its
-results are never to be mixed with the others'. Drift is held back by a KL to N(0, I) or by ReNO's norm term
-``½‖x‖² - (d - 1)·log‖x‖`` (Eyring et al. 2024, arXiv 2406.04312), which keeps the norm where a Gaussian's is.
+An upper anchor for the algorithms that only see rewards: a gradient gives the direction in which to move every
+element of the noise, a scalar does not. It needs a differentiable scorer and white-box access to the denoiser, so do
+not compare its results with the others'. A KL to N(0, I) limits drift, or ReNO's norm term
+``½‖x‖² - (d - 1)·log‖x‖`` (Eyring et al. 2024, arXiv 2406.04312), which keeps the norm near a Gaussian's.
 
     python algos/reward_gradient.py --config configs/shapes/reward_gradient.yaml
 """
@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.config import parse_config
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.learning.natural_gradient import PolicyOptimizer
-from noisear_rl.learning.run import Counters, Run, take_turns
+from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
+from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.samplers.reno import norm_regularizer
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -36,10 +36,12 @@ class RewardGradientConfig:
 
     denoiser: str = "shapes-turbo"
     """Denoiser's name or folder; memory grows with its steps."""
+    denoiser_options: dict[str, str] = field(default_factory=dict)
+    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: str | None = None
     """Differentiable scorer; unset for the denoiser's default."""
     prompts: str | tuple[str, ...] | None = None
-    """Prompts, a text file, or a split of `shapes`; unset for the training captions."""
+    """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
     init_from: str | None = None
     """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
@@ -49,21 +51,22 @@ class RewardGradientConfig:
     updates: int = 500
     """Updates of the policy."""
     prompts_per_update: int = 128
-    """Prompts an update; they take turns."""
+    """Prompts per update, cycled in shuffled order."""
     samples_per_prompt: int = 1
-    """Noises a prompt and update."""
-    optimizer: str = "adam"
+    """Noises per prompt and update."""
+    optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
     learning_rate: float = 1e-3
     """Adam's learning rate."""
     target_kl: float = 0.5
-    """Size of a natural step in nats a whole noise."""
+    """Size of a natural step in nats per noise."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
     max_noise_gradient: float = 1.0
-    """Each image's gradient by its noise is clipped to this norm: a few are huge where objects appear or vanish."""
+    """The gradient of each image's reward by its noise is clipped to this norm; it is huge where objects appear or
+    vanish."""
     kl_prior_coef: float = 0.002
-    """Weight of the KL to N(0, I), in reward a nat."""
+    """Weight of the KL to N(0, I), in reward per nat."""
     norm_coef: float = 0.0
     """Weight of ReNO's norm term."""
     seed: int = 0
@@ -71,7 +74,7 @@ class RewardGradientConfig:
     save_every: int = 100
     """Updates between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
 
@@ -79,7 +82,7 @@ class RewardGradientConfig:
 def train(config: RewardGradientConfig) -> NoiseARPolicy:
     """Improves a policy and returns it in eval mode; see the module's docstring."""
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
-    task = NoiseTask(config.denoiser, config.reward, config.prompts)
+    task = NoiseTask(config.denoiser, config.reward, config.prompts, **config.denoiser_options)
     batch = config.prompts_per_update * config.samples_per_prompt
 
     torch.manual_seed(config.seed)
@@ -96,11 +99,11 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
 
     bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="gradient")
     for update in bar:
-        turns = take_turns(task.prompts, config.prompts_per_update, update, config.seed)
-        prompts = [turns[i % len(turns)] for i in range(batch)]
+        chosen = next_prompts(task.prompts, config.prompts_per_update, update, config.seed)
+        prompts = [chosen[i % len(chosen)] for i in range(batch)]
         conditioning = task.denoiser.encode(prompts)
         text, mask = conditioning.policy_embeds.to(run.device), conditioning.policy_mask.to(run.device)
-        seeds = np.random.default_rng([config.seed, 2, update]).integers(2**62, size=batch)
+        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)
 
         # Gradient of the reward by the noise: the part through the denoiser, which needs no policy.
         sample = policy.sample(text, mask, seeds=seeds.tolist(), differentiable=True)
@@ -143,6 +146,8 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             "policy/noise_norm": norm.mean().item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
+        if config.optimizer != "natural":
+            record["charts/learning_rate"] = optimizer.learning_rate
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates:

@@ -71,7 +71,7 @@ def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, cond
         weights = advantages(patches.flatten(1), groups, seed, update)
         policy.zero_grad()
         reinforce_loss(policy.log_prob(patches, text, mask), weights).backward()
-        natural_step(policy, patches, text, mask, max_kl=KL)
+        natural_step(policy, patches, text, mask, target_kl=KL)
     patches = policy.sample(text, mask, seeds=range(50_000, 50_000 + len(groups))).patches
     means = policy.distribution(patches, text, mask).base_dist.mean.flatten(1).detach()
     return (means * signal(seed)[groups]).sum(1).mean().item(), 0.5 * means.square().sum(1).mean().item()

@@ -51,7 +51,7 @@ from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
-from noisear_rl.learning.natural_gradient import fisher_product
+from noisear_rl.learning.natural_gradient import fisher_product, twice_differentiable
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.critic import NoiseARCritic
@@ -164,7 +164,7 @@ def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> di
         "NLL": saved_bytes(lambda: nll_of(policy, *one), policy),
         "DPO": saved_bytes(dpo, policy),
         "PPO": saved_bytes(ppo, policy),
-        "Fisher": saved_bytes(lambda: fisher_product(policy, *one, 0.01), policy),
+        "Fisher": saved_bytes(lambda: fisher_product(policy, twice_differentiable(policy, *one), 0.01), policy),
         "critic": saved_bytes(lambda: critic(*one).square().mean(), critic),
     }
 

@@ -55,7 +55,11 @@ def load_yaml(cls: type[Config], path: Path) -> Config:
 
 
 def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config") -> Config:
-    """Builds a dataclass (nested ones too) from a mapping; unknown keys raise ``ValueError``."""
+    """Builds a dataclass (nested ones too) from a mapping.
+
+    Raises:
+        ValueError: If a key is unknown (names the nearest one), or a value is not among a closed set of choices.
+    """
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
@@ -69,7 +73,37 @@ def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config
             values = values | {key: float(value)}  # YAML reads 1e-4 as a string
         elif value is not None and Path in (hints[key], *typing.get_args(hints[key])):
             values = values | {key: Path(value)}
-    return cls(**values)
+    config = cls(**values)
+    check_choices(config, where)
+    return config
+
+
+def check_choices(config: Any, where: str = "config") -> None:
+    """Checks the options of a dataclass (nested ones too) whose type is a ``Literal``.
+
+    Raises:
+        ValueError: If a value is not among the choices; names them and the nearest one.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_choices(value, f"{where}: {field.name}")
+        choices = _choices(hints[field.name])
+        for item in value if isinstance(value, tuple) else (value,):
+            if choices and item not in choices:
+                near = difflib.get_close_matches(str(item), [str(choice) for choice in choices], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{where}: {field.name} must be one of {choices}, not {item!r}{hint}")
+
+
+def _choices(hint: Any) -> tuple:
+    """The values that a type allows, if it is a ``Literal``, an optional one or a tuple of one; else nothing."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    parts = typing.get_args(hint)
+    found = tuple(choice for part in parts for choice in _choices(part))
+    return (*found, None) if found and type(None) in parts else found
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

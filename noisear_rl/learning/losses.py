@@ -1,15 +1,17 @@
 """Losses and estimators as pure functions of tensors.
 
-Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch. Log-probabilities are per patch, summed over
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch. Log-probabilities are per patch, summed over
 its elements, in nats.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch.distributions import Independent
 
-BASELINES = ("none", "ema", "group", "rloo")
+Advantage = Literal["none", "ema", "rloo", "grpo"]
 
 
 def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float = 0.0) -> torch.Tensor:
@@ -41,15 +43,15 @@ def reconstruction_loss(distribution: Independent, target: torch.Tensor, noise: 
 
 
 def finite_episodes(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Which episodes can be trained on: a scorer may give NaN for a picture.
+    """Which episodes can be trained on: a scorer may give NaN for an image.
 
     Args:
-        rewards: ``(B,)``, one an episode.
+        rewards: ``(B,)``, one per episode.
         groups: ``(B,)`` integers; episodes of one prompt share a number.
 
     Returns:
-        Row numbers ``(b,)`` of the episodes with a finite reward; without those that are left alone of a prompt that
-        had several, which have nothing to be compared with.
+        Row numbers ``(b,)`` of the episodes with a finite reward. Where only one episode of a prompt is left of
+        several, it is dropped too: there is nothing to compare it with.
 
     Raises:
         ValueError: If no episode is left.
@@ -65,38 +67,41 @@ def finite_episodes(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor
 
 
 def group_advantages(
-    rewards: torch.Tensor, groups: torch.Tensor, baseline: str, ema: float | None = None
+    rewards: torch.Tensor, groups: torch.Tensor, kind: Advantage, ema: float | None = None
 ) -> torch.Tensor:
-    """Rewards minus a baseline that does not depend on the episode's own actions.
+    """How much better an episode did than a baseline.
 
     Args:
-        rewards: ``(B,)``, one an episode.
+        rewards: ``(B,)``, one per episode.
         groups: ``(B,)`` integers; episodes of one prompt share a number.
-        baseline: ``none``; ``ema`` (a running mean, given as ``ema``); ``group`` (mean of the prompt's
-            episodes; biased by ``1/n``, since it includes the episode itself); ``rloo`` (mean of the
-            prompt's other episodes; unbiased, Kool et al. 2019).
-        ema: Running mean of rewards, for ``baseline="ema"``.
+        kind: ``none``: the reward itself. ``ema``: minus a running mean of earlier rewards. ``rloo``: minus the mean
+            of the prompt's other episodes (leave one out; unbiased; Kool et al. 2019, Ahmadian et al. 2024 arXiv
+            2402.14740). ``grpo``: minus the mean of the prompt's episodes, divided by their standard deviation (Shao
+            et al. 2024 arXiv 2402.03300); 0 where all are equal.
+        ema: Running mean of rewards, for ``kind="ema"``.
 
     Returns:
-        ``(B,)`` advantages in units of reward.
+        ``(B,)`` advantages, in units of reward except for ``grpo``.
 
     Raises:
-        ValueError: If the baseline is unknown, or ``rloo`` meets a group of one.
+        ValueError: If ``kind`` is unknown, or ``rloo`` or ``grpo`` meets a prompt with a single episode.
     """
-    if baseline not in BASELINES:
-        raise ValueError(f"unknown baseline {baseline!r}; expected one of {BASELINES}")
-    if baseline == "none":
+    if kind not in get_args(Advantage):
+        raise ValueError(f"unknown advantage {kind!r}; expected one of {get_args(Advantage)}")
+    if kind == "none":
         return rewards.clone()
-    if baseline == "ema":
+    if kind == "ema":
         return rewards - (0.0 if ema is None else ema)
     _, index = groups.unique(return_inverse=True)
     count = rewards.new_zeros(int(index.max()) + 1).index_add_(0, index, torch.ones_like(rewards))
-    total = torch.zeros_like(count).index_add_(0, index, rewards)
-    if baseline == "group":
-        return rewards - (total / count)[index]
     if (count < 2).any():
-        raise ValueError("rloo needs at least two episodes of every prompt")
-    return rewards - (total[index] - rewards) / (count[index] - 1)
+        raise ValueError(f"{kind} needs at least two episodes of every prompt")
+    total = torch.zeros_like(count).index_add_(0, index, rewards)
+    if kind == "rloo":
+        return rewards - (total[index] - rewards) / (count[index] - 1)
+    centred = rewards - (total / count)[index]
+    std = (torch.zeros_like(count).index_add_(0, index, centred.square()) / (count - 1)).sqrt()
+    return centred / (std[index] + 1e-4)
 
 
 def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -104,13 +109,13 @@ def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Te
 
     Args:
         log_prob: ``(B, N)``.
-        advantages: ``(B,)``, one an episode; no gradient flows into them.
+        advantages: ``(B,)``, one per episode; no gradient flows into them.
 
     Returns:
         A scalar, averaged over episodes, summed over patches.
 
     Raises:
-        ValueError: If advantages are not one an episode (``(B, 1)`` would broadcast silently).
+        ValueError: If there is not one advantage per episode (``(B, 1)`` would broadcast silently).
     """
     if advantages.shape != log_prob.shape[:1]:
         raise ValueError(f"expected advantages {tuple(log_prob.shape[:1])}, got {tuple(advantages.shape)}")
@@ -125,7 +130,7 @@ def ppo_loss(
     At the first step the ratio is 1, and the gradient is :func:`reinforce_loss`'s.
 
     Args:
-        log_prob: ``(B, N)`` under the policy that learns.
+        log_prob: ``(B, N)`` under the policy being trained.
         old_log_prob: ``(B, N)`` under the policy that sampled; no gradient flows into it.
         advantages: ``(B, N)``; no gradient flows into them.
         clip_range: Ratios beyond ``1 ± clip_range`` gain nothing.

@@ -1,25 +1,34 @@
-"""Steps of a policy: natural-gradient ones of a given KL, whatever the parameterisation, or Adam's.
+"""Steps of a policy: natural-gradient steps of a given KL, whatever the parameterisation, or Adam's.
 
 The Fisher matrix of a diagonal Gaussian policy is ``F = E[Jᵀ M J]`` with ``J`` the Jacobian of mean and log
 standard deviation by the parameters and ``M = diag(1/σ², 2)``. Products ``F v`` cost three backward passes
 through one forward pass (the double-backward trick), so ``F⁻¹ g`` by conjugate gradients needs no matrix
 (Amari 1998; Schulman et al. 2015, TRPO, appendix C).
 
-Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``P`` parameters.
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``P`` parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 from noisear_rl.policy import NoiseARPolicy
 
-OPTIMIZERS = ("natural", "adam", "adaptive_adam")
+Optimizer = Literal["natural", "adam", "adaptive_adam"]
+KL_TOLERANCE, MAX_HALVINGS = 1.5, 8  # a natural step longer than 1.5 times its target is halved, up to 8 times
+ADAPT_BEYOND, ADAPT_FACTOR, ADAPT_RANGE = 2.0, 1.5, (1e-7, 1e-1)  # adaptive Adam: when, by how much, within which rates
+
+
+def _rows_of(distribution: Independent, rows: torch.Tensor) -> Independent:
+    """Some episodes of a distribution with batch shape ``(B, N)``."""
+    gaussian = distribution.base_dist
+    return Independent(Normal(gaussian.mean[rows], gaussian.stddev[rows], validate_args=False), 1, validate_args=False)
 
 
 def conjugate_gradient(
@@ -46,16 +55,28 @@ def _split(vector: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[t
     return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)]
 
 
-def fisher_product(
-    policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, damping: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over episodes ``(B, N, A)``.
+def twice_differentiable(
+    policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
+) -> Independent:
+    """The policy's distribution by attention that has a second derivative, which the fused kernels lack."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return policy.distribution(patches, text, text_mask)
 
-    ``½ vᵀ F v`` is the KL in nats, a whole noise, that a small parameter change ``v`` causes.
+
+def fisher_product(
+    policy: NoiseARPolicy, distribution: Independent, damping: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over the ``B`` episodes of a distribution.
+
+    ``½ vᵀ F v`` is the KL in nats per noise that a small parameter change ``v`` causes.
+
+    Args:
+        policy: The policy.
+        distribution: Its distribution, as :func:`twice_differentiable` computes it.
+        damping: Added to the diagonal.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
-        gaussian = policy.distribution(patches, text, text_mask).base_dist
+    gaussian, episodes = distribution.base_dist, distribution.batch_shape[0]
     std = gaussian.stddev
     outputs, metric = [gaussian.mean], [std.detach() ** -2]
     if std.requires_grad:
@@ -67,7 +88,7 @@ def fisher_product(
     def product(vector: torch.Tensor) -> torch.Tensor:
         parts = _split(vector, parameters)
         forward = torch.autograd.grad(backward, dummy, parts, retain_graph=True)  # J v
-        weighted = [m * u / len(patches) for m, u in zip(metric, forward, strict=True)]
+        weighted = [m * u / episodes for m, u in zip(metric, forward, strict=True)]
         back = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
         return torch.cat([b.reshape(-1) for b in back]) + damping * vector
 
@@ -80,10 +101,14 @@ def _assign(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
         parameter.copy_(values)
 
 
-def _some(count: int, *parts: Any) -> tuple:
-    """A fixed random choice of rows: at regular intervals it would miss prompts that take turns in a batch."""
-    rows = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:count]
-    return tuple(None if part is None else part[rows] for part in parts)
+def _some_rows(total: int, count: int) -> torch.Tensor:
+    """A fixed random choice of rows; rows at regular intervals would miss prompts, which alternate in a batch."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def _kl(before: Independent, after: Independent) -> float:
+    """``KL(before ‖ after)`` in nats per noise, averaged over episodes."""
+    return kl_divergence(before, after).sum(1).mean().item()
 
 
 def natural_step(
@@ -92,62 +117,63 @@ def natural_step(
     text: torch.Tensor,
     text_mask: torch.Tensor | None,
     *,
-    max_kl: float,
+    target_kl: float,
     damping: float = 0.01,
     iterations: int = 8,
-    fisher_episodes: int = 128,
-) -> float:
-    """Moves the policy along ``-F⁻¹ g``, scaled to ``max_kl``; ``g`` is what ``.grad`` holds.
+) -> tuple[float, Independent]:
+    """Moves the policy along ``-F⁻¹ g``, scaled to ``target_kl``; ``g`` is what ``.grad`` holds.
 
     Args:
         policy: Its gradients are read and its parameters changed.
-        patches: ``(B, N, A)`` the policy has sampled; the metric is measured on them.
+        patches: ``(B, N, A)`` sampled from the policy; the metric is measured on them.
         text: ``(B, L, D)``.
         text_mask: ``(B, L)`` or ``None``.
-        max_kl: Size of the step in nats a whole noise, ``KL(old ‖ new)``.
+        target_kl: Size of the step in nats per noise, ``KL(old ‖ new)``.
         damping: Added to the Fisher matrix's diagonal.
-        iterations: Of conjugate gradients.
-        fisher_episodes: Episodes that the metric is measured on, a random choice; fewer are cheaper.
+        iterations: Conjugate-gradient iterations.
 
     Returns:
-        The KL of the step as measured after it, at most ``1.5 · max_kl`` (the step is halved until it is).
+        The KL of the step as measured after it, at most ``1.5 · target_kl`` (the step is halved until it is), and the
+        new distribution on these episodes.
+
+    Raises:
+        ValueError: If the gradient is not finite.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
     if not gradient.isfinite().all():
         raise ValueError("the gradient holds NaN or infinite values")
+    before = twice_differentiable(policy, patches, text, text_mask)
     if not gradient.any():
-        return 0.0
-    patches, text, text_mask = _some(fisher_episodes, patches, text, text_mask)
-    product = fisher_product(policy, patches, text, text_mask, damping)
+        return 0.0, before
+    product = fisher_product(policy, before, damping)
     direction = conjugate_gradient(product, gradient, iterations)
-    step = direction * (2 * max_kl / (direction @ product(direction))).sqrt()
+    step = direction * (2 * target_kl / (direction @ product(direction))).sqrt()
     with torch.no_grad():
         start = parameters_to_vector(parameters)
-        before = policy.distribution(patches, text, text_mask)
-        for _ in range(8):
+        for _ in range(MAX_HALVINGS):
             _assign(parameters, start - step)
             after = policy.distribution(patches, text, text_mask)
-            kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
-            if kl <= 1.5 * max_kl:
-                return kl
+            kl = _kl(before, after)
+            if kl <= KL_TOLERANCE * target_kl:
+                return kl, after
             step = step / 2
         _assign(parameters, start)
-    return 0.0
+    return 0.0, before
 
 
 class PolicyOptimizer:
-    """Takes a step on what ``.grad`` holds, and measures how far it went.
+    """Takes a step along what ``.grad`` holds, and measures how far it went.
 
     Args:
-        policy: Whose parameters to change.
+        policy: The policy to change.
         kind: ``natural`` (:func:`natural_step` of ``target_kl``), ``adam`` (at ``learning_rate``) or
-            ``adaptive_adam`` (Adam whose learning rate follows ``target_kl``: times 1.5 while a step is shorter
-            than half of it, divided by 1.5 while it is longer than twice).
-        target_kl: Nats a whole noise.
+            ``adaptive_adam`` (Adam whose learning rate follows ``target_kl``: it grows by 1.5 while steps are shorter
+            than half of it and shrinks by 1.5 while they are longer than twice).
+        target_kl: Size of a step in nats per noise.
         learning_rate: Adam's, at the start.
-        damping: Of the Fisher matrix.
-        cg_iterations: Of conjugate gradients.
+        damping: Added to the Fisher matrix's diagonal.
+        cg_iterations: Conjugate-gradient iterations per natural step.
         fisher_episodes: Episodes that the metric and the KL are measured on.
         max_grad_norm: Adam's gradients are clipped to this norm.
 
@@ -158,7 +184,7 @@ class PolicyOptimizer:
     def __init__(
         self,
         policy: NoiseARPolicy,
-        kind: str = "natural",
+        kind: Optimizer = "natural",
         *,
         target_kl: float = 1.0,
         learning_rate: float = 2e-4,
@@ -167,39 +193,66 @@ class PolicyOptimizer:
         fisher_episodes: int = 128,
         max_grad_norm: float = 1.0,
     ):
-        if kind not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {kind!r}; expected one of {OPTIMIZERS}")
+        if kind not in get_args(Optimizer):
+            raise ValueError(f"unknown optimizer {kind!r}; expected one of {get_args(Optimizer)}")
         self.policy, self.kind, self.target_kl, self.max_grad_norm = policy, kind, target_kl, max_grad_norm
         self.damping, self.cg_iterations, self.fisher_episodes = damping, cg_iterations, fisher_episodes
         self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
-    def step(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> float:
-        """Moves the policy; returns ``KL(old ‖ new)`` in nats a whole noise, measured on some of the episodes."""
+    @property
+    def learning_rate(self) -> float:
+        """Adam's learning rate, as adapted so far; the natural step has none."""
+        return self.adam.param_groups[0]["lr"]
+
+    def step(
+        self,
+        patches: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        old: Independent | None = None,
+    ) -> float:
+        """Moves the policy.
+
+        Args:
+            patches: ``(B, N, A)``.
+            text: ``(B, L, D)``.
+            text_mask: ``(B, L)`` or ``None``.
+            old: The distribution of these episodes to measure the KL from, such as that of the policy that sampled
+                them; ``None`` for the policy before this step.
+
+        Returns:
+            ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes.
+
+        Raises:
+            ValueError: If the gradient is not finite.
+        """
+        rows = _some_rows(len(patches), self.fisher_episodes)
+        patches, text = patches[rows], text[rows]
+        text_mask = None if text_mask is None else text_mask[rows]
         if self.kind == "natural":
-            return natural_step(
+            kl, after = natural_step(
                 self.policy,
                 patches,
                 text,
                 text_mask,
-                max_kl=self.target_kl,
+                target_kl=self.target_kl,
                 damping=self.damping,
                 iterations=self.cg_iterations,
-                fisher_episodes=self.fisher_episodes,
             )
-        patches, text, text_mask = _some(self.fisher_episodes, patches, text, text_mask)
+            return kl if old is None else _kl(_rows_of(old, rows), after)
         with torch.no_grad():
-            before = self.policy.distribution(patches, text, text_mask)
+            before = self.policy.distribution(patches, text, text_mask) if old is None else _rows_of(old, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not norm.isfinite():
             raise ValueError("the gradient holds NaN or infinite values")
         self.adam.step()
         with torch.no_grad():
-            after = self.policy.distribution(patches, text, text_mask)
-            kl = torch.distributions.kl_divergence(before, after).sum(1).mean().item()
+            kl = _kl(before, self.policy.distribution(patches, text, text_mask))
         if self.kind == "adaptive_adam":
-            factor = 1.5 if kl < self.target_kl / 2 else 1 / 1.5 if kl > self.target_kl * 2 else 1.0
+            low, high = self.target_kl / ADAPT_BEYOND, self.target_kl * ADAPT_BEYOND
+            factor = ADAPT_FACTOR if kl < low else 1 / ADAPT_FACTOR if kl > high else 1.0
             for group in self.adam.param_groups:
-                group["lr"] = min(max(group["lr"] * factor, 1e-7), 1e-1)
+                group["lr"] = min(max(group["lr"] * factor, ADAPT_RANGE[0]), ADAPT_RANGE[1])
         return kl
 
     def state_dict(self) -> dict[str, Any]:

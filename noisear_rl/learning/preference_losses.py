@@ -1,9 +1,9 @@
 """Preference losses by trl's names and with trl's semantics (trl 1.16, ``DPOTrainer``); a patch is a token.
 
-All work on log-probabilities summed over the elements of a patch, and, but for the ``*_norm``, ``ipo`` and ``sft``
-ones, over the patches of a noise: nats of a whole noise. A log-ratio between two Gaussian policies has the
-standard deviation ``√(2·KL)`` whatever the number of elements, so trl's ``beta = 0.1`` (saturation at about ten
-nats) is sensible for small latents and large ones alike.
+All work on log-probabilities summed over the elements of a patch and, except for ``*_norm``, ``ipo`` and ``sft``,
+over the patches of a noise: nats per noise. A log-ratio between two Gaussian policies has the standard deviation
+``√(2·KL)`` whatever the number of elements, so trl's ``beta = 0.1`` (saturation at about ten nats) suits small and
+large latents alike.
 
 Shapes: ``P`` pairs, ``N`` patches.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -46,7 +47,7 @@ class PairLogProbs:
 
 @dataclass(frozen=True)
 class Strength:
-    """What the losses are parameterised by.
+    """Parameters of the losses.
 
     Attributes:
         beta: Inverse temperature of the implied reward ``β·log(π/π_ref)``; τ for ``ipo``.
@@ -153,6 +154,10 @@ def sigmoid_norm(pairs: PairLogProbs, s: Strength) -> torch.Tensor:
     return -logsigmoid(s.beta * _margin(pairs) / pairs.chosen.shape[1])
 
 
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
 LOSSES: dict[str, Callable[[PairLogProbs, Strength], torch.Tensor]] = {
     loss.__name__: loss
     for loss in (
@@ -160,6 +165,7 @@ LOSSES: dict[str, Callable[[PairLogProbs, Strength], torch.Tensor]] = {
         discopop, sft, sigmoid_norm,
     )
 }  # fmt: skip
+assert set(get_args(Loss)) == set(LOSSES)
 
 
 def check_losses(names: Sequence[str], weights: Sequence[float], strength: Strength) -> None:

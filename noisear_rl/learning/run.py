@@ -1,7 +1,7 @@
 """What every training script needs and none should repeat: the run folder, its logs and its checkpoints.
 
 A run folder holds ``config.yaml`` (the resolved configuration), ``metrics.jsonl`` and TensorBoard files (one
-record an update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule,
+record per update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule,
 counters) and the configuration. All randomness of update ``u`` follows from ``(seed, u)``, so a resumed
 run equals an uninterrupted one without any saved generator.
 """
@@ -22,28 +22,54 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
-from noisear_rl.config import to_mapping
+from noisear_rl.config import check_choices, to_mapping
 from noisear_rl.files import write_atomically
+from noisear_rl.seeds import Stream, stream_rng
 
 
-def take_turns(items: Sequence[str], count: int, update: int, seed: int) -> list[str]:
-    """The ``count`` items whose turn it is at an update; every round has an order of its own."""
-    count = min(count, len(items))
-    turn, offset = divmod(update * count, len(items))
-    rounds = [np.random.default_rng([seed, 1, turn + i]).permutation(len(items)) for i in (0, 1)]
-    return [items[i] for i in np.concatenate(rounds)[offset : offset + count]]
+def next_prompts(prompts: Sequence[str], count: int, update: int, seed: int) -> list[str]:
+    """The ``count`` prompts of an update, cycled in shuffled order; every round through them has its own order."""
+    count = min(count, len(prompts))
+    turn, offset = divmod(update * count, len(prompts))
+    rounds = [stream_rng(seed, Stream.PROMPT_ORDER, turn + i).permutation(len(prompts)) for i in (0, 1)]
+    return [prompts[i] for i in np.concatenate(rounds)[offset : offset + count]]
+
+
+def split_by_prompt(prompts: Sequence[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out the rows of some prompts, so that no prompt is on both sides.
+
+    Args:
+        prompts: The prompt of every row; prompts may be repeated.
+        share: Share of the distinct prompts to hold out; at least one is.
+        seed: Seed of the choice.
+
+    Returns:
+        The rows to train on and the held-out rows, in order.
+
+    Raises:
+        ValueError: If either side would be empty.
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(prompts))}
+    order = stream_rng(seed, Stream.HELD_OUT_PROMPTS).permutation(len(names))
+    is_held_out = np.isin([names[prompt] for prompt in prompts], order[: max(1, int(share * len(names)))])
+    if is_held_out.all() or not is_held_out.any():
+        raise ValueError(
+            f"{len(names)} prompts in {len(prompts)} rows are too few to hold out a share of {share:g} of the prompts: "
+            "use more prompts, or another held_out_share"
+        )
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 @dataclass
 class Counters:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: Updates done.
-        images: Pictures denoised for training.
+        images: Images denoised for training.
         seconds: Time spent.
-        reward_ema: Running mean of rewards, where an algorithm keeps one.
-        best: Best held-out figure so far, where an algorithm stops early.
+        reward_ema: Running mean of rewards, for algorithms that keep one.
+        best: Best held-out figure so far, for algorithms that stop early.
         stale: Evaluations since then.
     """
 
@@ -54,6 +80,11 @@ class Counters:
     best: float | None = None
     stale: int = 0
 
+    def average_reward(self, reward: float, decay: float) -> None:
+        """Moves the running mean towards an update's mean reward."""
+        known = reward if self.reward_ema is None else self.reward_ema
+        self.reward_ema = decay * known + (1 - decay) * reward
+
 
 class Run:
     """A run folder, its logs and its checkpoints.
@@ -61,23 +92,24 @@ class Run:
     Args:
         folder: The run folder; made if missing.
         config: The resolved configuration, a dataclass.
-        resume: Go on from the newest checkpoint. If not, a folder that holds one is refused.
+        resume: Resume from the newest checkpoint. Otherwise a folder that holds one is refused.
         wandb: Also log to Weights & Biases.
 
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
-        ValueError: If several processes were launched.
+        ValueError: If an option is not among its choices, or several processes were launched.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
+        check_choices(config, type(config).__name__)
         self.folder, self.config = Path(folder), config
         if list_checkpoints(self.folder) and not resume:
-            raise FileExistsError(f"{folder} holds a run: pass --resume to go on, or choose another --output-dir")
+            raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
         if self.accelerator.num_processes > 1:
-            raise ValueError("training runs in one process so far: start it without a distributed launcher")
+            raise ValueError("training runs in a single process: start it without a distributed launcher")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
         self.accelerator.init_trackers("noisear-rl")
 
@@ -97,7 +129,7 @@ class Run:
 
         Args:
             network: The policy, or another network.
-            counters: Where the run stands.
+            counters: The run's progress.
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -105,7 +137,7 @@ class Run:
         save_checkpoint(self.folder, counters.step, network, counts | state, to_mapping(self.config))
 
     def load(self, network: Any, **parts: Any) -> Counters:
-        """Restores the newest checkpoint, if there is one; returns where the run stands."""
+        """Restores the newest checkpoint, if there is one; returns the run's progress."""
         found = list_checkpoints(self.folder)
         if not found:
             return Counters()

@@ -1,7 +1,6 @@
 """Algorithms learn, resume exactly, and refuse what they cannot use."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
 from noisear_rl.data.weak_to_strong import weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
@@ -34,10 +34,6 @@ def config(folder, **options):
     return ReinforceConfig(output_dir=folder, **(defaults | options))
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(("optimizer", "advantage"), [("natural", "rloo"), ("adam", "ema")])
 def test_resumed_equals_uninterrupted(tmp_path, optimizer, advantage):
     options = {"optimizer": optimizer, "advantage": advantage, "save_every": 2}
@@ -46,7 +42,7 @@ def test_resumed_equals_uninterrupted(tmp_path, optimizer, advantage):
     resumed = reinforce.train(config(tmp_path / "b", **options, resume=True))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    for a, b in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):
+    for a, b in zip(read_records(tmp_path / "a"), read_records(tmp_path / "b"), strict=True):
         a.pop("charts/SPS"), b.pop("charts/SPS")
         assert a == pytest.approx(b, abs=1e-4)
     assert load_policy(tmp_path / "a").config == whole.config
@@ -56,9 +52,9 @@ def test_reinforce_improves_its_reward(tmp_path):
     """30 updates of 64 images darken the corner by more than two standard deviations of Gaussian noise."""
     options = {"samples_per_prompt": 32, "updates": 30, "target_kl": 1.0}
     reinforce.train(config(tmp_path, **options))
-    rewards = [record["charts/episodic_return"] for record in records(tmp_path)]
+    rewards = [record["charts/episodic_return"] for record in read_records(tmp_path)]
     assert sum(rewards[-5:]) / 5 - rewards[0] > 1.0, rewards
-    last = records(tmp_path)[-1]
+    last = read_records(tmp_path)[-1]
     assert 0 < last["losses/approx_kl"] <= 1.5 and last["policy/kl_to_gaussian"] < 60
     assert list((tmp_path / "tensorboard").rglob("events.*"))
 
@@ -93,7 +89,7 @@ def test_nll_learns_the_shift_and_resumes(tmp_path, pairs):
         "policy": NoiseARConfig(log_variance="fixed"),
     }  # fmt: skip
     whole = nll.train(NLLConfig(output_dir=tmp_path / "a", **options))
-    logged = records(tmp_path / "a")
+    logged = read_records(tmp_path / "a")
     assert logged[-1]["losses/nll"] < logged[0]["losses/nll"]
     assert logged[-1]["policy/kl_to_gaussian"] > 0.01
 
@@ -143,7 +139,7 @@ def test_reward_gradients_learn(tmp_path, optimizer):
         reward=TOP_LEFT, prompts=PROMPTS, output_dir=tmp_path, prompts_per_update=2, samples_per_prompt=8, updates=12
     )
     reward_gradient.train(dataclasses.replace(settings, **options))
-    returns = [record["charts/episodic_return"] for record in records(tmp_path)]
+    returns = [record["charts/episodic_return"] for record in read_records(tmp_path)]
     assert returns[-1] > returns[0] + 1.0, returns
 
 
@@ -160,7 +156,7 @@ def test_nll_learns_the_mean_and_the_variance_of_noisy_targets(tmp_path, turbo):
     policy = nll.train(
         dataclasses.replace(settings, batch_size=32, learning_rate=1e-2, policy=NoiseARConfig(log_variance="shared"))
     )
-    rows = records(tmp_path / "run")
+    rows = read_records(tmp_path / "run")
     assert rows[-1]["losses/nll"] < rows[0]["losses/nll"] - 0.1
     std = policy.network.log_variance.mul(0.5).exp().detach()
     assert 0.45 < std.mean() < 0.7 and std.min() > 0.4  # no less than the noise that comes on top

@@ -3,13 +3,12 @@
 Progress is 0 for Gaussian noise and 1 at the optimum; see ``toys.py``.
 """
 
-import json
-
 import pytest
 
 from noisear_rl.algos import dpo, ppo, reinforce
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.rollouts import load_rollouts
+from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests import toys
 
@@ -21,7 +20,7 @@ def learn(folder, algorithm, reward, sizes, **options):
     """Trains on policy; progress of the last three updates, and all records."""
     train, config = ON_POLICY[algorithm]
     train(config(toys.register(reward, **sizes), output_dir=folder, prompts_per_update=2, **options))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(folder)
     returns = [record["charts/episodic_return"] for record in records]
     return toys.progress(reward, sum(returns[-3:]) / 3), records
 

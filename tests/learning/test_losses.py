@@ -46,7 +46,9 @@ def test_baselines():
     rewards, groups = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0]), torch.tensor([4, 4, 4, 7, 7])
     assert group_advantages(rewards, groups, "none").tolist() == rewards.tolist()
     assert group_advantages(rewards, groups, "ema", 2.0).tolist() == [-1, 0, 1, 8, 18]
-    assert group_advantages(rewards, groups, "group").tolist() == [-1, 0, 1, -5, 5]
+    grpo = group_advantages(rewards, groups, "grpo")
+    torch.testing.assert_close(grpo, torch.tensor([-1.0, 0.0, 1.0, -(0.5**0.5), 0.5**0.5]), rtol=0, atol=2e-4)
+    assert group_advantages(torch.full((4,), 0.7), torch.tensor([0, 0, 1, 1]), "grpo").abs().max() < 1e-2
     assert group_advantages(rewards, groups, "rloo").tolist() == [-1.5, 0, 1.5, -10, 10]
     with pytest.raises(ValueError, match="at least two"):
         group_advantages(rewards[:4], groups[:4], "rloo")

@@ -1,8 +1,15 @@
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 from noisear_rl.learning.losses import reinforce_loss
-from noisear_rl.learning.natural_gradient import conjugate_gradient, fisher_product, natural_step
+from noisear_rl.learning.natural_gradient import (
+    PolicyOptimizer,
+    conjugate_gradient,
+    fisher_product,
+    natural_step,
+    twice_differentiable,
+)
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from tests.conftest import random_policy
 
@@ -47,7 +54,8 @@ def test_fisher_product_is_the_hessian_of_the_kl(log_variance):
     torch.manual_seed(0)
     vector = tuple(torch.randn_like(p) for p in start)
     _, expected = torch.autograd.functional.vhp(kl, start, vector)
-    product = fisher_product(policy, patches, text, None, damping=0.0)(torch.cat([v.reshape(-1) for v in vector]))
+    distribution = twice_differentiable(policy, patches, text, None)
+    product = fisher_product(policy, distribution, damping=0.0)(torch.cat([v.reshape(-1) for v in vector]))
     torch.testing.assert_close(product, torch.cat([e.reshape(-1) for e in expected]), rtol=1e-3, atol=1e-3)
 
 
@@ -69,8 +77,14 @@ def test_step_has_the_kl_it_was_asked_for_and_points_downhill(log_variance):
     advantages = patches[:, 3].mean(-1)  # large where patch 3 is
     loss = reinforce_loss(policy.log_prob(patches, text), advantages)
     loss.backward()
-    kl = natural_step(policy, patches, text, None, max_kl=0.5, fisher_episodes=64)
+    with torch.no_grad():
+        before = policy.distribution(patches, text)
+    kl, after = natural_step(policy, patches, text, None, target_kl=0.5)
     assert 0.3 < kl <= 0.75
+    with torch.no_grad():
+        measured = kl_divergence(before, policy.distribution(patches, text)).sum(1).mean().item()
+    assert kl == pytest.approx(measured, rel=1e-3)
+    assert kl == pytest.approx(kl_divergence(before, after).sum(1).mean().item(), rel=1e-3)
     assert reinforce_loss(policy.log_prob(patches, text), advantages) < loss
 
 
@@ -78,9 +92,26 @@ def test_no_gradient_no_step_and_nan_is_refused():
     policy = random_policy(**SMALL)
     text, patches = torch.randn(5, 3, 4), torch.randn(5, 4, 1)
     before = [p.clone() for p in policy.parameters()]
-    assert natural_step(policy, patches, text, None, max_kl=1.0) == 0.0
+    assert natural_step(policy, patches, text, None, target_kl=1.0)[0] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     policy.log_prob(patches, text).sum().backward()
     next(p for p in policy.parameters() if p.grad is not None).grad.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        natural_step(policy, patches, text, None, max_kl=1.0)
+        natural_step(policy, patches, text, None, target_kl=1.0)
+
+
+@pytest.mark.parametrize("kind", ["natural", "adam"])
+def test_the_kl_of_several_steps_is_measured_from_the_policy_that_sampled(kind):
+    policy = random_policy(log_variance="fixed", **SMALL)
+    text, patches = torch.randn(6, 3, 4), torch.randn(6, 4, 1)
+    with torch.no_grad():
+        old = policy.distribution(patches, text)
+    optimizer = PolicyOptimizer(policy, kind, target_kl=0.1, learning_rate=0.01)
+    for _ in range(3):
+        policy.zero_grad()
+        policy.distribution(patches, text).mean.sum().backward()
+        kl = optimizer.step(patches, text, None, old)
+        with torch.no_grad():
+            expected = kl_divergence(old, policy.distribution(patches, text)).sum(1).mean().item()
+        assert kl == pytest.approx(expected, rel=1e-3)
+    assert kl > 0.2 or kind == "adam"  # three steps of 0.1 in one direction are longer than one

@@ -16,10 +16,11 @@ from noisear_rl.algos.npnet import NPNetTrainingConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
-from noisear_rl.config import from_mapping, load_yaml, parse_config, to_mapping
+from noisear_rl.checkpoints import list_checkpoints
+from noisear_rl.config import check_choices, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
-from noisear_rl.learning.run import Counters, Run
+from noisear_rl.learning.run import Counters, Run, next_prompts, split_by_prompt
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig
 from tests.conftest import random_policy
@@ -62,6 +63,59 @@ def test_unknown_keys_name_the_nearest(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_config(Options, ["--ratee", "1"], "test")
     assert "--rate" in capsys.readouterr().err
+
+
+def test_closed_choices_are_refused_when_parsed(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("optimizer: natrual\n")
+    with pytest.raises(SystemExit, match="preset.yaml: optimizer must be one of .*; did you mean 'natural'"):
+        parse_config(PPOConfig, ["--config", str(path)], "test")
+    with pytest.raises(SystemExit):
+        parse_config(PPOConfig, ["--advantage", "leave_one_out"], "test")
+    with pytest.raises(ValueError, match="loss_type must be one of .*, not 'dpo'"):
+        from_mapping(DPOConfig, {"loss_type": ["sigmoid", "dpo"]})
+    with pytest.raises(ValueError, match="reference must be one of"):  # a dataclass built in Python
+        Run(tmp_path / "run", DPOConfig(reference="none"))
+    assert not (tmp_path / "run").exists()
+    check_choices(PPOConfig(optimizer="adaptive_adam", advantage="gae"))
+
+
+def test_prompts_are_cycled_in_shuffled_order():
+    names = [str(i) for i in range(5)]
+    seen = [name for update in range(10) for name in next_prompts(names, 3, update, seed=1)]
+    rounds = [tuple(seen[i : i + 5]) for i in range(0, 30, 5)]
+    assert all(sorted(part) == names for part in rounds) and len(set(rounds)) > 3
+    assert next_prompts(names, 9, 0, seed=1) == list(rounds[0])
+
+
+def test_held_out_prompts_are_on_one_side():
+    prompts = [f"prompt {i % 7}" for i in range(40)]
+    train, held_out = split_by_prompt(prompts, 0.3, seed=0)
+    assert sorted([*train, *held_out]) == list(range(40))
+    names = [{prompts[i] for i in rows} for rows in (train, held_out)]
+    assert not names[0] & names[1] and len(names[1]) == 2  # a share of the prompts, rounded down
+    assert {tuple(split_by_prompt(prompts, 0.3, seed)[1]) for seed in range(5)} != {tuple(held_out)}
+    for few, share in ((["one"] * 9, 0.1), (["one", "two"], 1.0)):
+        with pytest.raises(ValueError, match="too few to hold out"):
+            split_by_prompt(few, share, seed=0)
+
+
+def test_a_run_saved_on_a_gpu_resumes_on_a_cpu(tmp_path, monkeypatch):
+    policy = random_policy(n_layers=1)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    policy.log_prob(torch.randn(2, 16, 16), torch.randn(2, 16, 256)).sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as a GPU's tensors are saved
+    Run(tmp_path, Options()).save(policy, Counters(1), optimizer=optimizer)
+    monkeypatch.undo()
+    state = list_checkpoints(tmp_path)[0] / "state.pt"
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(state, weights_only=True)
+    fresh = torch.optim.Adam(policy.parameters(), lr=0.5)
+    Run(tmp_path, Options(), resume=True).load(policy, optimizer=fresh)
+    moments = next(iter(optimizer.state.values()))["exp_avg"]
+    assert torch.equal(next(iter(fresh.state.values()))["exp_avg"], moments)
 
 
 def test_help_comes_from_docstrings(capsys):
@@ -141,7 +195,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
         run.save(policy, Counters(2))
-    assert run.latest().name == "step-000001"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
 
 
 def test_command_lists_and_dispatches(capsys, tmp_path):
