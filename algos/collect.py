@@ -1,10 +1,10 @@
-"""Collects rollouts: K noises a prompt from a policy, denoised, scored, on disk for offline algorithms.
+"""Collects rollouts for offline algorithms: K noises per prompt from a policy, denoised, scored and written to disk.
 
     python algos/collect.py --config configs/shapes/collect.yaml --policy runs/nll --output-dir runs/rollouts
     accelerate launch --num-processes 4 algos/collect.py --output-dir runs/rollouts    # the same rollouts
 
-Shard ``s`` depends on ``(seed, s)`` alone. Shards are shared out over processes; an interrupted command, started
-again, goes on with those that are missing.
+Shard ``s`` depends only on ``(seed, s)``. Processes share the shards; run an interrupted command again to write the
+missing ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256
 
 @dataclass
 class CollectConfig:
-    """Options of collection."""
+    """Options of the collection."""
 
     env_id: str = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
@@ -45,26 +45,27 @@ class CollectConfig:
     policy: str | None = None
     """Checkpoint, run folder or Hub id that draws the noise; unset for Gaussian noise."""
     output_dir: Path = Path("runs/rollouts")
-    """Where shards and the manifest go."""
+    """Folder for the shards and the manifest."""
     num_prompts: int = 256
-    """How many of the prompts, a random choice; all if there are fewer."""
+    """Number of prompts, chosen at random; all if there are fewer."""
     samples_per_prompt: int = 16
-    """Noises a prompt: K."""
+    """Noises per prompt: K."""
     prompts_per_shard: int = 16
-    """Prompts whose rollouts are denoised together and make a file."""
+    """Prompts per shard; the rollouts of a shard are denoised as one batch."""
     same_noise: bool = False
-    """All prompts get the same K noises, so that their rewards tell which of them serve many prompts."""
+    """Use the same K noises for all prompts, so that rewards show which noises suit many prompts."""
     save_images: bool = False
-    """Also store the pictures, as PNG."""
+    """Also store the images, as PNG."""
     seed: int = 0
     """Seed of prompts and noise."""
 
 
 def collect(config: CollectConfig) -> None:
-    """Writes rollouts; see the module's docstring and :mod:`noisear_rl.data.rollouts`.
+    """Writes rollouts; see the module docstring and :mod:`noisear_rl.data.rollouts`.
 
     Raises:
-        ValueError: If the folder holds rollouts of other settings, or the policy does not fit the environment.
+        ValueError: If a count is below 1, the folder contains rollouts of other settings, the reward uses running
+            statistics, or the policy does not fit the environment.
     """
     if min(config.num_prompts, config.samples_per_prompt, config.prompts_per_shard) < 1:
         raise ValueError("num_prompts, samples_per_prompt and prompts_per_shard must be at least 1")
@@ -74,9 +75,9 @@ def collect(config: CollectConfig) -> None:
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     if task.reward.normalize == "running":
-        raise ValueError("running statistics depend on what was collected before; use normalize: fixed")
+        raise ValueError("running statistics depend on earlier rollouts; use normalize: fixed")
 
-    # Policy: an untrained one is Gaussian noise.
+    # Policy; an untrained one draws Gaussian noise.
     gaussian = NoiseARConfig(log_variance="fixed")
     policy = initial_policy(config.policy, gaussian, task.policy_sizes, str(task)).to(state.device)
 
@@ -96,7 +97,7 @@ def collect(config: CollectConfig) -> None:
         "same_noise": config.same_noise,
         "save_images": config.save_images,
     }
-    if config.reward:  # what later rounds must use again
+    if config.reward:  # later rounds must use the same reward
         manifest["reward_spec"] = config.reward
     check_manifest(config.output_dir, manifest)
     features = rollout_features([reward.name for reward, _ in task.reward.rewards], config.save_images)
@@ -111,12 +112,12 @@ def collect(config: CollectConfig) -> None:
         repeated = [prompt for prompt in chosen for _ in range(k)]
         padded = repeated + repeated[:1] * (batch - len(repeated))  # the last shard may be short
 
-        # Rollout. Noise is rounded to float16 first: what is denoised, scored and stored is one and the same.
+        # Rollout. Noise is rounded to float16 first, so that the same noise is denoised, scored and stored.
         rng = np.random.default_rng([config.seed, 1, shard])
         seeds, denoise_seeds = rng.integers(2**62, size=batch), rng.integers(2**31, size=batch)
         if config.same_noise:
             own = np.random.default_rng([config.seed, 2]).integers(2**62, size=k)
-            seeds = np.tile(own, config.prompts_per_shard)  # as `repeated` has them
+            seeds = np.tile(own, config.prompts_per_shard)  # in the order of `repeated`
         observation, _ = envs.reset(seed=denoise_seeds.tolist(), options={"prompts": padded})
         text = torch.from_numpy(observation["text"]).to(state.device)  # (B, L, D)
         mask = torch.from_numpy(observation["text_mask"]).bool().to(state.device)  # (B, L)
@@ -156,11 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     collect(config)
     rollouts = load_rollouts(config.output_dir)
     rewards, prompts = rollouts.rewards, np.array(rollouts.prompts)
-    starts = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])  # rows of a prompt lie together
+    starts = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])  # rows of a prompt are contiguous
     best, worst = np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
     print(
-        f"{rewards.size} rollouts of {len(starts)} prompts in {config.output_dir}; reward {rewards.mean():.3f}, best "
-        f"of a prompt {best.mean():.3f}, best minus worst {(best - worst).mean():.3f}; dropped {rollouts.dropped}"
+        f"{rewards.size} rollouts of {len(starts)} prompts in {config.output_dir}; mean reward {rewards.mean():.3f}, "
+        f"best per prompt {best.mean():.3f}, best minus worst {(best - worst).mean():.3f}; dropped {rollouts.dropped}"
     )
 
 

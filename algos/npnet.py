@@ -1,14 +1,14 @@
-"""NPNet on pairs: regression from Gaussian noise to golden noise (Golden Noise, Zhou et al. 2024, arXiv 2411.09502).
+"""Trains NPNet on pairs: regression from Gaussian noise to golden noise (Zhou et al. 2024, arXiv 2411.09502).
 
     loss = mean (npnet(x, text) - x')²
 
-with ``x`` the noise of a pair's seed and ``x'`` its target. AdamW, with cosine decay. The authors keep a pair only if
-a reward prefers the picture of its target: ``filter_reward`` of :mod:`noisear_rl.data.pairs`. Pairs of kinds
-``signal_leak`` and ``shared_noise`` say what the target's mean is and how much noise comes on top of it: that noise
-is then ``x``, drawn anew at every update, and ``x' = mean + noise_scale·x``.
+``x`` is the noise of a pair's seed and ``x'`` its target. AdamW with cosine decay. The authors keep a pair only if a
+reward prefers the image of its target: ``filter_reward`` of :mod:`noisear_rl.data.pairs`. Pairs of kinds
+``signal_leak`` and ``shared_noise`` store the target's mean and the scale of the noise on top of it: ``x`` is then
+drawn anew at every update, and ``x' = mean + noise_scale·x``.
 
-The weights with the least held-out loss are kept; as an untrained network leaves noise as it is, training can only
-lower that loss.
+The weights with the lowest held-out loss are kept. An untrained network is the identity, so the result is never worse
+than unchanged noise on the held-out pairs.
 
     noisear pairs --config configs/shapes/pairs.yaml --filter-reward shapes-match --output-dir runs/golden
     python algos/npnet.py --config configs/shapes/npnet.yaml --pairs runs/golden
@@ -48,55 +48,59 @@ class NPNetTrainingConfig:
     output_dir: Path = Path("runs/npnet")
     """Run folder."""
     denoiser: str = "shapes"
-    """Denoiser that the pairs were made for; its text embeddings are what the network sees."""
+    """Denoiser that the pairs were made for; the network sees its text embeddings."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     npnet: NPNetConfig = field(default_factory=NPNetConfig)
-    """A fresh network; its `latent_shape` and `text_shape` are the denoiser's, whatever is set here."""
+    """Sizes of a fresh network; `latent_shape` and `text_shape` always come from the denoiser."""
     epochs: int = 30
     """Passes over the pairs."""
     batch_size: int = 64
-    """Pairs an update."""
+    """Pairs per update."""
     learning_rate: float = 1e-4
     """AdamW's learning rate at the start of the cosine decay."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     held_out_share: float = 0.1
-    """Share of the pairs that is only validated on."""
+    """Share of the pairs that is held out for validation."""
     evaluate_every: int = 50
     """Updates between evaluations on held-out pairs."""
     seed: int = 0
-    """Seed of initialisation, order and noise on top."""
+    """Training seed: initialisation, order and added noise."""
     save_every: int = 500
     """Updates between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
 
 
 def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNet:
-    """Trains a network and returns it in eval mode; see the module's docstring.
+    """Trains a network and returns it in eval mode; see the module docstring.
 
     Args:
         config: Options.
-        denoiser: Whose text embeddings to use, if the pairs' denoiser has no name of its own.
+        denoiser: Denoiser to use instead of the one named in ``config``.
+
+    Raises:
+        FileNotFoundError: If the folder contains no pairs, or ``init_from`` no network.
+        ValueError: If the pairs or the network were made for another denoiser, or there are too few pairs.
     """
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Data and denoiser; text embeddings are computed once and kept by it.
+    # Data and denoiser, which computes text embeddings once and caches them.
     pairs = load_pairs(config.pairs).with_format("numpy")
     manifest = read_manifest(config.pairs)
     name = denoiser.name if denoiser else config.denoiser
     if manifest["denoiser"] != name:
         raise ValueError(f"{config.pairs} was made for denoiser {manifest['denoiser']!r}, not {name!r}")
-    noise_scale = manifest["noise_scale"]  # 0 where a target belongs to the noise of its seed
+    noise_scale = manifest["noise_scale"]  # 0 if a target belongs to the noise of its seed
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     prompts, seeds = [str(prompt) for prompt in pairs["prompt"][:]], pairs["seed"][:]
 
-    # Network; the best so far is one with it at first.
+    # Network; at first it is also the best so far.
     torch.manual_seed(config.seed)
     shape = tuple(denoiser.latent_shape)
     fresh = dataclasses.replace(config.npnet, latent_shape=shape, text_shape=tuple(denoiser.text_shape))
@@ -116,7 +120,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     began = time.time() - counters.seconds
 
     def batch(rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise, its target and the text."""
+        """Noise, its target and its text embedding."""
         target = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
         if noise_scale:
             noise = torch.from_numpy(rng.standard_normal(target.shape, dtype=np.float32))
@@ -143,7 +147,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
         counters.best = held_out_losses()["losses/mse_held_out"]
     bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="npnet", unit="update")
     for update in bar:
-        # Every epoch has its own order; update and noise depend on (seed, update) alone.
+        # Every epoch has its own order; an update and its noise depend only on (seed, update).
         epoch, index = divmod(update, updates_per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(train_rows)
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
@@ -171,7 +175,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
             run.save(npnet, counters, **parts)
     npnet.load_state_dict(best.state_dict())
     run.save(npnet, counters, **parts)
-    print(f"held-out loss: {counters.best:.5f} at best in {counters.step} updates", flush=True)
+    print(f"best held-out loss: {counters.best:.5f} in {counters.step} updates", flush=True)
     run.close()
     return npnet.eval()
 

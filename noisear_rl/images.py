@@ -8,11 +8,11 @@ from PIL import Image
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Picture ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
+    """Image ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
     return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as ``(1, 3, H, W)`` float32 in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as ``(1, 3, H, W)`` float32 in [0, 1]."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.reshape(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255

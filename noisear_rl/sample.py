@@ -1,10 +1,10 @@
-"""Pictures from Gaussian noise and from a policy's noise side by side, for those who want pictures and no training.
+"""Draws images from Gaussian noise and from a policy's noise side by side, without any training.
 
     noisear sample "a photo of two squares" --denoiser shapes-turbo --policy runs/ppo
     noisear sample "a lighthouse at dawn" --denoiser sdxl --policy OWNER/POLICY --seeds 0 1 2 3
 
-The same seed is the same draw in both rows: a policy shifts and scales it. Writes ``comparison.png``, every picture as
-a PNG of its own, and ``noise.safetensors`` with the noises ``(P·S, C, h, w)`` by method, prompt by prompt.
+A seed is the same Gaussian draw in both rows; a policy shifts and scales it. Writes ``comparison.png``, one PNG per
+image, and ``noise.safetensors`` with the noises ``(P·S, C, h, w)`` of each method, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class SampleConfig:
     """Options of sampling."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What the pictures must show."""
+    """Prompts that describe the images."""
     policy: str = ""
-    """Checkpoint, run folder or Hub id; unset for Gaussian noise alone."""
+    """Checkpoint, run folder or Hub id; unset for Gaussian noise only."""
     denoiser: str = "shapes"
-    """Denoiser's name or folder."""
+    """Name or folder of the denoiser."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """One picture a seed, prompt and method."""
+    """Seeds of the noise: one image per seed, prompt and method."""
     temperature: float | None = None
     """Factor on the policy's standard deviation; unset for its own."""
     output_dir: Path = Path("runs/sample")
-    """Where the pictures go."""
+    """Folder for the images and the noise."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32`, `path FOLDER` or `num_inference_steps 30`."""
 
@@ -50,26 +50,27 @@ class SampleConfig:
 def draw(
     denoiser: Denoiser, policy: NoiseARPolicy | None, prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noises ``(P·S, C, h, w)`` and their pictures ``(P·S, 3, H, W)``, prompt by prompt.
+    """Draws noises ``(P·S, C, h, w)`` and their images ``(P·S, 3, H, W)``, prompt by prompt.
 
     Args:
         denoiser: Frozen diffusion model.
         policy: ``None`` for Gaussian noise.
-        prompts: ``P``.
-        seeds: ``S``, the same for every prompt.
+        prompts: ``P`` prompts.
+        seeds: ``S`` seeds, the same for every prompt.
     """
     drawn = as_sampler(denoiser, policy)([prompt for prompt in prompts for _ in seeds], [*seeds] * len(prompts))
     return drawn.noise, drawn.images
 
 
 def sample(config: SampleConfig) -> Path:
-    """Writes the pictures; returns the comparison's path.
+    """Writes the images and the noise; returns the path of the comparison.
 
     Raises:
-        ValueError: If there is no prompt or seed, the temperature is not positive, or the policy does not fit.
+        ValueError: If there is no prompt or seed, the temperature is not positive, or the policy does not fit the
+            denoiser.
     """
     if not config.prompts or not config.seeds:
-        raise ValueError('say what the pictures must show: noisear sample "a photo of two squares"')
+        raise ValueError('expected at least one prompt and one seed: noisear sample "a photo of two squares"')
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
     if config.policy:
@@ -103,7 +104,7 @@ def sample(config: SampleConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    print(f"pictures: {sample(parse_config(SampleConfig, argv, __doc__))}")
+    print(f"images: {sample(parse_config(SampleConfig, argv, __doc__))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures for those who train nothing: side by side, the same seeds, and a policy's noise in a user's own pipeline."""
+"""Images without training: methods side by side on the same seeds, and a policy's noise in a user's own pipeline."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_side_by_side(tmp_path, policy_folder, capsys):
     np.testing.assert_allclose(drawn, images[0].permute(1, 2, 0), atol=0.01)
 
 
-def test_temperature_and_what_is_refused(tmp_path, policy_folder):
+def test_temperature_and_rejected_arguments(tmp_path, policy_folder):
     other = tmp_path / "other"
     random_policy(text_dim=64).save_pretrained(other)
     run = lambda *arguments: cli.main(["sample", *arguments, "--output-dir", str(tmp_path / "out"), *OPTIONS])
@@ -53,7 +53,7 @@ def test_temperature_and_what_is_refused(tmp_path, policy_folder):
     warm = load_file(tmp_path / "out/noise.safetensors")["policy"]
     assert (cold[0] - cold[1]).abs().max() < 0.3 < (warm[0] - warm[1]).abs().max()
     for arguments, message in (
-        ([], "say what the pictures must show"),
+        ([], "expected at least one prompt and one seed"),
         ([PROMPTS[0], "--policy", str(other)], "its text_dim is 64"),
         ([PROMPTS[0], "--policy", str(tmp_path / "none")], "no such folder"),
         ([PROMPTS[0], "--policy", str(policy_folder), "--temperature", "0"], "temperature must be positive"),
@@ -64,7 +64,7 @@ def test_temperature_and_what_is_refused(tmp_path, policy_folder):
 
 
 def test_a_policys_noise_in_a_users_own_pipeline(shapes):
-    """What the README shows: a plain pipeline, its own prompt embeddings, the policy's noise as its latents."""
+    """As in the README: a plain pipeline, its own prompt embeddings, the policy's noise as its latents."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "pipeline", add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     policy = random_policy()

@@ -1,1 +1,1 @@
-"""Datasets on disk: rollouts, preference pairs from them, and the pairs that pretraining reads."""
+"""Datasets on disk: rollouts, preference pairs made from them, and the pairs used for pretraining."""

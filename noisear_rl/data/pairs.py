@@ -1,7 +1,7 @@
-"""Pairs of a prompt and a noise to pretrain on, on disk: ``noisear pairs --help``.
+"""Builds pairs of a prompt and a noise for pretraining: ``noisear pairs --help``.
 
 Two kinds: ``weak_to_strong``, the noise that strong guidance would have preferred
-(:mod:`~noisear_rl.data.weak_to_strong`), and ``signal_leak``, the noise that the forward process would have left of a
+(:mod:`~noisear_rl.data.weak_to_strong`), and ``signal_leak``, the noise that the forward process would have made of a
 good image (:mod:`~noisear_rl.data.signal_leak`). Several processes share the shards:
 ``accelerate launch --num-processes 4 -m noisear_rl.data.pairs …``.
 
@@ -39,43 +39,44 @@ class PairsConfig:
     """Options of pair construction."""
 
     denoiser: str = "shapes"
-    """Denoiser's name or folder."""
+    """Name or folder of the denoiser."""
     kind: str = "weak_to_strong"
     """`weak_to_strong` or `signal_leak`."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     output_dir: Path = Path("runs/pairs")
-    """Where shards and the manifest go."""
+    """Folder for the shards and the manifest."""
     pairs: int = 4096
-    """How many noises to start from; prompts are repeated in turn with new noise."""
+    """Number of noises to start from; prompts are cycled with new noise."""
     filter_reward: str | None = None
-    """Weak-to-strong: keep a pair only if this scorer prefers the target's image; unset keeps all and renders none.
-    Signal leak: keep a picture only if it scores `min_reward`."""
+    """Weak-to-strong: keep a pair only if this scorer prefers the target's image; unset keeps all and draws no images.
+    Signal leak: keep an image only if it scores at least `min_reward`."""
     min_reward: float = 0.8
-    """Signal leak: least score of a picture."""
+    """Signal leak: minimum score of an image."""
     policy: str | None = None
-    """Signal leak: checkpoint, run folder or Hub id that draws the first noise; unset for Gaussian noise."""
+    """Signal leak: checkpoint, run folder or Hub id of the policy that draws the first noise; unset for Gaussian
+    noise."""
     signal_strength: float = 1.5
-    """Signal leak: multiplies the layout's share; 1 is what the denoiser saw in its training."""
+    """Signal leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
     noise_scale: float = 0.8
-    """Signal leak: standard deviation of the noise on top, drawn anew whenever a pair is used."""
+    """Signal leak: standard deviation of the added noise, drawn anew whenever a pair is used."""
     strong_guidance: float = 5.5
     """Guidance of the step down."""
     weak_guidance: float = 1.0
     """Guidance of the step up."""
     num_inference_steps: int = 50
-    """Length of the DDIM schedule; fewer steps are larger ones."""
+    """Length of the DDIM schedule; fewer steps mean larger ones."""
     inversion: str = "exact"
-    """`exact`, or `compat` with public scripts."""
+    """`exact`, or `compat` to match public scripts."""
     rounds: int = 1
-    """Weak-to-strong: how often the pair of steps is repeated. Signal leak: how many pictures are made for a pair,
-    each after the first from the leak of the last good one; all good ones are kept."""
+    """Weak-to-strong: repetitions of the pair of steps. Signal leak: images per pair; each image after the first
+    starts from the leak of the last good one, and all good ones are kept."""
     seed: int = 0
     """Pair i starts from the Gaussian noise of seed `seed + i`."""
     batch_size: int = 128
-    """Pairs computed at once."""
+    """Pairs per batch."""
     shard_size: int = 1024
-    """Pairs a Parquet file; an interrupted command goes on after the last whole one."""
+    """Pairs per Parquet file; an interrupted command resumes after the last complete file."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32`."""
 
@@ -84,23 +85,28 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     """Writes shards of pairs and returns them as one dataset.
 
     Columns: ``prompt``, ``seed`` (of the starting noise, see :func:`noisear_rl.gaussian.standard_noise`) and
-    ``target`` (float16, flattened ``(C, h, w)``), without the noise that the manifest's ``noise_scale`` puts on it.
+    ``target`` (float16, flattened ``(C, h, w)``), without the noise of scale ``noise_scale`` (in the manifest) that is
+    added on use.
+
+    Args:
+        config: Options.
+        denoiser: Denoiser to use instead of the one named in ``config``.
 
     Raises:
-        ValueError: If an option is out of range, the folder holds pairs of other settings, or no pair passed the
+        ValueError: If an option is out of range, the folder contains pairs of other settings, or no pair passed the
             filter.
     """
     if config.kind not in KINDS:
         raise ValueError(f"unknown kind {config.kind!r}; expected one of {KINDS}")
     leak = config.kind == "signal_leak"
     if leak and config.filter_reward is None:
-        raise ValueError("signal_leak chooses pictures by a reward: set filter_reward")
+        raise ValueError("signal_leak chooses images by a reward: set filter_reward")
     if leak and not (config.noise_scale > 0 and config.signal_strength > 0):
         raise ValueError("noise_scale and signal_strength must be positive")
     state = PartialState()
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     if leak and not denoiser.signal_level > 0:
-        raise ValueError(f"the schedule of {denoiser.name!r} begins in pure noise, which nothing leaks into")
+        raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
     policy = load_policy(config.policy) if leak and config.policy else None
     prompts = resolve_prompts(config.prompts, denoiser.name).prompts
     manifest = to_mapping(config) | {
@@ -112,7 +118,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         "denoiser_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
     }
-    for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # do not change what is written
+    for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
         manifest.pop(key)
     check_manifest(config.output_dir, manifest)
     reward = load_reward(config.filter_reward) if config.filter_reward else None
@@ -160,7 +166,7 @@ def _weak_to_strong(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Targets ``(B, C, h, w)`` and which of them to keep ``(B,)``."""
+    """Targets ``(B, C, h, w)`` and a mask ``(B,)`` of those to keep."""
     conditioning = denoiser.encode(prompts)
     noise = standard_noise(seeds, denoiser.latent_shape)
     target = weak_to_strong(
@@ -183,8 +189,8 @@ def load_pairs(folder: str | Path) -> Dataset:
     """Loads the pairs that :func:`build_pairs` wrote.
 
     Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If the filter left none.
+        FileNotFoundError: If the folder contains no pairs.
+        ValueError: If the filter rejected all pairs.
     """
     pairs = load_shards(folder, "pairs", "noisear pairs")
     if not len(pairs):

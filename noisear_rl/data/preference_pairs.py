@@ -1,4 +1,4 @@
-"""Preference pairs from rollouts: which of two noises of a prompt earned more.
+"""Preference pairs from rollouts: which of two noises for a prompt earned the higher reward.
 
 Shapes: ``R`` rollouts, ``P`` pairs.
 """
@@ -20,12 +20,12 @@ class PreferencePairs:
 
     Attributes:
         chosen: ``(P,)`` row numbers of the better rollouts.
-        rejected: ``(P,)`` row numbers of the worse ones.
-        prompts: How many prompts there were.
-        used: How many of them gave a pair.
+        rejected: ``(P,)`` row numbers of the worse rollouts.
+        prompts: Number of prompts.
+        used: Number of prompts with at least one pair.
         ties: Prompts (``best_worst``) or pairs (``all_above_margin``) of equal reward, dropped.
-        below: The same for differences above 0 that do not exceed the threshold.
-        margin: Mean difference of reward in the pairs.
+        below: Prompts or pairs whose difference is above 0 but does not exceed the threshold, dropped.
+        margin: Mean difference in reward over the pairs.
     """
 
     chosen: np.ndarray
@@ -49,17 +49,17 @@ class PreferencePairs:
 def preference_pairs(
     rollouts: Rollouts, threshold: float = 0.0, strategy: str = "best_worst", seed: int = 0
 ) -> PreferencePairs:
-    """Pairs within each prompt, never across prompts (NoiseAR, appendix D: best and worst of a prompt).
+    """Makes pairs within each prompt, never across prompts (NoiseAR, appendix D: best and worst of a prompt).
 
     Args:
         rollouts: ``R`` rollouts.
-        threshold: A pair's rewards must differ by more than this. Ties never make a pair.
-        strategy: ``best_worst``: one pair a prompt. ``all_above_margin``: every pair that passes.
-        seed: Which of several equally good rollouts stands for its prompt.
+        threshold: The rewards of a pair must differ by more than this. Ties never make a pair.
+        strategy: ``best_worst``: one pair per prompt. ``all_above_margin``: every pair above the threshold.
+        seed: Seed of the choice among equally good rollouts.
 
     Raises:
-        ValueError: If the strategy is unknown, the threshold negative or NaN, or no pair passes; the message
-            tells the spread of rewards and suggests a threshold.
+        ValueError: If the strategy is unknown, the threshold is negative or NaN, or no pair exceeds it; the message
+            reports the spread of rewards and suggests a threshold.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; expected one of {STRATEGIES}")
@@ -74,7 +74,7 @@ def preference_pairs(
     spreads, used, ties, below = [], 0, 0, 0
     for rows in groups.values():
         order = rng.permutation(rows)
-        order = order[np.argsort(rewards[order], kind="stable")]  # worst first, equals in random order
+        order = order[np.argsort(rewards[order], kind="stable")]  # worst first, ties in random order
         spreads.append(float(rewards[order[-1]] - rewards[order[0]]))
         if strategy == "best_worst":
             better, worse = order[-1:], order[:1]
@@ -93,11 +93,11 @@ def preference_pairs(
         advice = (
             f"try a threshold of {0.5 * middle or 0.5 * most:.3g}"
             if most > 0
-            else "all rewards of every prompt are equal: collect more samples a prompt, or use another reward"
+            else "all rewards of every prompt are equal: collect more samples per prompt, or use another reward"
         )
         raise ValueError(
-            f"no pair differs by more than {threshold}: best minus worst of a prompt is {middle:.3g} in the median "
-            f"and {most:.3g} at most, over {len(groups)} prompts; {advice}"
+            f"no pair differs by more than {threshold}: best minus worst of a prompt has median {middle:.3g} and "
+            f"maximum {most:.3g} over {len(groups)} prompts; {advice}"
         )
     margin = float((rewards[chosen] - rewards[rejected]).mean())
     return PreferencePairs(np.array(chosen), np.array(rejected), len(groups), used, ties, below, margin)

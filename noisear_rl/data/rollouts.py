@@ -1,11 +1,11 @@
-"""Rollouts on disk, and preference pairs from them.
+"""Rollouts on disk.
 
-A folder holds Parquet shards, readable by Hugging Face ``datasets``, and a manifest (denoiser, sizes, scorers,
+A folder contains Parquet shards, readable by Hugging Face ``datasets``, and a manifest (denoiser, sizes, scorers,
 policy). One row is one finished episode: ``prompt``, ``seed`` (of the noise), ``denoise_seed``, ``noise`` (float16,
-flattened ``(C, h, w)``), ``log_prob`` (one number a patch, in nats, of exactly this noise), ``reward``,
-``reward/<scorer>`` and, by option, ``image``. ``algos/collect.py`` writes them.
+flattened ``(C, h, w)``), ``log_prob`` (one number per patch, in nats, of exactly this noise), ``reward``,
+``reward/<scorer>`` and optionally ``image``. ``algos/collect.py`` writes them.
 
-Shapes: ``R`` rollouts, ``P`` pairs, ``N`` patches, ``A`` elements a patch.
+Shapes: ``R`` rollouts, ``N`` patches, ``A`` elements per patch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rollout_features(scorers: Sequence[str], images: bool) -> Features:
 
 
 def rollout_manifest(task: NoiseTask) -> dict[str, Any]:
-    """What rollouts must agree on to be used together."""
+    """The properties that rollouts must share to be used together."""
     denoiser, statistics = task.denoiser, task.reward.statistics
     return {
         "denoiser": denoiser.name,
@@ -54,7 +54,7 @@ class Rollouts:
     Attributes:
         dataset: ``R`` rows.
         manifest: How they were collected.
-        dropped: Rows left out, because a scorer gave NaN or infinity.
+        dropped: Rows left out because a scorer returned NaN or infinity.
     """
 
     dataset: Dataset
@@ -79,7 +79,7 @@ class Rollouts:
 
     @property
     def policy_sizes(self) -> dict[str, Any]:
-        """What a policy must agree on with these rollouts."""
+        """The sizes that a policy must share with these rollouts."""
         shape, width = tuple(self.manifest["latent_shape"]), self.manifest["text_shape"][1]
         return {"latent_shape": shape, "patch_size": self.manifest["patch_size"], "text_dim": width}
 
@@ -88,7 +88,7 @@ def load_rollouts(folder: str | Path) -> Rollouts:
     """Loads what ``algos/collect.py`` wrote.
 
     Raises:
-        FileNotFoundError: If there is nothing.
+        FileNotFoundError: If the folder contains no rollouts.
         ValueError: If no reward is finite, or the collection was interrupted.
     """
     dataset = load_shards(folder, "rollouts", "python algos/collect.py")
@@ -103,7 +103,7 @@ def load_rollouts(folder: str | Path) -> Rollouts:
         )
     good = np.isfinite(np.array(dataset["reward"], dtype=np.float32))
     if not good.any():
-        raise ValueError(f"{folder}: not one of {len(good)} rewards is finite: look at the scorers")
+        raise ValueError(f"{folder}: none of the {len(good)} rewards is finite: check the scorers")
     if good.all():
         return Rollouts(dataset, manifest)
     return Rollouts(dataset.select(np.flatnonzero(good)), manifest, int((~good).sum()))

@@ -1,4 +1,4 @@
-"""Datasets on disk as numbered Parquet files beside a manifest, so that an interrupted command can go on."""
+"""Datasets on disk as numbered Parquet files with a manifest, so that an interrupted command can resume."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pyarrow.parquet import read_metadata
 
 
 def shard_file(folder: Path, index: int) -> Path:
-    """Where a shard lies."""
+    """Path of a shard."""
     return folder / f"shard-{index:05d}.parquet"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps datasets' bars, one a file, out of the command's own."""
+    """Disables the progress bars of ``datasets``, one per file, in favour of the command's own."""
     disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 
 def write_shard(folder: Path, index: int, rows: Mapping[str, list], features: Features) -> None:
-    """Writes a shard whole or not at all."""
+    """Writes a shard atomically."""
     file = shard_file(folder, index)
     temporary = file.with_name(f".{file.name}")
     with _quiet():
@@ -44,15 +44,15 @@ def write_shard(folder: Path, index: int, rows: Mapping[str, list], features: Fe
 
 
 def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
-    """All shards of a folder as one dataset in memory.
+    """Loads all shards of a folder as one dataset in memory.
 
     Args:
-        folder: Where they lie.
-        what: What they hold, for the message.
-        command: What makes them, for the message.
+        folder: Folder of the shards.
+        what: What they contain, for the error message.
+        command: The command that writes them, for the error message.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there are no shards or no manifest.
     """
     files = sorted(str(file) for file in Path(folder).glob("shard-*.parquet"))
     if not files or not (Path(folder) / "manifest.json").is_file():

@@ -1,10 +1,10 @@
-"""A few noises shared by many prompts: which of them suits which prompt, and pairs that pretrain on it.
+"""A few noises shared by many prompts: chooses one noise per prompt and writes pairs to pretrain on.
 
-A noise that lays out one picture well tends to lay out its like well, too ("golden" seeds: Xu et al. 2024, arXiv
-2405.14828). Prompts that were all tried on the same noises tell which; they borrow from each other by kernel ridge
-regression from text embeddings to the rewards of every noise, whose strength is chosen by what prompts that are left
-out would have earned. Few noises for all prompts make a target that a Gaussian policy can learn: good noises of
-each prompt's own are many layouts, which blur into an average of none. Rewards alone, no reward gradients.
+A noise that gives one image a good layout tends to suit similar images too ("golden" seeds: Xu et al. 2024, arXiv
+2405.14828). The choice uses prompts that were all tried on the same noises. They share strength by kernel ridge
+regression from text embeddings to the rewards of every noise; the ridge is chosen by the rewards of left-out prompts.
+A few noises for all prompts are a target that a Gaussian policy can learn: separate good noises for each prompt have
+many layouts, whose average has none. This needs only rewards, no reward gradients.
 
     python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
     noisear shared-noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
@@ -39,11 +39,11 @@ class SharedNoiseConfig:
     rollouts: Path = Path("runs/rollouts")
     """Folder that `algos/collect.py --same-noise` wrote."""
     output_dir: Path = Path("runs/shared")
-    """Where the pairs go, one a prompt."""
+    """Folder for the pairs, one per prompt."""
     prompts: str | tuple[str, ...] | None = None
-    """Prompts to choose for, a text file, or a split of `shapes`; unset for those that were tried."""
+    """Prompts to choose for, a text file, or a split of `shapes`; unset for the prompts that were tried."""
     noises: int = 8
-    """How many different noises to share out; more serve prompts better and are harder to learn."""
+    """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
     noise_scale: float = 0.5
     """Standard deviation of fresh noise in a target; the shared noise makes up the rest of the unit variance."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class Choice:
 
     Attributes:
         noise: ``(Q,)`` column of the noise.
-        ridge: The strength that was chosen: large where prompts have much in common.
+        ridge: The chosen ridge: large if prompts have much in common.
         average: Mean reward of the tried prompts on all noises.
-        expected: Mean reward of every tried prompt on the noise that the others recommend to it: what the choice is
-            worth to prompts that were never tried, up to the luck of having chosen the ridge by it.
+        expected: Mean reward of every tried prompt on the noise that the other prompts recommend for it. This
+            estimates the reward of untried prompts, slightly too high because the ridge was chosen by it.
     """
 
     noise: np.ndarray
@@ -69,8 +69,8 @@ class Choice:
 
     def __str__(self) -> str:
         return (
-            f"{len(np.unique(self.noise))} noises for {len(self.noise)} prompts; reward of tried prompts "
-            f"{self.average:.3f} on average, {self.expected:.3f} on the noise that other prompts recommend "
+            f"{len(np.unique(self.noise))} noises for {len(self.noise)} prompts; mean reward of the tried prompts: "
+            f"{self.average:.3f} on all noises, {self.expected:.3f} on the noise that other prompts recommend "
             f"(ridge {self.ridge:.2g})"
         )
 
@@ -82,10 +82,10 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
         rewards: ``(P, S)``, prompts by noises.
         tried: ``(P, D)`` text features of these prompts.
         asked: ``(Q, D)`` text features of the prompts to choose for.
-        noises: How many different noises to share out, chosen greedily.
+        noises: Number of distinct noises, chosen greedily.
 
     Raises:
-        ValueError: If the shapes do not fit, a number is not finite, or ``noises`` is not between 1 and ``S``.
+        ValueError: If the shapes do not match, a number is not finite, or ``noises`` is not between 1 and ``S``.
     """
     if rewards.ndim != 2 or len(tried) != len(rewards) or len(rewards) < 2 or tried.shape[1:] != asked.shape[1:]:
         raise ValueError(
@@ -93,21 +93,21 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
             f"{tried.shape} and {asked.shape}"
         )
     if not 1 <= noises <= rewards.shape[1]:
-        raise ValueError(f"noises must lie between 1 and the {rewards.shape[1]} that were tried, got {noises}")
+        raise ValueError(f"noises must be between 1 and the {rewards.shape[1]} that were tried, got {noises}")
     if not all(np.isfinite(part).all() for part in (rewards, tried, asked)):
         raise ValueError("rewards and features must be finite")
-    relative = rewards - rewards.mean(1, keepdims=True)  # how hard a prompt is says nothing about noises
+    relative = rewards - rewards.mean(1, keepdims=True)  # a prompt's difficulty says nothing about noises
     centred = tried - tried.mean(0)
     scale = max(np.square(centred).sum(1).mean(), 1e-12)
-    kernel = lambda x: (x - tried.mean(0)) @ centred.T / scale + 1  # the constant: a noise may suit all prompts
+    kernel = lambda x: (x - tried.mean(0)) @ centred.T / scale + 1  # + 1: a noise may suit all prompts
     values, vectors = np.linalg.eigh(kernel(tried))
     rotated, rows = vectors.T @ relative, np.arange(len(rewards))
     best: tuple[float, float, np.ndarray, np.ndarray] | None = None
     for ridge in RIDGES:
         shrunk = vectors * (values / (values + ridge))
-        smooth = shrunk @ rotated  # (P, S) reward that is predicted
+        smooth = shrunk @ rotated  # (P, S) predicted reward
         own = (shrunk * vectors).sum(1, keepdims=True)  # diagonal of the smoother
-        without = (smooth - own * relative) / (1 - own)  # each row as the other prompts predict it
+        without = (smooth - own * relative) / (1 - own)  # each row predicted from the other prompts
         chosen = _cover(smooth, noises)
         expected = float(rewards[rows, chosen[without[:, chosen].argmax(1)]].mean())
         if best is None or expected > best[0]:
@@ -119,7 +119,7 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
 
 
 def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
-    """Columns such that the best of them is good for every row: each in turn adds most to the mean of the best."""
+    """Greedily chosen columns: each one raises the mean over rows of the best chosen column most."""
     best, chosen = np.full(len(predicted), -np.inf), []
     for _ in range(count):
         chosen.append(int(np.maximum(predicted, best[:, None]).mean(0).argmax()))
@@ -128,43 +128,47 @@ def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
 
 
 def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
-    """Arranges rollouts that ``collect.py --same-noise`` wrote.
+    """Arranges rollouts of ``collect.py --same-noise`` by prompt and noise.
 
     Returns:
-        ``P`` prompts, their rewards ``(P, S)``, the noises ``(S, C·h·w)``, float32, and their ``S`` seeds.
+        ``P`` prompts, their rewards ``(P, S)``, the noises ``(S, C·h·w)`` in float32, and their ``S`` seeds.
 
     Raises:
         ValueError: If the prompts were not tried on the same noises.
     """
     if not rollouts.manifest.get("same_noise"):
-        raise ValueError("these rollouts have noises of their own for every prompt: collect with --same-noise")
+        raise ValueError("these rollouts have different noises for every prompt: collect with --same-noise")
     count = rollouts.manifest["samples_per_prompt"]
-    prompts = np.array(rollouts.prompts)  # rows of a prompt lie together
+    prompts = np.array(rollouts.prompts)  # rows of a prompt are contiguous
     _, first, rows = np.unique(prompts, return_index=True, return_counts=True)
-    whole = np.sort(first[rows == count])  # not those of which a scorer failed on a picture
-    if not len(whole):
-        raise ValueError("no prompt has a finite reward on every noise: look at the scorers")
-    drawn = rollouts.dataset.with_format("numpy")[whole[0] : whole[0] + count]
-    rewards = rollouts.rewards[whole[:, None] + np.arange(count)]
-    return prompts[whole].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
+    complete = np.sort(first[rows == count])  # skips prompts with an image that a scorer failed on
+    if not len(complete):
+        raise ValueError("no prompt has a finite reward on every noise: check the scorers")
+    drawn = rollouts.dataset.with_format("numpy")[complete[0] : complete[0] + count]
+    rewards = rollouts.rewards[complete[:, None] + np.arange(count)]
+    return prompts[complete].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
 
 
 def text_features(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    """Mean of each prompt's token embeddings: ``(P, D)``."""
+    """Mean token embedding of each prompt: ``(P, D)``."""
     conditioning = denoiser.encode(prompts)
     weight = conditioning.policy_mask.float()[..., None]
     return ((conditioning.policy_embeds * weight).sum(1) / weight.sum(1)).cpu().numpy()
 
 
 def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> Choice:
-    """Writes a pair for every prompt, in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
+    """Writes one pair per prompt in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
+
+    Args:
+        config: Options.
+        denoiser: Denoiser to use instead of the one named in the rollouts' manifest.
 
     Raises:
-        ValueError: If an option is out of range, the prompts were not tried on the same noises, or the folder holds
+        ValueError: If an option is out of range, the prompts were not tried on the same noises, or the folder contains
             pairs of other settings.
     """
     if not 0 < config.noise_scale < 1:
-        raise ValueError(f"noise_scale must lie between 0 and 1, got {config.noise_scale}")
+        raise ValueError(f"noise_scale must be between 0 and 1, got {config.noise_scale}")
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)

@@ -1,8 +1,9 @@
-"""The noise that the forward process would have left of a good image: ``√ᾱ·z0 + σ·ε``.
+"""The noise that the forward process would have made of a good image: ``√ᾱ·z0 + σ·ε``.
 
-Schedules do not end in pure noise, so the layout leaks into what the model saw at its first timestep (Everaert et al.
-arXiv 2309.15842; Lin et al. arXiv 2305.08891). ``z0`` is the latent of an image that the denoiser made of a policy's or
-Gaussian noise and the reward accepted: rewards alone, no reward gradient, no images from elsewhere.
+The noise schedule does not end in pure noise, so the layout leaks into the model's input at the first timestep
+(Everaert et al. arXiv 2309.15842; Lin et al. arXiv 2305.08891). ``z0`` is the latent of an image that the denoiser made
+from a policy's or Gaussian noise and that the reward accepted. This needs only rewards, no reward gradients and no
+external images.
 
 Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 """
@@ -32,29 +33,29 @@ def signal_leak(
     noise_scale: float,
     rounds: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Leaks of good images, round by round; each round after the first starts from the last good leak.
+    """Computes the leaks of good images, round by round; each round after the first starts from the last good leak.
 
     Args:
-        denoiser: Whose schedule leaks.
+        denoiser: Denoiser whose schedule leaks.
         policy: Draws the first noise; ``None`` for Gaussian noise.
-        reward: Judges the images.
+        reward: Decides which images are good.
         prompts: ``B`` prompts.
         seeds: ``B`` seeds of the noise.
-        min_reward: Least score of a good image.
-        signal_strength: Multiplies the layout's share; 1 is what the denoiser saw in its training.
-        noise_scale: Standard deviation of the noise on top of a leak.
-        rounds: How many images are made for a pair.
+        min_reward: Minimum score of a good image.
+        signal_strength: Factor on the layout's share; 1 is the share that the denoiser saw in training.
+        noise_scale: Standard deviation of the noise added to a leak.
+        rounds: Images per pair.
 
     Returns:
-        For every round the means of the targets ``(B, C, h, w)``, without their noise, and which of them to keep
-        ``(B,)``.
+        For every round the means of the targets ``(B, C, h, w)``, without their noise, and a mask ``(B,)`` of those to
+        keep.
     """
     conditioning = denoiser.encode(prompts)
     if policy is not None:
         policy.to(conditioning.policy_embeds.device)
     level = signal_strength * denoiser.signal_level
-    good = torch.zeros(len(seeds), dtype=torch.bool)  # has had a good image
-    mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good one
+    good = torch.zeros(len(seeds), dtype=torch.bool)  # samples with a good image so far
+    mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good image
     found = []
     text, mask = conditioning.policy_embeds, conditioning.policy_mask
     for i in range(rounds):

@@ -1,4 +1,4 @@
-"""The noise that strong guidance would have preferred: one step down with strong guidance, one step back up with weak.
+"""The noise that strong guidance would have preferred: a step down with strong guidance, a step back up with weak.
 
 Both predictions are made at the same timestep ``t0`` (NoiseAR §3.1; Bai et al. arXiv 2502.00473; Golden Noise arXiv
 2411.09502).
@@ -42,9 +42,9 @@ def inversion_coefficients(
     Args:
         scheduler: Deterministic DDIM (``eta = 0``), or Euler for flow matching, where the prediction is a velocity:
             ``x1 = x0 + (σ1 - σ0)·v`` and back.
-        inversion: ``exact``: the inverse of the step just taken. ``compat``: what public scripts compute with
-            ``DDIMInverseScheduler``, which inverts the *next* step's interval and so scales the noise (by
-            1.0035 on SDXL's schedule at 50 steps).
+        inversion: ``exact``: the inverse of the step just taken. ``compat``: like public scripts that use
+            ``DDIMInverseScheduler``, which inverts the *next* step's interval and so scales the noise (by 1.0035 on
+            SDXL's schedule at 50 steps).
 
     Raises:
         ValueError: If the inversion is unknown or there are too few timesteps.
@@ -53,7 +53,7 @@ def inversion_coefficients(
         raise ValueError(f"unknown inversion {inversion!r}; expected one of {INVERSIONS}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if inversion != "exact":
-            raise ValueError(f"{inversion!r} inversion is a habit of DDIM scripts; flow matching has 'exact' alone")
+            raise ValueError(f"{inversion!r} inversion exists only for DDIM; flow matching needs 'exact'")
         down = float(scheduler.sigmas[1] - scheduler.sigmas[0])
         return Inversion(float(scheduler.timesteps[0]), a=1.0, b=down, c=1.0, d=-down)
     needed = 2 if inversion == "exact" else 3
@@ -84,7 +84,7 @@ def weak_to_strong(
     inversion: str = "exact",
     rounds: int = 1,
 ) -> torch.Tensor:
-    """The target noise of a pair, at the price of two guided predictions a round.
+    """Computes the target noise of a pair, with two guided predictions per round.
 
     Args:
         denoiser: Any denoiser.
@@ -92,9 +92,9 @@ def weak_to_strong(
         conditioning: Of ``B`` prompts.
         strong_guidance: Guidance of the step down.
         weak_guidance: Guidance of the step up.
-        num_inference_steps: Length of the DDIM schedule; fewer steps are larger ones.
+        num_inference_steps: Length of the DDIM schedule; fewer steps mean larger ones.
         inversion: See :func:`inversion_coefficients`.
-        rounds: How often to repeat, each time from the last target.
+        rounds: Number of repetitions, each from the last target.
 
     Returns:
         ``(B, C, h, w)`` float32.

@@ -1,4 +1,4 @@
-"""Prompts: one resolver for every command, the published sets, and GenEval-style prompts of our own."""
+"""Prompts: one resolver for every command, the published sets, and generated GenEval-style prompts."""
 
 from noisear_rl.prompts.resolve import categories_of, resolve_prompts
 from noisear_rl.prompts.sets import PUBLISHED, PromptSet, load_prompt_set

@@ -1,4 +1,4 @@
-"""Writes prompts in GenEval's six categories about everyday objects of our own choice.
+"""Generates prompts in GenEval's six categories about a separate list of everyday objects.
 
 =============  =================================================
 category       example
@@ -11,9 +11,9 @@ position       a photo of a lamp left of a zebra
 color_attr     a photo of a purple apple and a white bus
 =============  =================================================
 
-The categories and the wording are those of GenEval (Ghosh et al. 2023, arXiv 2310.11513), the choice of prompts is not:
-they are for training and for choosing settings, so that GenEval's own can be kept for the evaluation. Short ones can be
-in both: most of single_object, a fifth of counting, a tenth of colors.
+The categories and the wording are those of GenEval (Ghosh et al. 2023, arXiv 2310.11513), the prompts are not: they are
+meant for training and for choosing settings, so that GenEval's own prompts stay reserved for evaluation. Short prompts
+can occur in both: most of single_object, a fifth of counting, a tenth of colors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import random
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, PREFIX, RELATIONS
 from noisear_rl.prompts.sets import PromptSet
 
-# Every one of them takes "an" exactly if its first letter is a vowel.
+# Each noun takes "an" exactly if its first letter is a vowel.
 OBJECTS: tuple[str, ...] = (
     *(
         "airplane",
@@ -51,13 +51,13 @@ NUMBERS: tuple[str, ...] = ("two", "three", "four")
 
 
 def geneval_style_prompts(count_per_category: int, seed: int = 0) -> PromptSet:
-    """Writes prompts with equal shares of GenEval's six categories, which take turns.
+    """Generates prompts with equal shares of GenEval's six categories, in alternation.
 
-    No two prompts are equal, and no two of a category name the same two objects. Asking for more prompts with the same
-    seed adds to the end.
+    No two prompts are equal, and no two prompts of a category name the same two objects. A larger count with the same
+    seed appends to the same prompts.
 
     Args:
-        count_per_category: 1 to 48, the number of :data:`OBJECTS`.
+        count_per_category: Prompts per category, from 1 to the number of :data:`OBJECTS`, 48.
         seed: Seed of the draw.
 
     Raises:
@@ -71,7 +71,7 @@ def geneval_style_prompts(count_per_category: int, seed: int = 0) -> PromptSet:
 
 
 def with_article(noun: str) -> str:
-    """Puts "a" or "an" in front of a noun phrase of this file's words."""
+    """Puts "a" or "an" before a noun phrase made of this module's words."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -85,7 +85,7 @@ def plural(noun: str) -> str:
 
 
 def _written(category: str, rng: random.Random) -> list[str]:
-    """All that there is to draw from of a category, in random order."""
+    """All prompts of a category, in random order."""
     match category:
         case "single_object":
             bodies = [with_article(noun) for noun in OBJECTS]

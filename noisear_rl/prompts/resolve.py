@@ -1,4 +1,4 @@
-"""What every command understands by ``prompts``: splits of the shapes world, files, published sets, prompts."""
+"""Resolves the ``prompts`` option: splits of the shapes world, files, published sets, or prompts."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def resolve_prompts(
         prompts: A list of prompts; or one string:
 
             * for the embedded denoisers a split of the shapes world (``train``, ``held_out``), or a split with equal
-              shares of the categories, small ones repeated (``train-balanced``);
-            * ``geneval-style``: prompts of our own, written like GenEval's;
-            * a file, or a published set by name (:mod:`noisear_rl.prompts.sets`); a prompt that comes twice in a file
+              shares of the categories, with captions of small categories repeated (``train-balanced``);
+            * ``geneval-style``: generated prompts in the style of GenEval;
+            * a file, or the name of a published set (:mod:`noisear_rl.prompts.sets`); a repeated prompt in a file
               counts once;
-            * anything else with a space between words: one prompt.
+            * any other string with a space between words: one prompt.
 
             ``None`` for the training captions (embedded denoisers) or a few examples (others).
-        denoiser: The denoiser's name.
-        count: How many prompts. Of a split and of ``geneval-style``, in equal shares of the categories, small ones
-            repeated; of everything else, from its start. ``None`` for all.
-        skip_bad_rows: Leave malformed rows of a file out with a warning.
+        denoiser: Name of the denoiser.
+        count: Number of prompts. A split and ``geneval-style`` give equal shares of the categories, with captions of
+            small categories repeated; anything else gives its first prompts. ``None`` for all.
+        skip_bad_rows: Skip malformed rows of a file with a warning.
 
     Raises:
         ValueError: If there is no prompt, one is empty, ``count`` is below 1, or a file is malformed.
-        FileNotFoundError: If a string without spaces is neither a split, nor a file, nor a published set's name.
+        FileNotFoundError: If a string without spaces is neither a split, a file, nor the name of a published set.
     """
     if count is not None and count < 1:
         raise ValueError(f"the number of prompts must be at least 1, got {count}")
@@ -81,7 +81,7 @@ def _as_they_are(prompts: Sequence[str], count: int | None) -> PromptSet:
 
 
 def categories_of(prompts: Sequence[str]) -> list[str]:
-    """GenEval category of every prompt; ``all`` for prompts outside the shapes world."""
+    """GenEval category of each prompt; ``all`` for prompts outside the shapes world."""
     names = []
     for prompt in prompts:
         try:

@@ -1,4 +1,4 @@
-"""Prompt sets of text-to-image evaluation: from the user's own file in its published layout, or by name.
+"""Prompt sets of text-to-image evaluation: from a local file in its published layout, or by name.
 
 =============  ==============================  ==================================  =======  ============
 name           published file                  layout                              prompts  licence
@@ -6,22 +6,23 @@ name           published file                  layout                           
 drawbench      DrawBench Prompts - Sheet1.csv  csv: Prompts, Category                  200  not stated
 pick-a-pic     test_unique split               parquet: caption                        500  not stated
 geneval        evaluation_metadata.jsonl,      jsonl: tag, include, prompt;            553  MIT
-               generation_prompts.txt          a prompt a line
+               generation_prompts.txt          one prompt per line
 parti-prompts  PartiPrompts.tsv                tsv: Prompt, Category, two more       1,632  Apache-2.0
 hpd            anime.json, concept-art.json,   a JSON list of strings; the file's    3,200  Apache-2.0
                paintings.json, photo.json      name is the category
 =============  ==============================  ==================================  =======  ============
 
-Sources: DrawBench is Imagen's (Saharia et al. 2022, arXiv 2205.11487), here from the Hub dataset sayakpaul/drawbench.
-Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569) is no longer on the Hub under its authors' name; the test prompts
-come from Jialuo21/pickapic-test (jsonl). Users wrote them, and some are not safe for work. GenEval (Ghosh et al. 2023,
-arXiv 2310.11513) is the GitHub repository djghosh13/geneval. PartiPrompts (Yu et al. 2022, arXiv 2206.10789) are in the
-GitHub repository google-research/parti and in the Hub dataset nateraw/parti-prompts. HPD v2 (Wu et al. 2023, arXiv
-2306.09341) is the Hub dataset ymhao/HPDv2, folder ``benchmark``. Revisions are pinned.
+Sources: DrawBench comes from Imagen (Saharia et al. 2022, arXiv 2205.11487), here from the Hub dataset
+sayakpaul/drawbench. Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569) is no longer on the Hub under its authors'
+name; the test prompts come from Jialuo21/pickapic-test (jsonl). Users wrote them, and some are not safe for work.
+GenEval (Ghosh et al. 2023, arXiv 2310.11513) is the GitHub repository djghosh13/geneval. PartiPrompts (Yu et al. 2022,
+arXiv 2206.10789) are in the GitHub repository google-research/parti and in the Hub dataset nateraw/parti-prompts. HPD
+v2 (Wu et al. 2023, arXiv 2306.09341) is the Hub dataset ymhao/HPDv2, folder ``benchmark``. Revisions are pinned.
 
-A file of one's own is a txt with a prompt a line, or a csv, tsv, jsonl, json or parquet with one of the
-:data:`PROMPT_COLUMNS` and perhaps one of the :data:`CATEGORY_COLUMNS`, capitals aside. Text is UTF-8, with or without a
-byte order mark. A csv may quote line breaks; a tsv quotes nothing: quotation marks in PartiPrompts belong to prompts.
+Your own file can be a txt with one prompt per line, or a csv, tsv, jsonl, json or parquet file with one of the
+:data:`PROMPT_COLUMNS` and optionally one of the :data:`CATEGORY_COLUMNS`, in upper or lower case. Text is UTF-8, with
+or without a byte order mark. A csv may quote line breaks; a tsv has no quoting, because quotation marks in PartiPrompts
+belong to the prompts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ HPD_FILES: tuple[str, ...] = ("anime.json", "concept-art.json", "paintings.json"
 SUFFIXES: tuple[str, ...] = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SHOWN_BAD_ROWS = 5
 
-# A dataset of the Hub (owner/name) or an address, the revision, and its files.
+# Name: a Hub dataset (owner/name) or a URL, the revision, and its files.
 PUBLISHED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "drawbench": (
         "sayakpaul/drawbench",
@@ -69,10 +70,10 @@ class PromptSet:
     """``P`` prompts to evaluate on.
 
     Attributes:
-        name: What tables call it.
-        prompts: ``P`` texts, without surrounding white space.
-        categories: ``P`` names; ``"all"`` where the file has none.
-        skipped: What was wrong with the rows left out, with file and line.
+        name: Name of the set in tables.
+        prompts: ``P`` prompts, without surrounding white space.
+        categories: ``P`` names; ``"all"`` if the file has none.
+        skipped: What is wrong with each skipped row, with file and line.
     """
 
     name: str
@@ -89,19 +90,20 @@ def load_prompt_set(
 ) -> PromptSet:
     """Reads a prompt set.
 
-    Prompts keep the order of the file; one that comes again counts once, with its first category.
+    Prompts keep the order of the file; a repeated prompt counts once, with its first category.
 
     Args:
-        source: One of :data:`PUBLISHED`, which is downloaded once; a file (see the module); or a folder with the four
-            files of HPD v2. A name wins over a file of that name: write ``./geneval`` for the latter.
-        name: What to call the set; by default the published name, or the file's name without suffix.
-        skip_bad_rows: Leave malformed rows out with a warning; by default they are an error.
-        limit: How many prompts to keep, from the first on; all by default. Many sets are sorted by category.
+        source: One of :data:`PUBLISHED`, which is downloaded once; a file (see the module docstring); or a folder with
+            the four files of HPD v2. A name takes precedence over a file of that name: write ``./geneval`` for the
+            file.
+        name: Name of the set; by default the published name, or the file name without suffix.
+        skip_bad_rows: Skip malformed rows with a warning; by default they are an error.
+        limit: Maximum number of prompts, from the first; all by default. Many sets are sorted by category.
 
     Raises:
-        ValueError: If rows are malformed, the file is in none of the layouts, or there is no prompt. A ``json`` file
-            that is broken is always an error, because its rows cannot be told apart.
-        FileNotFoundError: If there is no such file, or a named set is neither on disk nor can be downloaded.
+        ValueError: If rows are malformed, the file is in none of the layouts, or there is no prompt. A broken ``json``
+            file is always an error, because its rows cannot be separated.
+        FileNotFoundError: If there is no such file, or a named set is not on disk and cannot be downloaded.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -122,13 +124,13 @@ def load_prompt_set(
         )
         raise ValueError(
             f"{source}: {len(bad)} of {len(rows)} rows are malformed:\n  {listed}\n"
-            "Mend the file, or go on without these rows: --skip-bad-rows"
+            "Fix the file, or skip these rows: --skip-bad-rows"
         )
     if bad:
-        message = f"{source}: {len(bad)} of {len(rows)} rows are malformed and left out; the first: {bad[0]}"
+        message = f"{source}: {len(bad)} of {len(rows)} rows are malformed and skipped; the first: {bad[0]}"
         warnings.warn(message, stacklevel=2)
     if not found:
-        raise ValueError(f"{source} holds no prompts")
+        raise ValueError(f"{source} contains no prompts")
     prompts = list(found)[:limit]
     name = name or (str(source) if named else Path(source).stem)
     return PromptSet(name, prompts, [found[prompt] for prompt in prompts], bad)
@@ -139,7 +141,7 @@ def _find(source: str | Path) -> list[Path]:
     if path.is_dir():
         paths = [path / file for file in HPD_FILES]
         if missing := [file.name for file in paths if not file.is_file()]:
-            raise FileNotFoundError(f"{path} is a folder, but not that of HPD v2: it has no {', '.join(missing)}")
+            raise FileNotFoundError(f"{path} is a folder, but not the one of HPD v2: it has no {', '.join(missing)}")
         return paths
     if not path.is_file():
         near = difflib.get_close_matches(str(source), PUBLISHED, n=1)
@@ -160,8 +162,8 @@ def _download(name: str) -> list[Path]:
     except Exception as error:  # the Hub, the network and the disk each raise their own
         where = f"{source}/{revision}" if "://" in source else f"the Hub dataset {source}"
         raise FileNotFoundError(
-            f"prompt set {name!r} is neither on disk nor can it be downloaded ({error}). Get {', '.join(files)} from "
-            f"{where} and pass the path of the {'file' if len(files) == 1 else 'folder'} in place of the name."
+            f"prompt set {name!r} is not on disk and cannot be downloaded ({error}). Get {', '.join(files)} from "
+            f"{where} and pass the path of the {'file' if len(files) == 1 else 'folder'} instead of the name."
         ) from error
 
 
@@ -176,7 +178,7 @@ def _fetch(address: str, path: Path) -> Path:
     return path
 
 
-_Row = tuple[str, Any]  # where it is and what it holds; a ValueError is what was wrong with it
+_Row = tuple[str, Any]  # its place in the file and its content, or a ValueError that says what is wrong with it
 
 
 def _rows(path: Path) -> Iterator[_Row]:
@@ -188,7 +190,7 @@ def _rows(path: Path) -> Iterator[_Row]:
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8")
-    # A byte that is not UTF-8 becomes a lone surrogate, so that _parse can tell the row that it is in.
+    # A byte that is not UTF-8 becomes a lone surrogate, so that _parse can report its row.
     text = content.decode("utf-8-sig", "surrogateescape")
     if suffix in (".csv", ".tsv"):
         return _table_rows(text, path)
@@ -220,7 +222,7 @@ def _table_rows(text: str, path: Path) -> Iterator[_Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield place, ValueError(f"{error}; is a quotation mark missing, or not doubled?")
+            yield place, ValueError(f"{error}; is a quotation mark missing or not doubled?")
             continue
         if not header:
             header = [cell.strip() for cell in cells]
@@ -238,7 +240,7 @@ def _json_rows(text: str, path: Path) -> Iterator[_Row]:
     if not isinstance(items, list):
         what = items if isinstance(items, ValueError) else f"a {type(items).__name__}"
         raise ValueError(f"{path}: expected a JSON list of prompts, but it is {what}")
-    # Decoded again one by one, since only the position in the text tells an item's line.
+    # Items are decoded again one by one, since the line of an item follows from its position in the text.
     decode, gap, end = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), text.find("[") + 1
     line, counted = 1, 0
     for number, item in enumerate(items, 1):
@@ -287,7 +289,7 @@ def _no_prompt(names: Sequence[str]) -> str:
 
 
 def _parse(record: Any) -> tuple[str, str]:
-    """Prompt and category of a row ("" if it has none); raises ValueError with what is wrong."""
+    """Prompt and category of a row ("" without a category); raises ``ValueError`` that says what is wrong."""
     if isinstance(record, ValueError):
         raise record
     if isinstance(record, str):
@@ -314,7 +316,7 @@ def _parse(record: Any) -> tuple[str, str]:
 
 
 def _check_geneval(record: Mapping[str, Any]) -> None:
-    """Checks GenEval's lists of what must be in a picture, and of what must not."""
+    """Checks GenEval's lists of objects that must and must not be in an image."""
     for key in ("include", "exclude"):
         objects = record.get(key, [])
         if not isinstance(objects, list) or (key == "include" and not objects):
@@ -324,7 +326,7 @@ def _check_geneval(record: Mapping[str, Any]) -> None:
                 case {"class": str(), "count": int(count)} if count > 0 and isinstance(entry.get("color", ""), str):
                     position = entry.get("position", ["", 0])
                 case _:
-                    raise ValueError(f"{key} holds {entry!r:.60}; expected class, count and perhaps color, position")
+                    raise ValueError(f"{key} holds {entry!r:.60}; expected class, count and optionally color, position")
             match position:
                 case [str(), int(other)] if 0 <= other < len(objects):
                     continue

@@ -1,8 +1,8 @@
 """Samplers: ways to choose the initial noise, from a Gaussian draw to a policy to the best of several.
 
-The picture of a prompt and a seed follows from these two alone, in any batch. Samplers compose: what takes a
-sampler takes any, so that "policy + best of 4" is ``BestOf(PolicySampler(denoiser, policy), 4, reward)``. Searches
-around a noise are in :mod:`noisear_rl.samplers.search`, gradients to it in :mod:`noisear_rl.samplers.reno`.
+A prompt and a seed alone determine the image, in any batch. Samplers compose: whatever takes a sampler takes any
+sampler, so "policy + best of 4" is ``BestOf(PolicySampler(denoiser, policy), 4, reward)``. Search in the neighbourhood
+of a noise is in :mod:`noisear_rl.samplers.search`, gradient ascent on it in :mod:`noisear_rl.samplers.reno`.
 
 Shapes: ``B`` samples, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 """
@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass
 class Samples:
-    """What a sampler returns.
+    """The result of a sampler.
 
     Attributes:
-        noise: ``(B, C, h, w)`` float32, what the pictures were denoised from.
+        noise: ``(B, C, h, w)`` float32, the noise that was denoised.
         images: ``(B, 3, H, W)`` float32 in [0, 1].
-        nfe: Network evaluations of the denoiser an image, those of choosing or searching included.
-        kl_to_gaussian: ``(B,)`` closed-form KL of the noise's distribution to N(0, I) in nats, along the noise that was
-            drawn; ``None`` where the noise has no known density.
+        nfe: Network evaluations of the denoiser per image, including those spent on a choice or a search.
+        kl_to_gaussian: ``(B,)`` closed-form KL of the noise's distribution to N(0, I) in nats, along the drawn noise;
+            ``None`` if the noise has no known density.
     """
 
     noise: torch.Tensor
@@ -47,7 +47,7 @@ class Samples:
 
 
 class Sampler(Protocol):
-    """A way to choose the initial noise, with everything it needs bound at construction."""
+    """A way to choose the initial noise; its dependencies are bound at construction."""
 
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
@@ -55,28 +55,28 @@ class Sampler(Protocol):
         """Chooses noise and denoises it.
 
         Args:
-            prompts: ``B`` texts.
-            seeds: ``B``; a sample depends on its own prompt and seed alone.
-            denoising_seeds: ``B`` seeds of what the denoiser draws itself; ``None`` for ``seeds``. A choice among
-                noises keeps it, so that candidates differ by their noise only.
+            prompts: ``B`` prompts.
+            seeds: ``B`` seeds; a sample depends only on its own prompt and seed.
+            denoising_seeds: ``B`` seeds of the noise that the denoiser itself draws; ``None`` for ``seeds``. A choice
+                among noises keeps them fixed, so that candidates differ only in their noise.
 
         Raises:
-            ValueError: If there are not as many seeds as prompts.
+            ValueError: If the numbers of seeds and prompts differ.
         """
         ...
 
 
 def derived_seeds(seeds: Sequence[int], *index: int) -> list[int]:
-    """One more seed in [0, 2⁶³) for each, independent of those of other indices (which count from 1) and seeds."""
+    """Derives one seed in [0, 2⁶³) per seed, independent across seeds and indices (which count from 1)."""
     words = [np.random.SeedSequence([int(seed), *index]).generate_state(1, np.uint64)[0] for seed in seeds]
     return [int(word >> 1) for word in words]
 
 
 @dataclass
 class Incumbent:
-    """The best noise so far of each of ``B`` samples, with its picture and its score ``(B,)``.
+    """The best noise so far of each of ``B`` samples, with its image and its score ``(B,)``.
 
-    A picture that a scorer failed on loses to any other.
+    An image without a finite score loses to any other.
     """
 
     noise: torch.Tensor
@@ -87,7 +87,7 @@ class Incumbent:
         self.scores = _ranked(self.scores)
 
     def challenge(self, noise: torch.Tensor, images: torch.Tensor, scores: torch.Tensor) -> None:
-        """Replaces the samples whose challenger scores higher; in a tie the earlier one stays."""
+        """Replaces the samples whose challenger scores higher; a tie keeps the earlier one."""
         better = (_ranked(scores) > self.scores)[:, None, None, None]
         self.noise = torch.where(better.to(noise.device), noise, self.noise)
         self.images = torch.where(better.to(images.device), images, self.images)
@@ -95,15 +95,15 @@ class Incumbent:
 
 
 def check_choice(reward: WeightedReward) -> None:
-    """Refuses a reward that cannot choose between pictures.
+    """Rejects a reward that cannot choose between images.
 
     Raises:
-        ValueError: If a score depends on the pictures that were scored before.
+        ValueError: If a score depends on previously scored images.
     """
     if reward.normalize == "running":
         raise ValueError(
-            "a reward that is standardised by running statistics scores a picture by those before it, so that the "
-            "choice would not follow from prompt and seed: set its normalize to 'none' or 'fixed'"
+            "a reward standardised by running statistics depends on previously scored images, so the choice would not "
+            "follow from prompt and seed: set its normalize to 'none' or 'fixed'"
         )
 
 
@@ -112,6 +112,6 @@ def _ranked(scores: torch.Tensor) -> torch.Tensor:
 
 
 def check_seeds(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Raises ``ValueError`` unless there is one seed a prompt."""
+    """Raises ``ValueError`` unless there is one seed per prompt."""
     if len(prompts) != len(seeds):
-        raise ValueError(f"expected one seed a prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")

@@ -11,15 +11,15 @@ from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice, 
 
 
 class BestOf:
-    """The best of several noises, by a reward: random search in Ma et al. 2025 (arXiv 2501.09732).
+    """The best of several noises by a reward: random search in Ma et al. 2025 (arXiv 2501.09732).
 
-    Candidate 0 is the sampler's own sample of the seed, the others have seeds derived from it; the first of the best is
-    chosen. ``nfe`` is ``count`` times the sampler's.
+    Candidate 0 is the sampler's own sample for the seed; the others use seeds derived from it. The first of equally
+    good candidates is chosen. ``nfe`` is ``count`` times the sampler's.
 
     Args:
         sampler: Draws the candidates.
-        count: Candidates an image.
-        reward: What chooses, by :meth:`~noisear_rl.rewards.WeightedReward.score`; it should not be what judges.
+        count: Candidates per image.
+        reward: Chooses by :meth:`~noisear_rl.rewards.WeightedReward.score`; it should not be the judge.
 
     Raises:
         ValueError: If ``count`` is below 1, or the reward is standardised by running statistics.
@@ -27,7 +27,7 @@ class BestOf:
 
     def __init__(self, sampler: Sampler, count: int, reward: WeightedReward):
         if count < 1:
-            raise ValueError(f"count must be at least 1 candidate an image, got {count}")
+            raise ValueError(f"count must be at least 1 candidate per image, got {count}")
         check_choice(reward)
         self.sampler, self.count, self.reward = sampler, count, reward
 
@@ -35,7 +35,7 @@ class BestOf:
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
-        """See :class:`Sampler`; ``kl_to_gaussian`` is ``None`` where there was a choice."""
+        """See :class:`~noisear_rl.samplers.Sampler`; ``kl_to_gaussian`` is ``None`` if ``count`` exceeds 1."""
         denoising_seeds = seeds if denoising_seeds is None else denoising_seeds
         first = self.sampler(prompts, seeds, denoising_seeds=denoising_seeds)
         if self.count == 1:

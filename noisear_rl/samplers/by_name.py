@@ -1,8 +1,8 @@
-"""What an evaluation compares, by name: trained policies and networks, and searches from Gaussian noise or from these.
+"""The methods an evaluation compares, by name: trained policies and networks, and searches that start from them.
 
 ``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one. ``best-of-N``, ``search-N`` and
-``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named before; N is how many pictures they
-denoise.
+``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they
+denoise per result.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class SearchConfig:
     """Settings of searches."""
 
     step_size: float = 0.7
-    """`search-N`: distance of neighbours in (0, 1]."""
+    """`search-N`: distance of neighbours, in (0, 1]."""
     learning_rate: float = 5.0
     """`reno-N`: step size."""
     max_grad_norm: float = 0.1
-    """`reno-N`: each noise's gradient is clipped to this norm."""
+    """`reno-N`: the gradient of each noise is clipped to this norm."""
     regularization: float = 0.01
-    """`reno-N`: weight of what keeps the noise's norm."""
+    """`reno-N`: weight of the term that keeps the norm of the noise."""
 
 
 @dataclass
 class Method:
-    """One method of one training seed.
+    """One method with one training seed.
 
     Attributes:
-        name: Distinct.
-        group: Shared by the training seeds of one method.
+        name: Unique name.
+        group: Name shared by the training seeds of one method.
         make: Builds its sampler.
-        identity: What its pictures follow from, besides prompts and seeds, as plain values.
-        trained: Whether a training is behind it, so that seeds of it can differ.
+        identity: What determines its images besides prompts and seeds, as plain values.
+        trained: Whether the method was trained, so that its training seeds can differ.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Method:
 
     @property
     def slug(self) -> str:
-        """Its folder's name."""
+        """Name of its folder."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
@@ -76,17 +76,17 @@ def plan_methods(
     search: SearchConfig | None = None,
     temperature: float | None = None,
 ) -> list[Method]:
-    """Reads names of methods; see the module's docstring. Gaussian noise comes first, unasked.
+    """Reads names of methods; see the module docstring. Gaussian noise always comes first.
 
     Args:
-        items: As on the command line.
-        denoiser: What all of them draw for.
+        items: Methods as given on the command line.
+        denoiser: Denoiser of all methods.
         choose_by: The reward that searches choose by.
         search: Settings of searches.
         temperature: Factor on the standard deviation of policies; ``None`` for their own.
 
     Raises:
-        ValueError: If an item is malformed, a name comes twice or is not known where it is used, or a search has no
+        ValueError: If an item is malformed, a name is repeated or used before it is defined, or a search has no
             reward to choose by.
         FileNotFoundError: If a path holds no weights.
     """
@@ -102,7 +102,7 @@ def plan_methods(
             if start not in methods:
                 raise ValueError(f"{item!r} starts from {start!r}; expected one of {list(methods)}, named before it")
             if count < 1 or choose_by is None:
-                raise ValueError(f"{item!r} denoises one picture at least and needs a reward to choose by: choose_by")
+                raise ValueError(f"{item!r} needs at least one image to denoise and a reward to choose by: choose_by")
         if not name or name in methods:
             raise ValueError(f"methods must be distinct NAME=PATH items or searches, got {item!r}")
         if asked is None:
@@ -118,7 +118,7 @@ def plan_methods(
 
 
 def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: float | None) -> list[Method]:
-    """A path a training seed."""
+    """One method per training seed, each with its own path."""
 
     def make(path: str) -> Sampler:
         if holds_npnet(path):
@@ -129,7 +129,7 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
         return as_sampler(denoiser, policy)
 
     for path in paths:
-        make(path)  # a missing or foreign checkpoint is told before hours of work
+        make(path)  # fails early on a missing or mismatched checkpoint
     names = [name] if len(paths) == 1 else [f"{name} {seed}" for seed in range(len(paths))]
     return [
         Method(own, name, partial(make, path), [_digest(path), temperature], True)
@@ -140,7 +140,7 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
 def _searching(
     group: str, kind: str, count: int, start: Method, denoiser: Denoiser, choose_by: str, search: SearchConfig
 ) -> Method:
-    """A search from another method's noise."""
+    """A search that starts from another method's noise."""
 
     def make() -> Sampler:
         reward, first = load_reward(choose_by), start.make()
@@ -150,13 +150,13 @@ def _searching(
             return ZerothOrderSearch(first, denoiser, reward, iterations=count - 1, step_size=search.step_size)
         rates = to_mapping(search)
         rates.pop("step_size")
-        return Reno(first, denoiser, reward, iterations=count - 1, **rates)  # the start's picture is one of them
+        return Reno(first, denoiser, reward, iterations=count - 1, **rates)  # the start's image is one of them
 
     name = group + start.name.removeprefix(start.group)  # with the training seed
     return Method(name, group, make, [start.identity, kind, count, choose_by, to_mapping(search)], start.trained)
 
 
 def _digest(path: str) -> str:
-    """Fingerprint of a checkpoint's weights; a Hub id stands for itself."""
+    """SHA-256 of a checkpoint's weights; a Hub id as it is."""
     file = Path(find_checkpoint(path, "policy")) / "model.safetensors" if Path(path).is_dir() else Path(path)
     return sha256(file) if file.is_file() else path

@@ -1,6 +1,6 @@
 """ReNO: gradient ascent on the initial noise, through a one-step denoiser and a differentiable reward.
 
-    maximise  R(denoise(x), text) - w · (½‖x‖² - (d - 1) log‖x‖)   over x,   x = N(0, I) noise at first
+    maximise  R(denoise(x), text) - w · (½‖x‖² - (d - 1) log‖x‖)   over x,   starting at x ~ N(0, I)
 
 The second term is, up to a constant, minus the log-density of the norm of Gaussian noise (a chi distribution with
 ``d`` degrees of freedom): it keeps ``‖x‖`` near ``√d``. Eyring et al. 2024, "ReNO: Enhancing one-step text-to-image
@@ -21,40 +21,41 @@ from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice
 
 
 def norm_regularizer(noise: torch.Tensor) -> torch.Tensor:
-    """``½‖x‖² - (d - 1) log‖x‖`` of each noise ``(B, …)``: ``(B,)``, least at ``‖x‖² = d - 1``."""
+    """``½‖x‖² - (d - 1) log‖x‖`` of each noise ``(B, …)``: ``(B,)``, minimal at ``‖x‖² = d - 1``."""
     norm = noise.flatten(1).norm(dim=1)
     return 0.5 * norm.square() - (noise[0].numel() - 1) * norm.log()
 
 
 class Reno:
-    """Climbs the reward's gradient from a sampler's noise and keeps the noise of the best reward on the way.
+    """Follows the reward's gradient from a sampler's noise and keeps the noise with the best reward on the way.
 
-    Gradient ascent with Nesterov momentum. Each sample's gradient is clipped to a norm of its own, so that samples do
-    not see each other; float error grows along the way, and ``batch_size = 1`` rules it out.
+    Gradient ascent with Nesterov momentum. The gradient of each sample is clipped separately, so samples do not
+    influence each other, except that float rounding depends on the batch and accumulates; ``batch_size = 1`` rules
+    this out.
 
-    The defaults are the authors' for SD-Turbo, SDXL-Turbo and PixArt-α DMD (``learning_rate = 10`` for Hyper-SDXL),
-    with the reward ``1 · ImageReward + 5 · HPSv2 + 0.05 · PickScore + 0.01 · CLIPScore``. They suit ``shapes-turbo``
-    with ``shapes-match``, too, where 20 iterations at ``learning_rate = 10`` find as much. A reward of another scale
-    wants another ``regularization``.
+    The defaults are the authors' for SD-Turbo, SDXL-Turbo and PixArt-α DMD (``learning_rate = 10`` for Hyper-SDXL)
+    with the reward ``1 · ImageReward + 5 · HPSv2 + 0.05 · PickScore + 0.01 · CLIPScore``. They also suit
+    ``shapes-turbo`` with ``shapes-match``, where 20 iterations at ``learning_rate = 10`` reach the same reward. A
+    reward of another scale needs another ``regularization``.
 
-    Every iteration is a forward pass: ``nfe`` is the start's plus ``iterations · denoiser.nfe``, as the start's picture
-    is denoised once more, with gradients. Backward passes are not in ``nfe``; their number is
-    :attr:`gradient_evaluations`. A backward pass to the noise alone costs about what a forward pass does, so count
-    each as one more network evaluation where methods are compared at equal compute, and mind that it runs through
-    decoder and reward, too.
+    Every iteration is one forward pass: ``nfe`` is the start's plus ``iterations · denoiser.nfe``, because the start's
+    image is denoised once more, with gradients. ``nfe`` does not include backward passes;
+    :attr:`gradient_evaluations` is their number. A backward pass to the noise alone costs about as much as a forward
+    pass, so count each as one more network evaluation when you compare methods at equal compute. It also runs through
+    the decoder and the reward.
 
     The denoiser's scheduler must be deterministic. Memory grows with ``batch_size · num_inference_steps``.
 
     Args:
-        start: Gives the first noise.
-        denoiser: Frozen diffusion model, that of ``start``; one step, or few.
-        reward: What to climb, every scorer differentiable; it should not be what judges.
-        iterations: Pictures to look at, the start's included.
+        start: Draws the first noise.
+        denoiser: Frozen diffusion model, the one of ``start``, with one or a few steps.
+        reward: The objective; every scorer must be differentiable. It should not be the judge.
+        iterations: Images per result, including the start's.
         learning_rate: Step size.
-        momentum: Nesterov's, in [0, 1).
-        max_grad_norm: Each sample's gradient, of reward and regularisation together, is clipped to this norm.
-        regularization: ``w``, in reward a nat.
-        batch_size: Samples that are optimised at once.
+        momentum: Nesterov momentum, in [0, 1).
+        max_grad_norm: Each sample's gradient of reward and regularization together is clipped to this norm.
+        regularization: ``w``, in reward per nat.
+        batch_size: Samples optimised per batch.
 
     Raises:
         ValueError: If an argument is out of range, or the reward is standardised by running statistics.
@@ -87,7 +88,7 @@ class Reno:
 
     @property
     def gradient_evaluations(self) -> int:
-        """Backward passes through the denoising network an image, those of ``start`` not included."""
+        """Backward passes through the denoising network per image, without those of ``start``."""
         return (self.iterations - 1) * self.denoiser.nfe
 
     def __call__(
@@ -96,7 +97,7 @@ class Reno:
         """See :class:`~noisear_rl.samplers.Sampler`; ``kl_to_gaussian`` is ``None``.
 
         Raises:
-            ValueError: If a scorer gives no gradient, or one that is not finite.
+            ValueError: If a scorer has no gradient, or one that is not finite.
         """
         first = self.start(prompts, seeds, denoising_seeds=denoising_seeds)
         conditioning = self.denoiser.encode(prompts)
@@ -108,7 +109,7 @@ class Reno:
         return Samples(noise, images, first.nfe + self.iterations * self.denoiser.nfe, None)
 
     def _climb(self, noise: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best noise on the way from ``noise``, and its picture."""
+        """The best noise on the way from ``noise``, and its image."""
         images, scores, gradient = self._look(noise, conditioning, backward=self.iterations > 1)
         best, velocity = Incumbent(noise, images, scores), torch.zeros_like(noise)
         for step in range(1, self.iterations):
@@ -121,7 +122,7 @@ class Reno:
     def _look(
         self, noise: torch.Tensor, conditioning: Conditioning, *, backward: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures, scores ``(B,)`` and each sample's clipped gradient ``(B, C, h, w)``: zero where none is wanted."""
+        """Images, scores ``(B,)`` and each sample's clipped gradient ``(B, C, h, w)``, zero without ``backward``."""
         with torch.set_grad_enabled(backward):
             leaf = noise.clone().requires_grad_(backward)
             images = self.denoiser.denoise_differentiably(leaf, conditioning).clamp(0, 1)
@@ -131,12 +132,12 @@ class Reno:
             if backward:
                 if blocked := [name for name, values in components.items() if not values.requires_grad]:
                     raise ValueError(
-                        f"reward {blocked[0]!r} gives no gradient to climb: expected a differentiable scorer; BestOf "
-                        "and ZerothOrderSearch need no gradient"
+                        f"reward {blocked[0]!r} gives no gradient: expected a differentiable scorer; BestOf and "
+                        "ZerothOrderSearch need none"
                     )
                 objective = scores.sum() - self.regularization * norm_regularizer(leaf).sum()
                 (gradient,) = torch.autograd.grad(objective, leaf)
-        # Where a scorer failed, there is no way up.
+        # A sample whose scorer failed stays where it is.
         gradient = torch.where(scores.isfinite().to(gradient.device)[:, None, None, None], gradient, 0.0)
         length = gradient.flatten(1).norm(dim=1)
         if not length.isfinite().all():

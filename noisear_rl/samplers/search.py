@@ -1,4 +1,4 @@
-"""Zeroth-order search: a better noise in the neighbourhood of a noise, by a reward alone.
+"""Zeroth-order search: a better noise in the neighbourhood of a noise, from rewards alone.
 
 Ma et al. 2025, "Inference-time scaling for diffusion models beyond scaling denoising steps" (arXiv 2501.09732). Their
 random search is :class:`~noisear_rl.samplers.BestOf`.
@@ -19,28 +19,28 @@ from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice, 
 
 
 class ZerothOrderSearch:
-    """Moves a pivot noise to the best of its neighbours, again and again.
+    """Repeatedly moves a pivot noise to the best of its neighbours.
 
-    The first pivot is what ``start`` gives. In each iteration ``N`` neighbours of the pivot ``n`` are denoised,
+    ``start`` draws the first pivot. Each iteration denoises ``N`` neighbours of the pivot ``n``,
 
         y = √(1 - λ²) · n + λ · ε,   ε ~ N(0, I),
 
-    and the best of pivot and neighbours is the next pivot. The paper looks for neighbours at one distance,
+    and the best of pivot and neighbours becomes the next pivot. The paper draws neighbours at one distance,
     ``{y : d(y, n) = λ}``, and moves to the best of them. Here a neighbour of N(0, I) noise is again N(0, I) before the
-    choice, at a cosine near ``√(1 - λ²)`` to its pivot, which is a distance near ``λ√d`` for ``d`` elements and a small
-    λ; with λ = 1 it is a fresh draw. As the pivot stays in the race, the reward never falls. From a policy's noise,
-    every step leads back towards N(0, I).
+    choice. Its cosine to the pivot is close to ``√(1 - λ²)``, so its distance is close to ``λ√d`` for ``d`` elements
+    and small λ; with λ = 1 it is a fresh draw. The pivot stays a candidate, so the reward never falls. Starting from a
+    policy's noise, every step leads back towards N(0, I).
 
-    ``nfe`` is the start's plus that of ``iterations · neighbours`` pictures: from a Gaussian start, a budget of 8
-    pictures allows for ``iterations · neighbours = 7``. On training captions of ``shapes-turbo`` the reward found with
-    that budget grows with λ, and is highest for λ = 1: there, random search is hard to beat.
+    ``nfe`` is the start's plus that of ``iterations · neighbours`` images: with a Gaussian start, a budget of 8 images
+    allows ``iterations · neighbours = 7``. On training captions of ``shapes-turbo``, the reward found with that budget
+    grows with λ and is highest for λ = 1: random search is hard to beat there.
 
     Args:
-        start: Gives the first pivots.
-        denoiser: Frozen diffusion model, that of ``start``.
-        reward: What chooses; it should not be what judges.
-        iterations: How often the pivot may move.
-        neighbours: ``N``, neighbours an iteration.
+        start: Draws the first pivots.
+        denoiser: Frozen diffusion model, the one of ``start``.
+        reward: Chooses; it should not be the judge.
+        iterations: Number of times the pivot may move.
+        neighbours: ``N``, neighbours per iteration.
         step_size: λ in (0, 1].
 
     Raises:
@@ -60,7 +60,7 @@ class ZerothOrderSearch:
         if iterations < 1 or neighbours < 1:
             raise ValueError(f"iterations and neighbours must be at least 1, got {iterations} and {neighbours}")
         if not 0 < step_size <= 1:
-            raise ValueError(f"step_size must lie in (0, 1], got {step_size}; 1 draws afresh")
+            raise ValueError(f"step_size must be in (0, 1], got {step_size}; 1 draws afresh")
         check_choice(reward)
         self.start, self.denoiser, self.reward = start, denoiser, reward
         self.iterations, self.neighbours, self.step_size = iterations, neighbours, step_size

@@ -15,14 +15,14 @@ GAUSSIAN = "Gaussian"
 
 
 def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sampler:
-    """A policy's sampler, the Gaussian one for ``None``; samplers stay what they are."""
+    """The sampler of a policy, or Gaussian noise for ``None``; returns a sampler as it is."""
     if method is None:
         return GaussianSampler(denoiser)
     return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
 
 
 class GaussianSampler:
-    """Noise from N(0, I), as the denoiser was trained for.
+    """Noise from N(0, I), which the denoiser was trained on.
 
     Args:
         denoiser: Frozen diffusion model.
@@ -43,7 +43,7 @@ class GaussianSampler:
 
 
 class PolicySampler:
-    """Noise from a policy; an untrained one gives what :class:`GaussianSampler` gives.
+    """Noise from a policy; an untrained policy draws the same noise as :class:`GaussianSampler`.
 
     Args:
         denoiser: Frozen diffusion model.

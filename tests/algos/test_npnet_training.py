@@ -1,4 +1,4 @@
-"""NPNet learns from pairs what becomes of noise, keeps its best weights and resumes exactly."""
+"""NPNet learns the golden noise of pairs, keeps its best weights and resumes exactly."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ TOY = NoDenoiser((4, 8, 8), 2)
 
 
 def write_pairs(folder, count=640, noise_scale=0.0):
-    """Targets whose singular values are those of the noise times 0.7, moved up or down as the prompt says."""
+    """Targets are 0.7 times the noise, shifted up or down as the prompt says."""
     prompts = ["up" if i % 2 else "down" for i in range(count)]
     noise = standard_noise(range(count), TOY.latent_shape)
-    way = torch.tensor([0.5 if prompt == "up" else -0.5 for prompt in prompts])[:, None, None, None]
-    target = way.expand_as(noise) if noise_scale else 0.7 * noise + way
+    shift = torch.tensor([0.5 if prompt == "up" else -0.5 for prompt in prompts])[:, None, None, None]
+    target = shift.expand_as(noise) if noise_scale else 0.7 * noise + shift
     check_manifest(folder, {"denoiser": "none", "noise_scale": noise_scale})
     rows = {"prompt": prompts, "seed": list(range(count)), "target": list(target.flatten(1).half().numpy())}
     write_shard(folder, 0, rows, PAIR_FEATURES)
@@ -41,7 +41,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_learns_what_becomes_of_noise_and_keeps_the_best(tmp_path):
+def test_learns_golden_noise_and_keeps_the_best(tmp_path):
     npnet = algorithm.train(config(write_pairs(tmp_path / "pairs"), tmp_path / "run"), TOY)
     rows = records(tmp_path / "run")
     identity = rows[0]["losses/mse_of_input"]
@@ -72,7 +72,7 @@ def test_noise_on_top_of_a_mean_is_the_input(tmp_path):
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     options = {"epochs": 2, "save_every": 10, "evaluate_every": 4, "batch_size": 32}
     pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
-    whole = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
+    uninterrupted = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
     save = algorithm.Run.save
 
     def stop_after_first(self, *arguments, **parts):
@@ -84,7 +84,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         patch.setattr(algorithm.Run, "save", stop_after_first)
         algorithm.train(killed, TOY)
     resumed = algorithm.train(dataclasses.replace(killed, resume=True), TOY)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+    for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert records(tmp_path / "b") == [pytest.approx(row, abs=1e-5) for row in records(tmp_path / "a")]
     finished = algorithm.train(dataclasses.replace(killed, resume=True), TOY)  # nothing left to do
@@ -92,7 +92,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_training_refuses_what_it_cannot_use(tmp_path):
+def test_training_rejects_bad_pairs_and_networks(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no pairs"):
         algorithm.train(config(tmp_path, tmp_path / "a"), TOY)
     pairs = write_pairs(tmp_path / "pairs", 1)

@@ -77,13 +77,13 @@ def config(folder, **options):
 
 
 def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
-    whole = build_pairs(config(tmp_path / "a"), random_denoiser)
-    assert len(whole) == 10 and sorted(whole["seed"]) == list(range(5, 15))
+    pairs = build_pairs(config(tmp_path / "a"), random_denoiser)
+    assert len(pairs) == 10 and sorted(pairs["seed"]) == list(range(5, 15))
     assert json.loads((tmp_path / "a/manifest.json").read_text())["strong_guidance"] == 5.5
     (tmp_path / "a/shard-00001.parquet").unlink()  # as if killed
     again = build_pairs(config(tmp_path / "a"), random_denoiser)
-    assert whole.to_list() == again.to_list()
-    row = whole[7]
+    assert pairs.to_list() == again.to_list()
+    row = pairs[7]
     conditioning = random_denoiser.encode([row["prompt"]])
     target = weak_to_strong(random_denoiser, standard_noise([row["seed"]], (4, 8, 8)), conditioning)
     np.testing.assert_allclose(target.flatten(), row["target"], atol=2e-3)
@@ -91,7 +91,7 @@ def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same(tmp_path):
-    """Shards are shared out; a prompt that comes twice in a file counts once."""
+    """Processes share the shards; a repeated prompt in a file counts once."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS, PROMPTS[0]]))
     options = ["--denoiser", "shapes", "--prompts", str(prompts), "--pairs", "7", "--shard-size", "2"]
@@ -114,7 +114,7 @@ def leak(folder, **options):
     return config(folder, **({"kind": "signal_leak", "filter_reward": "shapes-match", "min_reward": 0.5} | options))
 
 
-def test_signal_leak_is_the_forward_processes_mean_of_good_pictures(tmp_path, turbo):
+def test_signal_leak_is_the_forward_processes_mean_of_good_images(tmp_path, turbo):
     kept = build_pairs(leak(tmp_path), turbo)
     assert 0 < len(kept) < 10
     assert json.loads((tmp_path / "manifest.json").read_text())["noise_scale"] == 0.8

@@ -1,4 +1,4 @@
-"""Rollouts on disk, preference pairs, and what is refused."""
+"""Rollouts on disk, preference pairs, and rejected input."""
 
 import json
 import shutil
@@ -42,8 +42,8 @@ def rollouts(tmp_path_factory, policy_folder):
     return folder
 
 
-def test_rows_are_whole_episodes(rollouts, policy_folder, shapes):
-    """Log-probability and reward belong to exactly the noise that is stored; the last shard is short."""
+def test_rows_are_complete_episodes(rollouts, policy_folder, shapes):
+    """Log-probability and reward belong to exactly the stored noise; the last shard is short."""
     loaded = load_rollouts(rollouts)
     policy = load_policy(policy_folder)
     assert len(loaded.dataset) == 20 and len(set(loaded.prompts)) == 5
@@ -62,7 +62,7 @@ def test_rows_are_whole_episodes(rollouts, policy_folder, shapes):
     assert loaded.dataset["reward/shapes-match"] == loaded.dataset["reward"]
 
 
-def test_interrupted_collection_goes_on(tmp_path, policy_folder, rollouts, monkeypatch):
+def test_interrupted_collection_resumes(tmp_path, policy_folder, rollouts, monkeypatch):
     wanted = config(tmp_path, policy_folder, save_images=True)
     write, written = collecting.write_shard, []
 
@@ -123,7 +123,7 @@ def test_all_above_margin_never_crosses_prompts():
 
 def test_no_pair_suggests_a_threshold():
     rollouts = table(["a", "a", "b", "b"], [0.1, 0.3, 0.2, 0.6])
-    with pytest.raises(ValueError, match=r"0.3 in the median and 0.4 at most, over 2 prompts; try a threshold of 0.15"):
+    with pytest.raises(ValueError, match=r"median 0.3 and maximum 0.4 over 2 prompts; try a threshold of 0.15"):
         preference_pairs(rollouts, threshold=3.0)
     assert len(preference_pairs(rollouts, threshold=0.15)) == 2
     with pytest.raises(ValueError, match="all rewards of every prompt are equal"):
@@ -141,17 +141,17 @@ def test_bad_folders(tmp_path, rollouts):
     file = shard_file(tmp_path / "nan", 0)
     data = Dataset.from_parquet(str(file), keep_in_memory=True)
     file.unlink()
-    order, features, whole = data.column_names, data.features, load_rollouts(rollouts)
+    order, features, original = data.column_names, data.features, load_rollouts(rollouts)
     for bad in (1, len(data)):
         rewards = [float("nan")] * bad + data["reward"][bad:]
         changed = data.remove_columns("reward").add_column("reward", rewards).select_columns(order)
         changed.cast(features).to_parquet(file)
-        if bad < len(whole.dataset):
+        if bad < len(original.dataset):
             assert load_rollouts(tmp_path / "nan").dropped == bad
-            np.testing.assert_array_equal(load_rollouts(tmp_path / "nan").rewards, whole.rewards[bad:])
+            np.testing.assert_array_equal(load_rollouts(tmp_path / "nan").rewards, original.rewards[bad:])
     for other in (tmp_path / "nan").glob("shard-*.parquet"):
         shutil.copy(file, other) if other != file else None
-    with pytest.raises(ValueError, match=r"not one of \d+ rewards is finite"):
+    with pytest.raises(ValueError, match=r"none of the \d+ rewards is finite"):
         load_rollouts(tmp_path / "nan")
     shutil.copytree(rollouts, tmp_path / "pairs")
     manifest = json.loads((rollouts / "manifest.json").read_text())
@@ -162,11 +162,11 @@ def test_bad_folders(tmp_path, rollouts):
 
 def test_policies_that_do_not_fit(rollouts, policy_folder, tmp_path):
     loaded = load_rollouts(rollouts)
-    loaded.check_policy(NoiseARConfig())
-    with pytest.raises(ValueError, match="have patch_size 2, the policy has 4"):
-        loaded.check_policy(NoiseARConfig(patch_size=4))
-    with pytest.raises(ValueError, match="have text_dim 256, the policy has 2048"):
-        loaded.check_policy(NoiseARConfig(text_dim=2048))
+    NoiseARConfig().check_sizes(loaded.policy_sizes, "the rollouts")
+    with pytest.raises(ValueError, match="its patch_size is 4, that of the rollouts is 2"):
+        NoiseARConfig(patch_size=4).check_sizes(loaded.policy_sizes, "the rollouts")
+    with pytest.raises(ValueError, match="its text_dim is 2048, that of the rollouts is 256"):
+        NoiseARConfig(text_dim=2048).check_sizes(loaded.policy_sizes, "the rollouts")
     env_id = toys.register(toys.Target())
     with pytest.raises(ValueError, match="another denoiser"):
         collect(CollectConfig(env_id, policy=str(policy_folder), output_dir=tmp_path))

@@ -1,4 +1,4 @@
-"""Noises that many prompts were tried on: the right ones are found, borrowed from like prompts, and learned."""
+"""Noises shared by many prompts: the right ones are found, transferred to similar prompts, and learned."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from noisear_rl.policy import NoiseARConfig
 
 
 def world(prompts, noises, luck, seed=0):
-    """Two kinds of prompts, each of which likes a noise of its own: rewards ``(P, S)``, features, the right noise."""
+    """Two kinds of prompts, each with its own right noise: rewards ``(P, S)``, features, the right noise."""
     rng = np.random.default_rng(seed)
     kind = np.arange(prompts) % 2
     features = np.stack([kind, 1 - kind], 1) + 0.1 * rng.standard_normal((prompts, 2))
@@ -25,7 +25,7 @@ def world(prompts, noises, luck, seed=0):
 
 
 def test_finds_the_noise_of_each_kind_of_prompt_through_luck():
-    """Each prompt's own best noise is right for one in twenty; together they tell."""
+    """Each prompt's own best noise is rarely the right one; all prompts together identify it."""
     rewards, features, right = world(200, 64, luck=1.0)
     assert (rewards.argmax(1) == right).mean() < 0.2
     choice = choose_noise(rewards, features, features, noises=2)
@@ -40,7 +40,7 @@ def test_prompts_that_were_not_tried_get_the_noise_of_their_kind():
 
 
 def test_expectation_is_not_fooled_by_luck():
-    """Without anything in common, what other prompts recommend is worth nothing."""
+    """If prompts have nothing in common, the recommendation of other prompts is worth nothing."""
     rng = np.random.default_rng(0)
     rewards, features = rng.standard_normal((150, 50)), rng.standard_normal((150, 8))
     choice = choose_noise(rewards, features, features, noises=50)
@@ -100,7 +100,7 @@ def test_collected_noises_are_the_same_for_all_prompts(tried):
 
 
 def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
-    """One noise for all prompts: the policy must give it back, with the scale of the fresh noise around it."""
+    """One noise for all prompts: the policy must reproduce it, with the scale of the fresh noise around it."""
     asked = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle") * 20
     config = SharedNoiseConfig(tried, tmp_path / "pairs", prompts=asked, noises=1, noise_scale=0.7)
     choice = build_pairs(config, turbo)
@@ -127,7 +127,7 @@ def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
     assert 0.6 < sample.std(0).mean() < 0.8
 
 
-def test_refuses_what_does_not_fit(tried, tmp_path, turbo):
+def test_rejects_bad_settings(tried, tmp_path, turbo):
     with pytest.raises(ValueError, match="noise_scale"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
     own = tmp_path / "own"

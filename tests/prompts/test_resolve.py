@@ -1,4 +1,4 @@
-"""What commands understand by ``prompts``."""
+"""Resolution of the ``prompts`` option."""
 
 from collections import Counter
 
@@ -41,7 +41,7 @@ def test_prompts_themselves():
             resolve_prompts(misspelt, "shapes")
 
 
-def test_files_and_our_own_prompts(tmp_path):
+def test_files_and_generated_prompts(tmp_path):
     file = tmp_path / "own prompts.txt"
     file.write_text("a hen\ntwo hens\na hen\n")
     assert resolve_prompts(str(file), "sdxl").prompts == ["a hen", "two hens"]

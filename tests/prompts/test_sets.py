@@ -42,7 +42,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """No network, and empty caches in the folder that is returned."""
+    """No network, and empty caches in the returned folder."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
@@ -138,7 +138,7 @@ def test_quoted_line_breaks_keep_line_numbers_right(write):
 
 def test_bad_rows_of_csv(write):
     path = write("own.csv", b'Prompt,Category\na,x\n,x\nb\nc,x,y\n"d"e,x\nf \xff,x\n   ,x\ng,x\n')
-    assert bad_lines(path) == [3, 4, 5, 6, 7]  # and a sixth, which is counted
+    assert bad_lines(path) == [3, 4, 5, 6, 7]  # and a sixth, which is only counted
     with pytest.raises(ValueError, match=r"6 of 8 rows are malformed[\s\S]*and 1 more"):
         load_prompt_set(path)
     with pytest.warns(UserWarning, match=r"6 of 8 rows .*own\.csv, line 3"):
@@ -307,7 +307,7 @@ def test_geneval_style_prompts_are_unique_balanced_and_follow_the_seed():
 
 
 def test_geneval_style_prompts_are_english():
-    """Every prompt is built of the words that its category allows, with the right article and plural."""
+    """Every prompt consists of words that its category allows, with the right article and plural."""
     vowels = {"airplane", "apple", "elephant", "envelope", "owl", "umbrella", "orange"}
     plurals = {"knife": "knives", "sheep": "sheep", "bench": "benches", "bus": "buses", "butterfly": "butterflies"}
     assert {noun: plural(noun) for noun in plurals} == plurals

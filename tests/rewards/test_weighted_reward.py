@@ -204,7 +204,7 @@ def test_running_statistics_resume_exactly_and_are_refused_for_rollouts(tmp_path
     resumed = reinforce.train(dataclasses.replace(config, output_dir=tmp_path / "b", updates=3, resume=True))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="running statistics depend on what was collected before"):
+    with pytest.raises(ValueError, match="running statistics depend on earlier rollouts"):
         collect(CollectConfig("NoiseAR-ShapesTurbo-v0", reward=str(file), output_dir=tmp_path / "c"))
 
 

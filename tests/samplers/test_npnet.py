@@ -1,4 +1,4 @@
-"""NPNet is the authors' network, loads their files, and samples by prompt and seed alone."""
+"""NPNet equals the authors' network, loads their files, and samples from prompt and seed alone."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a bl
 
 
 def published_shapes(config: NPNetConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes in a file of the authors, part by part, written down from their code and timm's."""
+    """Names and shapes in an authors' file, part by part, taken from their code and timm's."""
     channels, side, _ = config.latent_shape
     k, hidden, ff = 2 * side, config.svd_hidden, config.svd_ff
     linear = lambda name, out, width: {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
@@ -50,7 +50,7 @@ def published_shapes(config: NPNetConfig) -> dict[str, dict[str, tuple[int, ...]
 
 
 def write_authors_file(path, config=None, spelling="embeeding"):
-    """A file of the authors' layout with random values."""
+    """Writes a file in the authors' layout with random values."""
     config = config or NPNetConfig(text_shape=(77, 5), **SMALL)
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +81,7 @@ def attention(state, x, heads, allowed=None, bias=0.0):
 
 
 def recompute(state, noise, text, config):
-    """The authors' formulas once more, of ``noise (B, 4, h, w)``; all tokens attend at once where windows allow it."""
+    """The authors' formulas for ``noise (B, 4, h, w)``, written independently: full attention with a window mask."""
     part = lambda group, name: {k.removeprefix(name): v for k, v in state[group].items() if k.startswith(name)}
     linear = lambda s, name, x: F.linear(x, s[f"{name}.weight"], s.get(f"{name}.bias"))
     norm = lambda s, name, x: F.layer_norm(x, x.shape[-1:], s[f"{name}.weight"], s[f"{name}.bias"])
@@ -150,7 +150,7 @@ def test_a_file_of_the_authors_layout_gives_their_noise(tmp_path, spelling):
     noise, text = standard_noise(range(3), (4, 8, 8)), torch.randn(3, 77, 5)
     expected = recompute(state | {"embeeding": state[spelling]}, noise, text, config)
     torch.testing.assert_close(npnet(noise, text), expected, rtol=1e-4, atol=1e-4)
-    for weight in ("alpha", "beta"):  # both branches count
+    for weight in ("alpha", "beta"):  # both branches matter
         without = recompute(state | {"embeeding": state[spelling], weight: torch.zeros(1)}, noise, text, config)
         assert (without - expected).abs().mean() > 0.05
     npnet.save_pretrained(tmp_path / "converted")
@@ -161,7 +161,7 @@ def test_a_file_of_the_authors_layout_gives_their_noise(tmp_path, spelling):
 
 @pytest.mark.parametrize(("width", "parameters"), [(2048, 29_700_915), (1024, 29_070_131)])
 def test_published_size(tmp_path, width, parameters):
-    """Every name and shape of their networks for SDXL and Hunyuan-DiT; zeros, of which a file holds one each."""
+    """Every name and shape of their networks for SDXL and Hunyuan-DiT; expanded zeros keep the file small."""
     config = NPNetConfig(
         latent_shape=(4, 128, 128), text_shape=(77, width), image_size=224, patch_size=4, window_size=7,
         d_model=96, depths=(2, 2, 6, 2), n_heads=(3, 6, 12, 24),
@@ -178,15 +178,15 @@ def test_published_size(tmp_path, width, parameters):
     torch.testing.assert_close(npnet(noise, torch.randn(1, 77, width)), noise, rtol=0, atol=1e-4)
 
 
-def test_files_that_are_not_theirs_are_refused(tmp_path):
+def test_files_that_are_not_theirs_are_rejected(tmp_path):
     class Malicious:
         def __reduce__(self):
             return (Path(tmp_path / "touched").touch, ())
 
     path = tmp_path / "a.pth"
     state = write_authors_file(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="truncated"):
         load_npnet(path)
     path.write_text("<html>sign in to download</html>")
@@ -231,13 +231,13 @@ def test_files_that_are_not_theirs_are_refused(tmp_path):
     [
         ({"latent_shape": (4, 8)}, "expected shapes"),
         ({"svd_heads": 5}, "must divide the 16 singular values"),
-        ({"n_heads": (2,)}, "one number a stage"),
+        ({"n_heads": (2,)}, "one number per stage"),
         ({"image_size": 9}, "does not halve 1 times"),
         ({"window_size": 3}, "do not tile a grid of 8"),
         ({"n_heads": (2, 7)}, "do not divide a width of 64"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(options, message):
+def test_sizes_that_do_not_fit_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         NPNet(NPNetConfig(**options))
 
@@ -258,7 +258,7 @@ def random_npnet(seed=0, **options) -> NPNet:
 
 @pytest.mark.parametrize(("latent_shape", "heads"), [((4, 8, 8), 8), ((16, 6, 10), 8), ((3, 8, 4), 4), ((1, 5, 5), 1)])
 def test_any_latent_batch_equals_single(latent_shape, heads):
-    """Untrained it is the identity; the matrix of the latent need not be square."""
+    """An untrained network is the identity; the matrix of the latent need not be square."""
     options = {"latent_shape": latent_shape, "text_shape": (3, 7), "svd_heads": heads}
     noise, text = standard_noise(range(5), latent_shape), torch.randn(5, 3, 7)
     torch.testing.assert_close(NPNet(NPNetConfig(**options))(noise, text), noise, rtol=0, atol=1e-5)
@@ -267,7 +267,7 @@ def test_any_latent_batch_equals_single(latent_shape, heads):
     assert (golden - noise).abs().mean() > 0.1
     singles = [npnet(noise[i : i + 1], text[i : i + 1]) for i in range(5)]
     torch.testing.assert_close(golden, torch.cat(singles), rtol=1e-4, atol=1e-4)
-    assert (npnet(noise, text.flip(0)) - golden).abs().mean() > 0.05  # the text counts
+    assert (npnet(noise, text.flip(0)) - golden).abs().mean() > 0.05  # the text matters
     added = npnet.unet_embedding(torch.ones(1, latent_shape[0], 1, 1).expand(-1, -1, *latent_shape[1:]))
     torch.testing.assert_close(added, added[:, :, :1].expand_as(added), rtol=0, atol=1e-4)  # the same in every row
     with pytest.raises(ValueError, match="another denoiser"):
@@ -275,7 +275,7 @@ def test_any_latent_batch_equals_single(latent_shape, heads):
 
 
 def test_sampler(turbo):
-    """Prompt and seed alone decide; an untrained network draws the plain sampler's pictures; searches compose."""
+    """Prompt and seed alone decide; an untrained network draws the Gaussian sampler's images; searches compose."""
     seeds = [5, 2**40, 7]
     plain = GaussianSampler(turbo)(PROMPTS, seeds)
     same = NPNetSampler(turbo, NPNet(NPNetConfig()))(PROMPTS, seeds)
@@ -294,7 +294,7 @@ def test_sampler(turbo):
     reward = load_reward("shapes-match")
     best = BestOf(sampler, 3, reward)(PROMPTS, seeds)
     assert best.nfe == 3 and (reward.score(best.images, PROMPTS) >= reward.score(samples.images, PROMPTS)).all()
-    with pytest.raises(ValueError, match="one seed a prompt"):
+    with pytest.raises(ValueError, match="one seed per prompt"):
         sampler(PROMPTS, seeds[:2])
     with pytest.raises(ValueError, match=r"its text_shape is \(77, 256\)"):
         NPNetSampler(turbo, NPNet(NPNetConfig(text_shape=(77, 256))))

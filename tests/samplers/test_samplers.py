@@ -18,13 +18,13 @@ SEEDS = [3, 2**40, 11]
 
 @pytest.fixture(scope="module")
 def match():
-    """The verifier, which chooses."""
+    """The reward that searches choose by."""
     return load_reward("shapes-match")
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """The judge, which never chooses."""
+    """The judge, which searches never use."""
     return load_reward("shapes-exact")
 
 
@@ -35,7 +35,7 @@ def captions():
 
 
 class Indifferent:
-    """The same score for every picture: all candidates tie."""
+    """Scores every image the same, so all candidates tie."""
 
     name, statistics = "indifferent", (0.0, 1.0)
 
@@ -44,7 +44,7 @@ class Indifferent:
 
 
 class StochasticDenoiser(NoDenoiser):
-    """Adds noise of its own to the picture, from the denoising seed."""
+    """Adds its own noise to the image, drawn from the denoising seed."""
 
     def own(self, seeds):
         return standard_noise(seeds, (3, *self.latent_shape[1:]))
@@ -65,22 +65,22 @@ def build(name, turbo, match):
 
 
 @pytest.mark.parametrize("name", ["gaussian", "policy", "best_of", "search", "reno"])
-def test_a_picture_follows_from_its_prompt_and_seed_alone(turbo, match, name):
+def test_an_image_follows_from_its_prompt_and_seed_alone(turbo, match, name):
     sampler = build(name, turbo, match)
-    whole = sampler(PROMPTS, SEEDS)
-    assert whole.noise.dtype == whole.images.dtype == torch.float32
-    assert whole.images.min() >= 0 and whole.images.max() <= 1
-    tolerance = 5e-3 if name == "reno" else 1e-5  # an ascent carries its float error along
+    batch = sampler(PROMPTS, SEEDS)
+    assert batch.noise.dtype == batch.images.dtype == torch.float32
+    assert batch.images.min() >= 0 and batch.images.max() <= 1
+    tolerance = 5e-3 if name == "reno" else 1e-5  # gradient ascent accumulates rounding errors
     for i in (2, 0):
         alone = sampler(PROMPTS[i : i + 1], SEEDS[i : i + 1])
-        torch.testing.assert_close(alone.noise[0], whole.noise[i], rtol=0, atol=tolerance)
-        torch.testing.assert_close(alone.images[0], whole.images[i], rtol=0, atol=tolerance)
-    again = turbo.denoise(whole.noise, turbo.encode(PROMPTS), SEEDS)
-    torch.testing.assert_close(whole.images, again, rtol=0, atol=5e-5)
+        torch.testing.assert_close(alone.noise[0], batch.noise[i], rtol=0, atol=tolerance)
+        torch.testing.assert_close(alone.images[0], batch.images[i], rtol=0, atol=tolerance)
+    again = turbo.denoise(batch.noise, turbo.encode(PROMPTS), SEEDS)
+    torch.testing.assert_close(batch.images, again, rtol=0, atol=5e-5)
     if name in ("gaussian", "policy"):
-        assert whole.kl_to_gaussian.shape == (3,)
+        assert batch.kl_to_gaussian.shape == (3,)
     else:
-        assert whole.kl_to_gaussian is None
+        assert batch.kl_to_gaussian is None
 
 
 def test_an_untrained_policy_is_gaussian_and_a_trained_one_is_not(turbo):
@@ -94,7 +94,7 @@ def test_an_untrained_policy_is_gaussian_and_a_trained_one_is_not(turbo):
     assert other.kl_to_gaussian.min() > 1
 
 
-def test_ties_keep_what_the_plain_sampler_gives(turbo):
+def test_ties_keep_the_start(turbo):
     plain = GaussianSampler(turbo)
     expected = plain(PROMPTS, SEEDS)
     tie = WeightedReward([(Indifferent(), 1.0)])
@@ -128,7 +128,7 @@ def test_derived_seeds_differ_by_seed_and_index():
 
 
 def test_candidates_differ_by_their_noise_alone():
-    """The denoiser draws what it draws from the sample's own seed, whichever candidate wins."""
+    """The denoiser's own noise follows from the sample's seed, whichever candidate wins."""
     denoiser = StochasticDenoiser((1, 8, 4), 4)
     reward, prompts, seeds = WeightedReward([(Target(), 1.0)]), ["up"] * 8, list(range(8))
     plain = GaussianSampler(denoiser)
@@ -140,7 +140,7 @@ def test_candidates_differ_by_their_noise_alone():
 
 
 def counted(denoiser, sampler):
-    """Rows that the network saw forward and backward, an image; and what the sampler says."""
+    """Rows per image that the network saw forward and backward, and the ``nfe`` that the sampler reports."""
     forward, backward = [], []
     hooks = [
         denoiser.network.register_forward_hook(lambda module, inputs, outputs: forward.append(len(outputs[0]))),
@@ -190,7 +190,7 @@ def test_search_beats_its_start_and_never_falls(turbo, match, exact, captions):
 
 
 def test_neighbours_keep_unit_variance_and_their_distance():
-    """A reward that always prefers the newest picture shows the neighbour itself."""
+    """With a reward that always prefers the newest image, the search returns the neighbour itself."""
 
     class Newest:
         name, statistics, count = "newest", (0.0, 1.0), 0
@@ -221,7 +221,7 @@ def test_norm_regularizer_is_minus_the_log_density_of_a_gaussian_norm():
 
 @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
 def test_reno_is_torchs_sgd_on_each_sample(turbo, match, max_grad_norm):
-    """The published recipe, sample by sample: clipped SGD with Nesterov momentum, the best reward kept."""
+    """The published recipe, sample by sample: clipped SGD with Nesterov momentum that keeps the best reward."""
     options = {"iterations": 4, "learning_rate": 2.0, "max_grad_norm": max_grad_norm, "batch_size": 1}
     samples = Reno(GaussianSampler(turbo), turbo, match, **options)(PROMPTS, SEEDS)
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
@@ -243,7 +243,7 @@ def test_reno_is_torchs_sgd_on_each_sample(turbo, match, max_grad_norm):
 def test_reno_raises_its_reward(turbo, captions, reward, gain):
     prompts, seeds = captions[0][:12], captions[1][:12]
     climbed, start = load_reward(reward), GaussianSampler(turbo)
-    with torch.no_grad():  # as evaluations call it
+    with torch.no_grad():  # as an evaluation calls it
         before = climbed.score(start(prompts, seeds).images, prompts)
         samples = Reno(start, turbo, climbed, iterations=6, learning_rate=10.0)(prompts, seeds)
         after = climbed.score(samples.images, prompts)
@@ -277,8 +277,8 @@ def test_searches_start_from_a_policy(turbo, match, captions, kind):
         assert (samples.noise - first.noise).norm() < (samples.noise - standard_noise(seeds, turbo.latent_shape)).norm()
 
 
-def test_a_picture_that_cannot_be_scored_loses():
-    """The scorer fails on about half of the pictures, and on all of one prompt."""
+def test_an_image_that_cannot_be_scored_loses():
+    """The scorer fails on about half of the images, and on all images of one prompt."""
 
     class Fails:
         name, statistics = "fails", (0.0, 1.0)
@@ -328,9 +328,9 @@ def test_arguments_out_of_range(turbo, match):
     ):
         with pytest.raises(ValueError, match="running statistics"):
             make()
-    with pytest.raises(ValueError, match="one seed a prompt"):
+    with pytest.raises(ValueError, match="one seed per prompt"):
         gaussian(PROMPTS, [1])
-    with pytest.raises(ValueError, match="another denoiser: its text_dim"):
+    with pytest.raises(ValueError, match="another denoiser or patch size: its text_dim"):
         PolicySampler(turbo, NoiseARPolicy(NoiseARConfig(text_dim=32)))
 
 

@@ -3,14 +3,14 @@
     x' = svd(x) + (2·sigmoid(α) - 1)·t + β·swin(x + t),   t = AdaGroupNorm(x, text)
 
 ``svd`` keeps the singular vectors of the noise and corrects its singular values; ``swin`` is a Swin transformer. The
-text moves the mean and the scale of every channel and nothing else, and Swin knows no absolute positions: what the
-text alone adds is the same in every row of the latent. The map is deterministic, so that its noise has no density.
+text changes only the mean and the scale of each channel, and Swin has no absolute positions, so the text's own
+contribution is the same in every row of the latent. The map is deterministic, so its noise has no density.
 
-Modules bear the names of the authors' checkpoints, whose ``.pth`` files :meth:`NPNet.from_released` reads.
-Stochastic depth, which their script leaves on when it samples, is left out.
+Module names match the authors' checkpoints; :meth:`NPNet.from_released` reads their ``.pth`` files. Stochastic depth,
+which their script leaves on when it samples, is omitted.
 
-The signs of singular vectors are the solver's choice and the network sees them: on another device, or with another
-linear algebra library, the same noise may turn into another golden noise.
+The solver chooses the signs of singular vectors, and the network sees them: another device or linear algebra library
+may turn the same noise into another golden noise.
 
 Shapes: ``B`` batch, ``C, h, w`` latent, ``L`` text tokens, ``D`` text width, ``K`` singular values.
 """
@@ -34,13 +34,13 @@ from noisear_rl.checkpoints import find_checkpoint, list_checkpoints
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.samplers.npnet.swin import Attention, Swin, swin_sizes
 
-TEXT_TOKENS = 77  # what the authors' text encoders pad to
+TEXT_TOKENS = 77  # the padded length of the authors' text encoders
 PARTS = {"unet_svd": "unet_svd", "unet_embedding": "unet_embedding", "embeeding": "text_embedding"}  # theirs: ours
-UNUSED = ("unet_svd.bn.", "unet_embedding.swin.head.")  # in the authors' files, but not in what they compute
+UNUSED = ("unet_svd.bn.", "unet_embedding.swin.head.")  # in the authors' files, but unused by their forward pass
 
 
 def channel_grid(channels: int) -> tuple[int, int]:
-    """How channels are laid out, rows by columns, to make one matrix of a latent; as square as they can be."""
+    """Rows and columns in which channels are tiled to make one matrix of a latent, as square as possible."""
     rows = max(n for n in range(1, isqrt(channels) + 1) if channels % n == 0)
     return rows, channels // rows
 
@@ -49,23 +49,22 @@ def channel_grid(channels: int) -> tuple[int, int]:
 class NPNetConfig:
     """Sizes of the network; the defaults fit the embedded ``shapes`` denoiser.
 
-    Published networks hold Swin-tiny (``image_size`` 224, ``patch_size`` 4, ``window_size`` 7, ``d_model`` 96,
-    ``depths`` (2, 2, 6, 2), ``n_heads`` (3, 6, 12, 24)) and start from its ImageNet weights. A latent of 8 x 8 has no
-    use for it: the defaults are the same structure with two stages on the latent's own grid, to be trained from
-    nothing.
+    The published networks contain Swin-tiny (``image_size`` 224, ``patch_size`` 4, ``window_size`` 7, ``d_model`` 96,
+    ``depths`` (2, 2, 6, 2), ``n_heads`` (3, 6, 12, 24)) and start from its ImageNet weights. A latent of 8 x 8 is too
+    small for it: the defaults have the same structure with two stages on the latent's own grid, trained from scratch.
 
     Attributes:
         latent_shape: ``(C, h, w)`` of the denoiser's initial noise.
-        text_shape: ``(L, D)`` of its text embeddings, which the network sees whole, padding included.
-        svd_hidden: Hidden width of what reads the singular vectors.
+        text_shape: ``(L, D)`` of its text embeddings; the network sees all tokens, including padding.
+        svd_hidden: Hidden width of the layers that read the singular vectors.
         svd_heads: Attention heads over the singular values; must divide ``K``.
-        svd_ff: Hidden width of what corrects the singular values.
+        svd_ff: Hidden width of the layers that correct the singular values.
         image_size: Side of the square that the latent is resized to before Swin cuts it into patches.
         patch_size: Side of Swin's patches.
         window_size: Side of Swin's attention windows, in patches.
-        d_model: Width of Swin's first stage; each later one has twice the width on half the grid.
-        depths: Blocks of each of Swin's stages.
-        n_heads: Attention heads of each of Swin's stages.
+        d_model: Width of Swin's first stage; each later stage has twice the width on half the grid.
+        depths: Blocks per Swin stage.
+        n_heads: Attention heads per Swin stage.
     """
 
     latent_shape: tuple[int, ...] = (4, 8, 8)
@@ -90,13 +89,13 @@ class NPNetConfig:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Of the latent as one matrix."""
+        """Shape of the latent as one matrix."""
         rows, columns = channel_grid(self.latent_shape[0])
         return rows * self.latent_shape[1], columns * self.latent_shape[2]
 
 
 class SVDNoise(nn.Module):
-    """The latent with corrected singular values; the identity before training."""
+    """Corrects the singular values of the latent; the identity before training."""
 
     def __init__(self, config: NPNetConfig):
         super().__init__()
@@ -112,19 +111,19 @@ class SVDNoise(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, h, w)`` to the same."""
+        """Maps ``(B, C, h, w)`` to the same shape."""
         tiled = x.unflatten(1, self.channel_grid).transpose(2, 3)  # (B, rows, h, columns, w)
         left, values, right = torch.linalg.svd(tiled.flatten(3).flatten(1, 2), full_matrices=False)
-        tokens = self.mlp1(left.mT) + self.mlp2(right) + self.mlp3(values)[:, None]  # (B, K, K), one a singular value
+        tokens = self.mlp1(left.mT) + self.mlp2(right) + self.mlp3(values)[:, None]  # (B, K, K): one per singular value
         values = values + self.mlp4(self.attention(tokens).mean(1))
         return ((left * values[:, None]) @ right).reshape(tiled.shape).transpose(2, 3).flatten(1, 2)
 
 
 class NoiseTransformer(nn.Module):
-    """The latent through Swin and back.
+    """Maps the latent through Swin and back.
 
-    As in the authors' code, the way back takes the rows of Swin's last grid for channels and spreads its columns and
-    the features of its tokens over the plane of the latent.
+    As in the authors' code, the way back treats the rows of Swin's last grid as channels and interpolates its columns
+    and token features to the plane of the latent.
     """
 
     def __init__(self, config: NPNetConfig):
@@ -138,7 +137,7 @@ class NoiseTransformer(nn.Module):
         self.upconv = nn.Conv2d(self.swin.grids[-1], channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, h, w)`` to the same."""
+        """Maps ``(B, C, h, w)`` to the same shape."""
         tokens = self.swin(self.downconv(F.interpolate(x, [self.image_size] * 2)))
         return self.upconv(F.interpolate(tokens, self.plane))
 
@@ -150,7 +149,7 @@ class NPNet(
     tags=["noise-prior", "diffusion", "golden-noise"],
     license="apache-2.0",
 ):
-    """Noise prompt network; see the module's docstring. Untrained it is the identity, up to rounding.
+    """Noise prompt network; see the module docstring. Before training it is the identity, up to rounding.
 
     Args:
         config: Sizes.
@@ -180,7 +179,7 @@ class NPNet(
             ``(B, C, h, w)``.
 
         Raises:
-            ValueError: If a shape is not the configured one.
+            ValueError: If a shape does not match the configuration.
         """
         expected = (len(noise), *self.config.latent_shape), (len(noise), *self.config.text_shape)
         if (tuple(noise.shape), tuple(text.shape)) != expected:
@@ -193,26 +192,31 @@ class NPNet(
         return self.unet_svd(noise) + weight * by_text + self.beta * self.unet_embedding(noise + by_text)
 
     def check_denoiser(self, denoiser: Denoiser) -> None:
-        """Refuses a denoiser of other sizes with a ``ValueError`` that names them."""
+        """Checks that a denoiser's sizes match.
+
+        Raises:
+            ValueError: If the latent shape or the text shape differs.
+        """
         for name in ("latent_shape", "text_shape"):
             own, other = getattr(self.config, name), tuple(getattr(denoiser, name))
             if own != other:
                 raise ValueError(
-                    f"the network was made for another denoiser: its {name} is {own}, that of {denoiser.name!r} {other}"
+                    f"the network was made for another denoiser: its {name} is {own}, that of {denoiser.name!r} is "
+                    f"{other}"
                 )
 
     @classmethod
     def from_released(cls, path: str | Path, *, svd_heads: int = 8) -> Self:
-        """Loads a ``.pth`` file of the authors (``sdxl.pth``, ``dreamshaper.pth``, ``dit.pth``), in eval mode.
+        """Loads an authors' ``.pth`` file (``sdxl.pth``, ``dreamshaper.pth``, ``dit.pth``) in eval mode.
 
         ``save_pretrained`` then writes it as safetensors.
 
         Args:
-            path: Their file. Nothing but tensors is unpickled.
-            svd_heads: Attention heads over the singular values, which leave no trace in it; theirs are 8.
+            path: The file. Only tensors are unpickled.
+            svd_heads: Attention heads over the singular values, which the file does not record; the authors use 8.
 
         Raises:
-            ValueError: If the file is truncated, holds more than tensors, or not their network.
+            ValueError: If the file is truncated, contains more than tensors, or is not their network.
             FileNotFoundError: If there is no such file.
         """
         saved = read_tensors(path)
@@ -236,7 +240,11 @@ class NPNet(
 
 
 def read_tensors(path: str | Path) -> Any:
-    """What a ``.pth`` file holds; raises ``ValueError`` where that is more than tensors, or less than it was."""
+    """Contents of a ``.pth`` file.
+
+    Raises:
+        ValueError: If the file is truncated or contains more than tensors.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -244,7 +252,7 @@ def read_tensors(path: str | Path) -> Any:
 
 
 def released_state(saved: Any) -> dict[str, torch.Tensor]:
-    """Tensors of the authors' file by the names that they have here, without what their network does not use.
+    """Tensors of an authors' file under the names used here, without those that their network does not use.
 
     Raises:
         ValueError: If a part is missing.
@@ -261,7 +269,7 @@ def released_state(saved: Any) -> dict[str, torch.Tensor]:
 
 
 def released_config(state: Mapping[str, torch.Tensor], svd_heads: int = 8) -> NPNetConfig:
-    """Reads the sizes of the authors' network off its state dict; latents are square, texts have 77 tokens.
+    """Infers the sizes of the authors' network from its state dict; latents are square, texts have 77 tokens.
 
     Raises:
         ValueError: If a tensor is missing or sizes do not fit together.
@@ -286,11 +294,11 @@ def load_npnet(path: str | Path) -> NPNet:
     """Loads a network in eval mode.
 
     Args:
-        path: A checkpoint, a run folder (its newest checkpoint), a Hub id, or a ``.pth`` file of the authors
+        path: A checkpoint, a run folder (its newest checkpoint), a Hub id, or an authors' ``.pth`` file
             (:meth:`NPNet.from_released`).
 
     Raises:
-        FileNotFoundError: If there is no such folder, or it holds no network.
+        FileNotFoundError: If there is no such folder, or it contains no network.
         ValueError: If the weights are truncated or of another architecture.
     """
     if Path(path).suffix == ".pth":
@@ -299,7 +307,7 @@ def load_npnet(path: str | Path) -> NPNet:
 
 
 def holds_npnet(path: str | Path) -> bool:
-    """Whether a checkpoint, a run folder or a ``.pth`` file holds this network; another, or none, is false."""
+    """Whether a checkpoint, a run folder or a ``.pth`` file contains an NPNet."""
     if Path(path).suffix == ".pth":
         return Path(path).is_file() and "unet_svd" in read_tensors(path)
     file = [Path(path), *list_checkpoints(path)][-1] / "config.json"

@@ -13,7 +13,7 @@ from noisear_rl.samplers.npnet.network import NPNet
 
 
 class NPNetSampler:
-    """Golden noise of the noise that the plain sampler draws with the same seed.
+    """Golden noise, computed from the noise that :class:`~noisear_rl.samplers.GaussianSampler` draws for the same seed.
 
     Args:
         denoiser: Frozen diffusion model.
@@ -31,7 +31,7 @@ class NPNetSampler:
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
-        """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts the denoiser's evaluations alone."""
+        """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts only the denoiser's evaluations."""
         check_seeds(prompts, seeds)
         conditioning = self.denoiser.encode(prompts)
         text = conditioning.policy_embeds

@@ -1,10 +1,10 @@
-"""Swin transformer (Liu et al. 2021, arXiv 2103.14030) without its classifier, as NPNet needs it.
+"""Swin transformer (Liu et al. 2021, arXiv 2103.14030) without its classifier, as NPNet uses it.
 
-Modules bear the names that timm's ``swin_*`` models have from version 0.9 on, so that their state dicts load. There is
-no stochastic depth.
+Module names match timm's ``swin_*`` models from version 0.9 on, so that their state dicts load. There is no stochastic
+depth.
 
-Shapes: ``B`` pictures, ``G`` side of a grid of tokens, ``d`` width of a token, ``H`` heads, ``n`` windows that tile a
-grid, ``T`` tokens of a window.
+Shapes: ``B`` images, ``G`` side of a grid of tokens, ``d`` token width, ``H`` heads, ``n`` windows per grid,
+``T`` tokens per window.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Self-attention; within a window of a grid, a learned bias for every relative position is added.
+    """Self-attention; within a window of a grid, with a learned bias per relative position.
 
     Args:
         width: ``d``.
         n_heads: ``H``.
-        window: Side of the window; ``None`` where tokens have no place.
+        window: Side of the window; ``None`` for tokens without a position.
     """
 
     def __init__(self, width: int, n_heads: int, window: int | None = None):
@@ -41,7 +41,7 @@ class Attention(nn.Module):
             self.register_buffer("relative_position", (2 * window - 1) * down + right, persistent=False)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, T, d)`` to the same, or ``(B·n, T, d)`` where a mask ``(n, T, T)`` is added for every window."""
+        """Maps ``(B, T, d)`` to the same shape, or ``(B·n, T, d)`` with a mask ``(n, T, T)`` added per window."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d/H)
         bias = None
         if self.has_place:
@@ -64,7 +64,7 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
         mask = None
-        if self.shift:  # what the shift brings together from opposite edges does not attend to each other
+        if self.shift:  # tokens that the shift brings together from opposite edges do not attend to each other
             place = torch.arange(grid)
             edge = (place >= grid - window).long() + (place >= grid - self.shift).long()
             region = self.partition((3 * edge[:, None] + edge)[None, ..., None])[..., 0]  # (n, T)
@@ -83,7 +83,7 @@ class SwinBlock(nn.Module):
         return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, G, G, d)`` to the same."""
+        """Maps ``(B, G, G, d)`` to the same shape."""
         shifted = torch.roll(self.norm1(x), (-self.shift, -self.shift), (1, 2))
         mixed = self.merge(self.attn(self.partition(shifted), self.mask), x.shape[1])
         x = x + torch.roll(mixed, (self.shift, self.shift), (1, 2))
@@ -91,7 +91,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks on one grid; before them, all stages but the first join 2 x 2 tokens into one of twice the width."""
+    """Blocks on one grid; every stage but the first starts by merging 2 x 2 tokens into one of twice the width."""
 
     def __init__(self, width: int, depth: int, n_heads: int, grid: int, window: int, first: bool):
         super().__init__()
@@ -111,18 +111,18 @@ class SwinStage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Pictures ``(B, 3, S, S)`` → tokens ``(B, G, G, d)`` of the last stage, normalised.
+    """Images ``(B, 3, S, S)`` → normalised tokens ``(B, G, G, d)`` of the last stage.
 
     Args:
         image_size: ``S``.
         patch_size: Side of the patches that the first stage's tokens are made of.
         window_size: Side of the attention windows in tokens; a smaller grid is one window.
-        d_model: ``d`` of the first stage; every later one has twice the width on half the grid.
-        depths: Blocks of each stage.
-        n_heads: Attention heads of each stage.
+        d_model: ``d`` of the first stage; every later stage has twice the width on half the grid.
+        depths: Blocks per stage.
+        n_heads: Attention heads per stage.
 
     Raises:
-        ValueError: If these do not fit together.
+        ValueError: If the sizes do not fit together.
 
     Attributes:
         grids: ``G`` of each stage.
@@ -140,7 +140,7 @@ class Swin(nn.Module):
         super().__init__()
         stages = len(depths)
         if not stages or len(n_heads) != stages:
-            raise ValueError(f"depths {tuple(depths)} and n_heads {tuple(n_heads)} must have one number a stage")
+            raise ValueError(f"depths {tuple(depths)} and n_heads {tuple(n_heads)} must have one number per stage")
         if image_size % (patch_size * 2 ** (stages - 1)):
             raise ValueError(f"an image of {image_size} does not halve {stages - 1} times into patches of {patch_size}")
         self.grids = [image_size // patch_size // 2**i for i in range(stages)]
@@ -172,16 +172,16 @@ class Swin(nn.Module):
 
 
 def swin_sizes(state: Mapping[str, torch.Tensor], prefix: str, last_grid: int) -> dict[str, Any]:
-    """Reads the arguments of :class:`Swin` off a state dict.
+    """Infers the arguments of :class:`Swin` from a state dict.
 
     Args:
         state: Tensors by name.
-        prefix: What their names begin with.
-        last_grid: ``G`` of the last stage, which leaves no trace there.
+        prefix: Prefix of their names.
+        last_grid: ``G`` of the last stage, which a state dict does not contain.
 
     Raises:
         KeyError: If a tensor is missing.
-        IndexError: If one has too few axes.
+        IndexError: If a tensor has too few axes.
     """
     stage_of = lambda key: key.removeprefix(f"{prefix}layers.").split(".")[0]
     stages = [stage_of(key) for key in state if key.startswith(prefix) and key.endswith("norm1.weight")]
