@@ -1,9 +1,9 @@
-"""LAION's aesthetic predictors: how much people liked pictures like this one, whatever the prompt.
+"""LAION's aesthetic predictors: how much people like an image, independent of the prompt.
 
-Both read the unit image vector of CLIP ViT-L/14. Version 1 is one linear layer (``LAION-AI/aesthetic-predictor``, MIT
-licence); version 2 is five linear layers without activations between them, trained on SAC, LOGOS and AVA ratings
-(``christophschuhmann/improved-aesthetic-predictor``, Apache-2.0).
-Range: mean ratings, about 1 to 10; 5 to 7 for pictures of diffusion models.
+Both read the normalised image embedding of CLIP ViT-L/14. Version 1 is one linear layer
+(``LAION-AI/aesthetic-predictor``, MIT licence); version 2 is five linear layers without activations in between, trained
+on SAC, LOGOS and AVA ratings (``christophschuhmann/improved-aesthetic-predictor``, Apache-2.0).
+Range: mean ratings, about 1 to 10; 5 to 7 for images from diffusion models.
 Preprocessing: OpenAI's CLIP, by torchvision on PIL, 224 px.
 """
 
@@ -21,12 +21,12 @@ from noisear_rl.rewards.weights import find_weights, load_weights, read_state_di
 
 
 def linear_head(width: int) -> torch.nn.Module:
-    """Version 1's head."""
+    """The head of version 1."""
     return torch.nn.Linear(width, 1)
 
 
 def mlp_head(width: int) -> torch.nn.Module:
-    """Version 2's head, with the names of its published weights; its dropouts count as layers."""
+    """The head of version 2, with the names of its published weights, which count the dropouts as layers."""
     head = torch.nn.Module()
     sizes = (width, 1024, 128, 64, 16, 1)
     linear = [torch.nn.Linear(a, b) for a, b in pairwise(sizes)]
@@ -37,11 +37,11 @@ def mlp_head(width: int) -> torch.nn.Module:
 
 
 class Aesthetic(CLIPReward):
-    """See the module's docstring.
+    """Base class of the aesthetic predictors; see the module docstring.
 
     Args:
-        head: File with the head's published weights; ``None`` to download.
-        weights: CLIP's, as for :class:`~noisear_rl.rewards.clip.CLIPScore`.
+        head: File with the published weights of the head; ``None`` to download them.
+        weights: CLIP's weights, as for :class:`~noisear_rl.rewards.clip.CLIPScore`.
         **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`.
     """
 
@@ -67,7 +67,7 @@ class Aesthetic(CLIPReward):
                 self.head = head.to(self.device).eval().requires_grad_(False)  # tiny: float32 always
 
     def text(self, prompts: Any) -> tuple[torch.Tensor, ...]:
-        """The prompt does not matter."""
+        """Returns nothing: the prompt does not matter."""
         return ()
 
     def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:

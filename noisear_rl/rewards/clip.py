@@ -1,7 +1,7 @@
-"""CLIPScore, and what the scorers built on CLIP share.
+"""CLIPScore, and the code shared by all scorers built on CLIP.
 
-Source: Radford et al. 2021 (arXiv 2103.00020), weights ``openai/clip-vit-large-patch14`` (ViT-L/14, MIT licence of the
-code; the model card asks for research use). Rescaling: Hessel et al. 2021 (arXiv 2104.08718).
+Source: Radford et al. 2021 (arXiv 2103.00020), weights ``openai/clip-vit-large-patch14`` (ViT-L/14; the code is
+MIT-licensed, the model card asks for research use). Rescaling: Hessel et al. 2021 (arXiv 2104.08718).
 Preprocessing: OpenAI's, by torchvision on PIL (:class:`~noisear_rl.rewards.preprocess.Preprocess`), 224 px, 77 tokens.
 """
 
@@ -60,10 +60,10 @@ RESCALINGS = ("hessel", "cosine")
 
 
 class CLIPReward(PretrainedReward):
-    """A scorer whose network is a CLIP; ``architecture`` has the names of :class:`transformers.CLIPConfig`."""
+    """Base class of the CLIP scorers; ``architecture`` has the fields of :class:`transformers.CLIPConfig`."""
 
     architecture = VIT_L_14
-    cleans: ClassVar[bool] = False  # whether the original's tokenizer repairs prompts first
+    cleans: ClassVar[bool] = False  # whether the original tokenizer cleans prompts first
 
     def build(self) -> torch.nn.Module:
         """See the base class."""
@@ -72,7 +72,7 @@ class CLIPReward(PretrainedReward):
         return CLIPModel(CLIPConfig(**self.architecture))
 
     def convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Older files also hold position ids."""
+        """Drops the position ids that older files contain."""
         return {name: value for name, value in state.items() if not name.endswith("position_ids")}
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,26 +80,26 @@ class CLIPReward(PretrainedReward):
         return super().tokenize([clean(prompt) for prompt in prompts] if self.cleans else prompts)
 
     def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Unit vectors ``(B, D)`` of the prompts, float32: half precision would round the cosines that matter."""
+        """Unit vectors ``(B, D)`` of the prompts in float32, as half precision would round the cosines too much."""
         return (F.normalize(self.network.get_text_features(ids).pooler_output.float(), dim=-1),)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit vectors ``(B, D)`` of pictures ``(B, 3, H, W)`` in [0, 1], to tell how different they are."""
+        """Unit vectors ``(B, D)`` of images ``(B, 3, H, W)`` in [0, 1], to measure how much images differ."""
         self.load()
         with torch.no_grad():
             return self.image_features(self.preprocessing.exact(images).to(self.device, self.dtype)).float().cpu()
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Unit vectors ``(B, D)`` of preprocessed pictures, float32."""
+        """Unit vectors ``(B, D)`` of preprocessed images in float32."""
         return F.normalize(self.network.get_image_features(pixels).pooler_output.float(), dim=-1)
 
 
 class CLIPScore(CLIPReward):
-    """Agreement of picture and prompt by CLIP ViT-L/14.
+    """Agreement between image and prompt according to CLIP ViT-L/14.
 
     Args:
-        rescale: ``hessel`` is ``2.5 · max(cos, 0)`` in [0, 2.5], about 0.5 to 0.9, as the definition of CLIPScore has
-            it; ``cosine`` is the plain cosine in [-1, 1], as the ``image-reward`` package has it.
+        rescale: ``hessel`` is ``2.5 · max(cos, 0)`` in [0, 2.5], about 0.5 to 0.9, the definition of CLIPScore;
+            ``cosine`` is the plain cosine in [-1, 1], as in the ``image-reward`` package.
         **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`.
     """
 
@@ -123,15 +123,13 @@ class CLIPScore(CLIPReward):
 
 
 def clean(prompt: str) -> str:
-    """A prompt as the tokenizers of OpenAI and of open_clip read it: repaired, without HTML entities, in lower case."""
+    """Cleans a prompt like the tokenizers of OpenAI and open_clip: fixed Unicode, no HTML entities, lower case."""
     try:
         import ftfy
 
         prompt = ftfy.fix_text(prompt)
     except ImportError:
         if not prompt.isascii():
-            message = (
-                "without ftfy, curly quotes and broken Unicode are not repaired: pip install 'noisear-rl[rewards]'"
-            )
+            message = "without ftfy, curly quotes and broken Unicode are not fixed: pip install 'noisear-rl[rewards]'"
             warnings.warn(message, stacklevel=2)
     return " ".join(html.unescape(html.unescape(prompt)).split()).lower()

@@ -1,10 +1,10 @@
-"""Human Preference Score v2 and v2.1: which of two pictures of a prompt people would pick.
+"""Human Preference Score v2 and v2.1: which of two images of the same prompt people prefer.
 
 Source: Wu et al. 2023 (arXiv 2306.09341), weights ``xswu/HPSv2`` (a CLIP ViT-H/14, Apache-2.0), code ``hpsv2`` 1.2.0.
-Range: the cosine of text and image in [-1, 1], in practice 0.2 to 0.35; papers print it times 100. Only pictures of one
-prompt compare well.
-Preprocessing: the longer side to 224 px between black bars, in floating-point values; 77 tokens of CLIP, of a text that
-is repaired, freed of HTML entities and in lower case.
+Range: the cosine of text and image in [-1, 1], in practice 0.2 to 0.35; papers report it times 100. Scores are only
+comparable between images of the same prompt.
+Preprocessing: the longer side to 224 px between black bars, in floating-point values; 77 CLIP tokens of the cleaned
+prompt (fixed Unicode, no HTML entities, lower case).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = {  # published → ours
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-LAYER_NAMES = {  # within a layer; attn.in_proj holds queries, keys and values in one
+LAYER_NAMES = {  # within a layer; attn.in_proj fuses queries, keys and values
     "ln_1": "layer_norm1",
     "attn.out_proj": "self_attn.out_proj",
     "ln_2": "layer_norm2",
@@ -43,11 +43,11 @@ LAYER_NAMES = {  # within a layer; attn.in_proj holds queries, keys and values i
 
 
 class HPSv2(CLIPReward):
-    """See the module's docstring.
+    """Human Preference Score v2; see the module docstring.
 
     Args:
-        antialias: Whether pictures are smoothed when they are made smaller. ``hpsv2`` leaves it to torchvision: since
-            0.17 it smooths, before (when HPSv2 was trained and its tables were made) it did not.
+        antialias: Whether to smooth images when shrinking them. ``hpsv2`` leaves this to torchvision, which does so
+            since 0.17, but did not when HPSv2 was trained and its tables were made.
         **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`.
     """
 
@@ -87,7 +87,7 @@ class HPSv2(CLIPReward):
 
 
 class HPSv21(HPSv2):
-    """Version 2.1: the same network, trained on better pictures. Its scores do not compare with version 2's."""
+    """Version 2.1: the same network, trained on better images. Its scores are not comparable with version 2's."""
 
     name = "hpsv2.1"
     source = "xswu/HPSv2/HPS_v2.1_compressed.pt"

@@ -1,9 +1,9 @@
-"""ImageReward v1.0: how much people would like a picture of a prompt.
+"""ImageReward v1.0: how much people like an image of a prompt.
 
 Source: Xu et al. 2023 (arXiv 2304.05977), weights ``THUDM/ImageReward`` (Apache-2.0), code ``image-reward`` 1.5: BLIP's
-large image encoder, BERT-base reading the prompt with cross-attention to the image, and five linear layers without
-activations between them on the first token.
-Range: standardised by the authors, about -2 to 2; papers print it times 100.
+large image encoder, BERT-base that reads the prompt with cross-attention to the image, and five linear layers without
+activations in between on the first token.
+Range: standardised by the authors, about -2 to 2; papers report it times 100.
 Preprocessing: OpenAI's CLIP, by torchvision on PIL, 224 px; 35 tokens, padded.
 """
 
@@ -38,7 +38,7 @@ BLIP_LARGE: dict[str, Any] = {
         "num_attention_heads": 12,
         "max_position_embeddings": 512,
         "layer_norm_eps": 1e-12,
-        "is_decoder": True,  # what gives it cross-attention; how tokens see each other is an argument of the call
+        "is_decoder": True,  # adds cross-attention; the call itself disables the causal mask
     },
 }
 NAMES = (  # published → ours
@@ -53,7 +53,7 @@ NAMES = (  # published → ours
     (r"blip\.text_encoder\.(.+)", r"text.\1"),
     (r"mlp\.(.+)", r"mlp.\1"),
 )
-UNUSED = (  # of BLIP's pretraining, and a buffer: no part of the score
+UNUSED = (  # the heads of BLIP's pretraining and a buffer: not part of the score
     "blip.vision_proj.weight",
     "blip.vision_proj.bias",
     "blip.text_proj.weight",
@@ -63,7 +63,7 @@ UNUSED = (  # of BLIP's pretraining, and a buffer: no part of the score
 
 
 class ImageReward(PretrainedReward):
-    """See the module's docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
+    """ImageReward v1.0; see the module docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
 
     name = "image-reward"
     architecture = BLIP_LARGE
@@ -91,10 +91,10 @@ class ImageReward(PretrainedReward):
         """See the base class."""
         with self._lock:
             super().load()
-            self.network.mlp.float()  # tiny, and scores of half precision keep their resolution
+            self.network.mlp.float()  # tiny; keeps the resolution of the scores in half precision
 
     def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tokens themselves: the text is read together with each picture."""
+        """The tokens themselves: the text is read together with each image."""
         return ids, mask
 
     def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class ImageReward(PretrainedReward):
 
 
 def own_name(name: str) -> str:
-    """A published name → the network's; one that was not published gets a name that no network has."""
+    """Maps a published weight name to the network's; an unknown name maps to one that no network has."""
     for pattern, replacement in NAMES:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)

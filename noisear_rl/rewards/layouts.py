@@ -1,6 +1,6 @@
-"""How different the layouts of pictures of the shapes world are: where what kind of object lies.
+"""How much the layouts of images of the shapes world differ: which kind of object is where.
 
-Shapes: ``K`` pictures, ``M`` objects a picture.
+Shapes: ``K`` images, ``M`` objects per image.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from noisear_rl.denoisers.shapes.world import IMAGE_SIZE, Scenes
 
 
 def layout_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean distance of the objects of two pictures under the best assignment, in sides of the picture.
+    """Mean distance between the objects of two images under the best assignment, in units of the image side.
 
-    Objects of the same shape and colour are as far apart as their centres, at most 1; others, and objects without a
-    partner, are 1 apart. In [0, 1]: 0 for the same layout and for two empty pictures.
+    Objects of the same shape and colour are as far apart as their centres, at most 1; all other pairs, and objects
+    without a partner, are 1 apart. In [0, 1]: 0 for identical layouts and for two empty images.
 
     Args:
-        first: ``(M, 4)``: shape, colour, and centre in pixels of every object; at most a handful.
-        second: The same of the other picture.
+        first: ``(M, 4)``: shape, colour, and centre in pixels of every object; all assignments are tried, so keep ``M``
+            to a handful.
+        second: The same for the other image.
     """
     few, many = sorted((first, second), key=len)
     if not len(few):
@@ -34,8 +35,8 @@ def layout_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def layout_diversity(scenes: Scenes) -> float:
-    """Mean :func:`layout_distance` over all pairs of ``K`` pictures of one prompt, as a detector saw them."""
+    """Mean :func:`layout_distance` over all pairs of ``K`` images of one prompt, as seen by a detector."""
     kinds = np.stack([scenes.shape.cpu().numpy(), scenes.color.cpu().numpy()], -1)
     objects = np.concatenate([kinds, scenes.center.cpu().numpy()], -1)  # (K, M, 4)
-    layouts = [picture[picture[:, 0] >= 0] for picture in objects]
+    layouts = [rows[rows[:, 0] >= 0] for rows in objects]
     return float(np.mean([layout_distance(a, b) for a, b in itertools.combinations(layouts, 2)]))

@@ -1,14 +1,14 @@
-"""MPS: which of two pictures people prefer, under a condition that says what to look at.
+"""MPS: which of two images people prefer, under a condition that says what to look at.
 
 Source: Zhang et al. 2024 (CVPR, ``Kwai-Kolors/MPS``), weights ``MPS_overall_checkpoint.pth`` (a CLIP ViT-H/14 and four
-layers in which the picture's tokens attend to the prompt's; see the repository for the licence).
-Range: ``exp(logit_scale) · cos(text, picture)``; the probability that a picture is preferred to another of the same
-prompt is the sigmoid of the difference.
+layers in which the image's tokens attend to the prompt's; see the repository for the licence).
+Range: ``exp(logit_scale) · cos(text, image)``; the probability that an image is preferred to another of the same prompt
+is the sigmoid of the score difference.
 Preprocessing: ``CLIPImageProcessor`` of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, 224 px, 77 tokens.
 
 Prompt tokens that have little to do with the condition are masked: their similarity to it, relative to the largest
-one, must exceed a threshold. The original takes the largest one over the batch, so that a score depends on the prompts
-that it was computed beside; here it is the prompt's own, unless ``batch_coupled`` asks for the original's.
+one, must exceed a threshold. The original takes the maximum over the batch, so that a score depends on the other
+prompts in the batch; here it is taken over the prompt's own tokens, unless ``batch_coupled`` selects the original way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from noisear_rl.rewards.preprocess import Preprocess
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
-)  # the condition of the overall score, as the authors give it
+)  # the condition of the overall score, as published by the authors
 HEAD_WIDTH = 64
 NAMES = {  # published → ours, within a layer
     "0.fn.norm": "cross_norm",
@@ -58,7 +58,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 class CrossLayer(nn.Module):
-    """Tokens of the picture read the prompt, then each other; keys and values have one head."""
+    """Image tokens attend to the prompt, then to each other; keys and values have a single head."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -92,7 +92,7 @@ class CrossLayer(nn.Module):
 
 
 class MPSNetwork(nn.Module):
-    """A CLIP and its cross layers."""
+    """A CLIP with cross-attention layers on top."""
 
     def __init__(self, architecture: dict[str, Any], layers: int):
         from transformers import CLIPConfig, CLIPModel
@@ -102,12 +102,12 @@ class MPSNetwork(nn.Module):
         self.layers = nn.ModuleList(CrossLayer(architecture["projection_dim"]) for _ in range(layers))
 
     def text_tokens(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every token's feature ``(B, L, D)`` and the prompt's ``(B, D)``."""
+        """Features of every token ``(B, L, D)`` and of the prompt ``(B, D)``."""
         output = self.clip.get_text_features(ids)
         return self.clip.text_projection(output.last_hidden_state), output.pooler_output
 
     def forward(self, pixels: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Features ``(B, D)`` of preprocessed pictures, seen through the prompts' tokens that ``mask (B, L)`` keeps."""
+        """Features ``(B, D)`` of preprocessed images that attend to the prompt tokens which ``mask (B, L)`` keeps."""
         x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
         for layer in self.layers:
             x = layer(x, text, mask)
@@ -115,20 +115,20 @@ class MPSNetwork(nn.Module):
 
 
 class MPS(CLIPReward):
-    """See the module's docstring.
+    """Multi-dimensional Preference Score, overall; see the module docstring.
 
     Args:
-        condition: What the score looks at, as words.
-        threshold: Relative similarity to the condition above which a prompt's token is read, in [0, 1): 0.3 in the
+        condition: What the score looks at, in words.
+        threshold: Relative similarity to the condition above which a prompt token is read, in [0, 1): 0.3 in the
             authors' evaluation scripts, 0.01 in their network's ``forward``.
-        batch_coupled: Take the largest similarity over the batch, as the original does.
+        batch_coupled: Whether to take the largest similarity over the batch, like the original.
         **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`; ``weights`` must be given.
     """
 
     name = "mps"
     architecture = VIT_H_14
     layers = 4
-    how = "Download MPS_overall_checkpoint.pth, linked by github.com/Kwai-Kolors/MPS, and pass weights=FILE."
+    how = "Download MPS_overall_checkpoint.pth, linked from github.com/Kwai-Kolors/MPS, and pass weights=FILE."
     default_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     preprocessing = Preprocess("transformers")
 
@@ -151,7 +151,7 @@ class MPS(CLIPReward):
         return MPSNetwork(self.architecture, self.layers)
 
     def convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See the base class. Rotary frequencies are not kept: they follow from the width."""
+        """See the base class. Rotary frequencies are dropped: they follow from the width."""
         converted = {}
         for name, value in super().convert(state).items():
             if name.endswith("rotary_emb.inv_freq"):

@@ -2,8 +2,8 @@
 
     python package_worker.py image-reward|hpsv2|hpsv2.1 [DEVICE]
 
-Reads a JSON object a line, ``{"files": [...], "prompts": [...]}``, and answers with a JSON list of scores. Uses nothing
-of this library, and of other packages only the scorer's own and Pillow.
+Reads one JSON object per line, ``{"files": [...], "prompts": [...]}``, and answers with a JSON list of scores. Uses
+nothing from this library, and no other packages than the scorer's own and Pillow.
 """
 
 import json
@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import sys
 
-sys.path.pop(0)  # this folder, whose clip.py is not the package that others import by that name
+sys.path.pop(0)  # this folder, whose clip.py would hide the package of that name
 
 from PIL import Image
 
@@ -25,9 +25,9 @@ def image_reward(device):
 
 
 def hpsv2(version):
-    """The scorer of ``hpsv2``; the package reads its checkpoint at every call.
+    """The scorer of ``hpsv2``; the package reads its checkpoint on every call.
 
-    Its wheel lacks CLIP's byte pairs, which ``openai-clip`` has: they are copied to where it looks for them.
+    Its wheel lacks CLIP's byte pairs, which are copied from ``openai-clip`` to where the package looks for them.
     """
     import clip
     import hpsv2 as package
@@ -39,7 +39,7 @@ def hpsv2(version):
 
 
 def main(name, device=""):
-    """Answers until the input ends."""
+    """Answers requests until the input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # packages print
     score = image_reward(device) if name == "image-reward" else hpsv2("v2.1" if name == "hpsv2.1" else "v2.0")
     for line in sys.stdin:

@@ -1,8 +1,8 @@
-"""PickScore v1: which of two pictures people would pick.
+"""PickScore v1: which of two images people prefer.
 
 Source: Kirstain et al. 2023 (arXiv 2305.01569), weights ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, MIT licence).
-Range: ``exp(logit_scale) · cos(text, image)``, in practice 16 to 26; the probability that a picture is preferred to
-another of the same prompt is the sigmoid of the difference.
+Range: ``exp(logit_scale) · cos(text, image)``, in practice 16 to 26; the probability that an image is preferred to
+another of the same prompt is the sigmoid of the score difference.
 Preprocessing: ``CLIPImageProcessor`` of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, 224 px, 77 tokens.
 """
 
@@ -15,7 +15,7 @@ from noisear_rl.rewards.preprocess import Preprocess
 
 
 class PickScore(CLIPReward):
-    """See the module's docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
+    """PickScore v1; see the module docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
 
     name = "pickscore"
     architecture = VIT_H_14

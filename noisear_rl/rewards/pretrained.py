@@ -1,6 +1,6 @@
-"""What the scorers with published weights share: loading, preprocessing, batches, text kept by prompt.
+"""Code shared by the scorers with published weights: loading, preprocessing, batches, cached text.
 
-Shapes: ``B`` pictures ``(B, 3, H, W)`` in [0, 1], ``L`` text tokens.
+Shapes: ``B`` images ``(B, 3, H, W)`` in [0, 1], ``L`` text tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MODES = ("exact", "tensor")
 
 
 class PretrainedReward(ABC):
-    """A scorer of published weights, loaded once, when it is first used.
+    """A scorer with published weights, loaded once, on first use.
 
     Args:
-        weights: File or folder with the published weights; ``None`` to look in the caches and download.
+        weights: File or folder with the published weights; ``None`` to look in the caches and download them.
         tokenizer: Folder or Hub id of the tokenizer; ``None`` for the published one.
-        device: Where the network runs; ``None`` for the accelerator if there is one.
-        dtype: Of the network, such as ``float16``; scores are float32 whatever it is.
-        batch_size: Pictures at once.
-        preprocess: ``exact`` is the original's way through PIL; ``tensor`` stays on the device and is differentiable.
+        device: Device of the network; ``None`` for the accelerator if there is one.
+        dtype: Dtype of the network, such as ``float16``; scores are always float32.
+        batch_size: Images per batch.
+        preprocess: ``exact`` follows the original through PIL; ``tensor`` stays on the device and is differentiable.
 
     Raises:
-        ValueError: If an option is unknown.
+        ValueError: If an option is invalid.
     """
 
     name: ClassVar[str]
@@ -74,26 +74,26 @@ class PretrainedReward(ABC):
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
-        """The network in its published size, without weights."""
+        """The network at its published size, without weights."""
 
     def convert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Published names → those of :meth:`build`."""
+        """Maps published weight names to those of :meth:`build`."""
         return state
 
     @abstractmethod
     def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is kept of prompts, from token ids and mask ``(B, L)``; every tensor has the prompts first."""
+        """Encodes prompts given as token ids and mask ``(B, L)``; the returned tensors, ``B`` rows each, are cached."""
 
     @abstractmethod
     def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
-        """Scores ``(B,)`` of preprocessed pictures and what :meth:`encode_text` made of their prompts."""
+        """Scores ``(B,)`` of preprocessed images against the text that :meth:`encode_text` encoded."""
 
     def load(self) -> None:
-        """Loads network and tokenizer, unless they are there.
+        """Loads the network and the tokenizer unless they are loaded already.
 
         Raises:
-            FileNotFoundError: If weights or tokenizer are missing; says where they come from.
-            ValueError: If a file is damaged or holds other weights.
+            FileNotFoundError: If weights or tokenizer are missing; the message says where to get them.
+            ValueError: If a file is damaged or contains other weights.
         """
         with self._lock:
             if self.network is None:
@@ -106,21 +106,21 @@ class PretrainedReward(ABC):
                 self.tokenizer = load_tokenizer(self.tokenizer_source)
 
     def score(self, images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        """Scores pictures against their prompts.
+        """Scores images against their prompts.
 
         Args:
-            images: ``(B, 3, H, W)`` in [0, 1], or ``B`` PIL images of any size and mode. Tensors that need a gradient
-                get one, with ``preprocess="tensor"``.
-            prompts: ``B`` texts. What is beyond ``max_tokens`` tokens is not read; the first such prompt warns.
+            images: ``(B, 3, H, W)`` in [0, 1], or ``B`` PIL images of any size and mode. With
+                ``preprocess="tensor"``, gradients flow to tensors that require them.
+            prompts: ``B`` texts. Tokens beyond ``max_tokens`` are ignored; the first such prompt triggers a warning.
 
         Returns:
             ``(B,)`` float32, on the device of the images.
 
         Raises:
-            ValueError: If shapes, values or prompts are wrong, or a gradient is asked of ``exact``.
+            ValueError: If shapes, values or prompts are invalid, or a gradient is requested with ``exact``.
             FileNotFoundError: See :meth:`load`.
         """
-        check_pictures(images, prompts)
+        check_images(images, prompts)
         gradient, where = False, self.device
         if isinstance(images, torch.Tensor):
             gradient, where = images.requires_grad and torch.is_grad_enabled(), images.device
@@ -142,7 +142,7 @@ class PretrainedReward(ABC):
         return torch.cat(scores).to(where)
 
     def text(self, prompts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        """What :meth:`encode_text` makes of prompts; each prompt is computed once and kept."""
+        """The result of :meth:`encode_text`; each prompt is computed once and cached."""
         with self._lock, torch.no_grad():
             for prompt in dict.fromkeys(prompts):
                 if prompt not in self._texts:
@@ -159,7 +159,7 @@ class PretrainedReward(ABC):
         longest = max(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
         if longest > self.max_tokens and not self._warned:
             self._warned = True
-            warnings.warn(f"{self.name} reads {self.max_tokens} tokens of a prompt; one has {longest}", stacklevel=4)
+            warnings.warn(f"{self.name} reads {self.max_tokens} tokens per prompt, but one has {longest}", stacklevel=4)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
@@ -167,10 +167,10 @@ class PretrainedReward(ABC):
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """A tokenizer from a folder or the Hub.
+    """Loads a tokenizer from a folder or the Hub.
 
     Raises:
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If it is not on disk and cannot be downloaded.
     """
     from transformers import AutoTokenizer
 
@@ -178,15 +178,15 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"tokenizer {source}: neither on disk nor to be downloaded; pass tokenizer=FOLDER"
+            f"tokenizer {source} is not on disk and could not be downloaded; pass tokenizer=FOLDER"
         ) from error
 
 
-def check_pictures(images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Refuses what no scorer can score.
+def check_images(images: torch.Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Rejects input that no scorer can score.
 
     Raises:
-        ValueError: If shapes, values or prompts are wrong.
+        ValueError: If shapes, values or prompts are invalid.
     """
     if isinstance(prompts, str) or len(images) != len(prompts):
         raise ValueError(f"expected as many prompts as images, got {len(images)} images and {prompts!r:.80}")
@@ -200,4 +200,4 @@ def check_pictures(images: torch.Tensor | Sequence[Image.Image], prompts: Sequen
         raise ValueError(f"expected floating-point images (B, 3, H, W), got {tuple(images.shape)} {images.dtype}")
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):  # false for NaN, too
         low, high = images.amin().item(), images.amax().item()
-        raise ValueError(f"images must lie in [0, 1], got values from {low:.3g} to {high:.3g}")
+        raise ValueError(f"images must be in [0, 1], got values from {low:.3g} to {high:.3g}")

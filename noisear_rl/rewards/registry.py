@@ -1,4 +1,4 @@
-"""Rewards by name, by names and weights, by a file with one function, or by a YAML file (:class:`RewardConfig`)."""
+"""Rewards by name, by names and weights, from a Python file, or from a YAML file (:class:`RewardConfig`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from noisear_rl.rewards.weighted import Reward, WeightedReward
 
 BACKENDS = ("native", "package")
 ENTRY_POINTS = "noisear_rl.rewards"
-PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from anywhere: configs/rewards/paper.yaml
-REWARDS: dict[str, tuple[str, str]] = {  # imported when asked for: some load transformers
+PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from any folder: configs/rewards/paper.yaml
+REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transformers
     "shapes-match": ("shapes", "ShapesMatch"),
     "shapes-clip": ("shapes", "ShapesClip"),
     "shapes-exact": ("shapes", "ShapesExact"),
@@ -36,14 +36,14 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported when asked for: some load tr
 
 @dataclass
 class RewardConfig:
-    """A reward as a YAML file holds it.
+    """A reward as stored in a YAML file.
 
     Attributes:
-        weights: Weight by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
+        weights: Weights by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
         normalize: ``none``, ``running`` or ``fixed``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
-        statistics: Mean and standard deviation by scorer; ``noisear reward-statistics`` writes them.
-        options: Arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package`` asks the
-            scorer's own package (:mod:`noisear_rl.rewards.package`).
+        statistics: Mean and standard deviation by scorer, as written by ``noisear reward-statistics``.
+        options: Keyword arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package``
+            runs the scorer's own package (:mod:`noisear_rl.rewards.package`).
         measured: How the statistics were measured.
     """
 
@@ -55,7 +55,7 @@ class RewardConfig:
 
 
 class FunctionReward:
-    """A scorer from a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
+    """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
 
     def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]):
         self.name, self.function = name, function
@@ -74,24 +74,24 @@ def load_reward(
 
     Args:
         spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
-            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its content.
-        normalize: Overrides the spec's.
-        options: Arguments by scorer, besides the spec's.
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents.
+        normalize: Overrides the value in ``spec``.
+        options: Keyword arguments by scorer; they override those in ``spec``.
 
     Raises:
         ValueError: If a name, an option or a key is unknown.
-        FileNotFoundError: If a file is missing. Weights are looked for when they are first used.
+        FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
     config = reward_config(spec)
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
-    if foreign := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
-        raise ValueError(f"options for {sorted(foreign)}, which the reward does not use")
+    if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
+        raise ValueError(f"got options for {sorted(unused)}, which the reward does not use")
     rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
     return WeightedReward(rewards, normalize or config.normalize, config.statistics)
 
 
 def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfig:
-    """What :func:`load_reward` was asked for, spelled out."""
+    """The configuration that :func:`load_reward` builds from ``spec``."""
     if isinstance(spec, RewardConfig):
         return spec
     if not isinstance(spec, str):
@@ -105,16 +105,16 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
         try:
             return load_yaml(RewardConfig, path)
         except TypeError as error:
-            raise ValueError(f"{spec}: no `weights`: expected weights by scorer") from error
+            raise ValueError(f"{spec} has no `weights`: expected weights by scorer") from error
     return RewardConfig({spec: 1.0})
 
 
 def make_reward(name: str, backend: str = "native", **options: Any) -> Reward:
-    """One scorer by name; see :func:`load_reward`.
+    """Builds one scorer by name; see :func:`load_reward`.
 
     Raises:
         ValueError: If the name, the backend or an option is unknown.
-        FileNotFoundError: If a user's file is missing.
+        FileNotFoundError: If a user-supplied file is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected one of {BACKENDS}")
@@ -135,7 +135,7 @@ def make_reward(name: str, backend: str = "native", **options: Any) -> Reward:
 
 
 def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
-    """``FILE.py`` has one function ``score``; ``FILE.py:FUNCTION`` names another."""
+    """``FILE.py`` stands for its function ``score``; ``FILE.py:FUNCTION`` names another one."""
     file, _, function = name.partition(".py")
     path, function = Path(f"{file}.py"), function.removeprefix(":") or "score"
     if not path.is_file():
@@ -152,12 +152,12 @@ def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
-    """A function that an installed package offers under the group ``noisear_rl.rewards``."""
+    """A function that an installed package registers in the entry-point group ``noisear_rl.rewards``."""
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name not in installed:
         known = sorted([*REWARDS, *installed])
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown reward {name!r}{hint} Expected FILE.py or one of {known}")
     if options:
         raise ValueError(f"reward {name!r} takes no options")

@@ -1,6 +1,6 @@
 """Scorers of the shapes world.
 
-Shapes: ``B`` pictures, ``M`` candidates a picture, ``K`` objects that a caption asks for.
+Shapes: ``B`` images, ``M`` candidates per image, ``K`` objects per caption.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from noisear_rl.denoisers.shapes.world import matches, relation_margin
 
 
 class ShapesMatch:
-    """How much of a caption a picture shows, by the training detector; dense, and smooth where it can be.
+    """How well an image matches its caption according to the training detector; dense, and smooth where possible.
 
-    ``0.6 · objects · relation - 0.2 · extra + 0.4 · exact``, where *objects* is the mean over the objects
-    asked for of confidence × P(shape) × P(colour) under the best assignment, *relation* is
-    ``(1 + margin) / 2`` by GenEval's margin (1 where none is asked for), *extra* the summed confidence of
-    unassigned objects, at most 2, and *exact* is 1 if the detected picture is exactly right.
-    Range [-0.4, 1]; 1 is a perfect picture.
+    ``0.6 · objects · relation - 0.2 · extra + 0.4 · exact``, where *objects* is the mean of
+    confidence × P(shape) × P(colour) over the requested objects under the best assignment, *relation* is
+    ``(1 + margin) / 2`` with GenEval's margin (1 if the caption states no relation), *extra* is the summed confidence
+    of unassigned objects, at most 2, and *exact* is 1 if the detected scene is exactly right.
+    Range [-0.4, 1]; 1 is a perfect image.
     """
 
     name = "shapes-match"
@@ -39,7 +39,7 @@ class ShapesMatch:
         self.assignments = torch.tensor(list(orders))  # (P, K)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)`` in [-0.4, 1]. Differentiable but for *exact*.
+        """Scores ``(B, 3, 64, 64)`` images: ``(B,)`` in [-0.4, 1]. Differentiable except for *exact*.
 
         Raises:
             ValueError: If a prompt is not a caption of the shapes world.
@@ -65,9 +65,9 @@ class ShapesMatch:
 
 
 class ShapesClip:
-    """``exp(logit_scale) · cos(text, image)`` of the embedded CLIP, as PickScore is of its own.
+    """``exp(logit_scale) · cos(text, image)`` of the embedded CLIP, analogous to PickScore.
 
-    About -1 to 24 on generated pictures; compare within a prompt, not across prompts.
+    About -1 to 24 on generated images; compare scores within a prompt, not across prompts.
     """
 
     name = "shapes-clip"
@@ -79,11 +79,11 @@ class ShapesClip:
         self._text: dict[str, torch.Tensor] = {}
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit vectors ``(B, 128)`` of pictures."""
+        """Unit vectors ``(B, 128)`` of images."""
         return F.normalize(self.clip.get_image_features((images - 0.5) / 0.5).pooler_output, dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors ``(B, 128)``; each prompt is computed once."""
+        """Unit vectors ``(B, 128)`` of prompts; each prompt is computed once."""
         for prompt in prompts:
             if prompt not in self._text:
                 ids = self.tokenizer(
@@ -93,12 +93,12 @@ class ShapesClip:
         return torch.stack([self._text[prompt] for prompt in prompts])
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``."""
+        """Scores ``(B, 3, 64, 64)`` images: ``(B,)``."""
         return self.clip.logit_scale.exp() * (self.embed(images) * self.text_features(prompts)).sum(-1)
 
 
 class ShapesExact:
-    """1 if the held-out detector finds exactly what the caption says, else 0. For evaluation only."""
+    """1 if the held-out detector finds exactly what the caption says, otherwise 0. For evaluation only."""
 
     name = "shapes-exact"
     statistics = (0.68, 0.47)
@@ -107,6 +107,6 @@ class ShapesExact:
         self.detector = load_detector(ASSETS / "held_out_detector")
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, 64, 64)`` pictures: ``(B,)``, 0 or 1."""
+        """Scores ``(B, 3, 64, 64)`` images: ``(B,)``, 0 or 1."""
         captions = CaptionTensors.from_captions([parse_caption(prompt) for prompt in prompts])
         return matches(self.detector.detect(images), captions).diagonal().float()

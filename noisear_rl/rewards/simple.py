@@ -1,6 +1,6 @@
-"""Scorers that need no weights: worked examples, and a reward for any denoiser before the large ones are there.
+"""Scorers that need no weights: worked examples, and rewards for any denoiser before large scorers are downloaded.
 
-Shapes: ``B`` pictures ``(B, 3, H, W)`` in [0, 1].
+Shapes: ``B`` images ``(B, 3, H, W)`` in [0, 1].
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class Brightness:
     statistics = (0.87, 0.033)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, H, W)`` pictures: ``(B,)``."""
+        """Scores ``(B, 3, H, W)`` images: ``(B,)``."""
         return images.float().mean((1, 2, 3))
 
 
 class JpegCompressibility:
-    """Minus the size as JPEG of quality 95, in kilobytes (Black et al. 2023, arXiv 2305.13301).
+    """Minus the size in kilobytes as a JPEG of quality 95 (Black et al. 2023, arXiv 2305.13301).
 
-    Smooth pictures score high. Below 0: about -2 for a picture of `shapes`, hundreds for 1024×1024 pixels. The prompt
-    does not matter.
+    Smooth images score high. Always below 0: about -2 for an image from `shapes`, minus hundreds for 1024×1024 pixels.
+    The prompt does not matter.
     """
 
     name = "jpeg-compressibility"
     statistics = (-1.87, 0.27)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, H, W)`` pictures: ``(B,)``."""
+        """Scores ``(B, 3, H, W)`` images: ``(B,)``."""
         sizes = []
         for image in images:
             file = io.BytesIO()

@@ -1,6 +1,6 @@
 """A weighted sum of scorers: the form of the paper's reward (NoiseAR, appendix D).
 
-Shapes: ``B`` pictures ``(B, 3, H, W)`` in [0, 1], scores ``(B,)`` float32.
+Shapes: ``B`` images ``(B, 3, H, W)`` in [0, 1], scores ``(B,)`` float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Reward(Protocol):
     """A scorer: higher is better. Its class documents source, range and licence.
 
     Attributes:
-        name: What records and logs call it.
+        name: Name in records and logs.
     """
 
     name: str
@@ -30,19 +30,20 @@ class Reward(Protocol):
 
 
 class WeightedReward:
-    """``R = Σ_k w_k · z_k``, where ``z_k`` is a scorer's score, standardised or not.
+    """``R = Σ_k w_k · z_k``, where ``z_k`` is the score of a scorer, optionally standardised.
 
     Args:
         rewards: Scorers and their weights.
-        normalize: ``none``: scores as they are. ``fixed``: standardised by fixed means and standard deviations,
-            those of Gaussian noise, so that a weight counts standard deviations. ``running``: by those of all scores
-            so far, which depend on what came before; checkpoints keep them.
-        statistics: Mean and standard deviation by scorer's name, for ``fixed``
-            (:mod:`noisear_rl.evaluation.reward_statistics` measures them); a scorer's own ``statistics`` stand in.
+        normalize: ``none``: scores as they are. ``fixed``: standardised by fixed means and standard deviations on
+            Gaussian noise, so that weights are in units of standard deviations. ``running``: standardised by the
+            statistics of all scores so far, which depend on what was scored before; checkpoints store them.
+        statistics: Mean and standard deviation by scorer name, for ``fixed``
+            (:mod:`noisear_rl.evaluation.reward_statistics` measures them); the default is the scorer's own
+            ``statistics``.
 
     Raises:
-        ValueError: If there is no scorer, two have one name, a weight is not finite, the normalisation is unknown, or
-            ``fixed`` lacks a scorer's statistics.
+        ValueError: If there is no scorer, two scorers share a name, a weight is not finite, ``normalize`` is unknown,
+            or ``fixed`` lacks the statistics of a scorer.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class WeightedReward:
     ):
         names = [reward.name for reward, _ in rewards]
         if not rewards or len(set(names)) != len(names):
-            raise ValueError(f"expected at least one scorer and no name twice, got {names}")
+            raise ValueError(f"expected at least one scorer and unique names, got {names}")
         if not all(math.isfinite(weight) for _, weight in rewards):
             raise ValueError("reward weights must be finite")
         if normalize not in NORMALIZATIONS:
@@ -66,23 +67,23 @@ class WeightedReward:
         self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
 
     def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Every scorer's own score, ``(B,)`` each, not standardised; NaN where a scorer fails on a picture.
+        """The score of every scorer, ``(B,)`` each, not standardised; NaN where a scorer fails on an image.
 
         Raises:
-            ValueError: If images and prompts do not fit together, or a scorer gives other than one number a picture.
+            ValueError: If images and prompts do not match, or a scorer does not return one number per image.
         """
         if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(f"expected images ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
         scores = {reward.name: reward.score(images, prompts).float() for reward, _ in self.rewards}
         for name, values in scores.items():
             if values.shape != (len(prompts),):
-                raise ValueError(f"reward {name!r} gave scores {tuple(values.shape)}, expected ({len(prompts)},)")
+                raise ValueError(f"scorer {name!r} returned scores {tuple(values.shape)}, expected ({len(prompts)},)")
         return scores
 
     def total(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum ``(B,)`` of what :meth:`components` returned; NaN where a component is not finite.
+        """The weighted sum ``(B,)`` of the scores from :meth:`components`; NaN where one of them is not finite.
 
-        Algorithms drop and count such episodes. With ``running``, the scores join the statistics first.
+        Algorithms drop and count such episodes. With ``running``, the scores first update the statistics.
         """
         total = torch.zeros_like(next(iter(components.values())))
         for reward, weight in self.rewards:
@@ -123,7 +124,7 @@ class WeightedReward:
         """Restores :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of other scorers.
+            ValueError: If the state belongs to other scorers.
         """
         if state["moments"].keys() != self.moments.keys():
             raise ValueError(f"the checkpoint's scorers are {sorted(state['moments'])}, not {sorted(self.moments)}")
@@ -139,5 +140,5 @@ def _fixed(reward: Reward, statistics: Mapping[str, Sequence[float]]) -> tuple[f
         )
     mean, std = (float(value) for value in found)
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise ValueError(f"statistics of {reward.name!r} must be a mean and a positive deviation, got {found}")
+        raise ValueError(f"statistics of {reward.name!r} must be a mean and a positive standard deviation, got {found}")
     return mean, std

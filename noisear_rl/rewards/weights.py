@@ -1,4 +1,4 @@
-"""Published weights of scorers: where they are, reading them without running a pickle's code, what they must hold."""
+"""Published weights of scorers: finding them, reading them without running pickled code, checking names and shapes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from safetensors.torch import load_file
 
 
 def find_weights(weights: str | Path | None, source: str, how: str) -> Path:
-    """The file that holds a scorer's weights.
+    """Finds the file with the weights of a scorer.
 
     Args:
-        weights: The user's file or folder; ``None`` for the published ones.
-        source: ``OWNER/REPOSITORY/FILE`` on the Hub, an address to download, or "" where there is none.
-        how: What the error says about getting the file.
+        weights: User-supplied file or folder; ``None`` for the published weights.
+        source: ``OWNER/REPOSITORY/FILE`` on the Hub, a URL, or "" if the weights cannot be downloaded.
+        how: Hint on how to get the file, for the error message.
 
     Raises:
-        FileNotFoundError: If the file is not there and cannot be downloaded.
+        FileNotFoundError: If the file does not exist and cannot be downloaded.
     """
     if weights is not None:
         path = Path(weights)
         if path.is_dir():
             path = path / source.rsplit("/", 1)[-1]
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such weights. {how}")
+            raise FileNotFoundError(f"{path}: no such file. {how}")
         return path
     if not source:
-        raise FileNotFoundError(f"these weights must be given as a file. {how}")
+        raise FileNotFoundError(f"these weights must be passed as a file. {how}")
     try:
         if source.startswith("https://"):
             return _download(source)
@@ -39,8 +39,8 @@ def find_weights(weights: str | Path | None, source: str, how: str) -> Path:
 
         owner, repository, file = source.split("/", 2)
         return Path(hf_hub_download(f"{owner}/{repository}", file))
-    except Exception as error:  # the Hub, the network and the disk each raise their own
-        raise FileNotFoundError(f"{source} is neither on disk nor can it be downloaded ({error}). {how}") from error
+    except Exception as error:  # the Hub, the network and the disk each raise their own types
+        raise FileNotFoundError(f"{source} is not on disk and could not be downloaded ({error}). {how}") from error
 
 
 def _download(address: str) -> Path:
@@ -53,7 +53,7 @@ def _download(address: str) -> Path:
 
 
 class _Inert:
-    """What a class or function in a pickle becomes: it keeps the attributes and runs nothing."""
+    """Stands in for the classes and functions of a pickle: keeps their attributes and runs nothing."""
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
@@ -63,13 +63,13 @@ class _Inert:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Reads tensors by name: safetensors, a saved state dict (bare or under ``state_dict``), or a saved module.
+    """Reads named tensors from safetensors, a saved state dict (bare or under ``state_dict``), or a saved module.
 
-    A saved module is a pickle of classes. It is read with ``weights_only``, every class and function in it replaced by
-    an inert holder, so that none of its code runs.
+    A saved module is a pickle of classes. It is read with ``weights_only``, with an inert holder in place of every
+    class and function, so that none of its code runs.
 
     Raises:
-        ValueError: If the file is damaged or holds no tensors.
+        ValueError: If the file is damaged or contains no tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -78,13 +78,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([(_holder(name), name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
+        raise ValueError(f"{path} is damaged or not a file of weights: {error}") from error
     if isinstance(content, _Inert):
         return dict(_tensors_of(content))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no weights by name but {type(content).__name__}")
+        raise ValueError(f"{path} contains no named weights, only a {type(content).__name__}")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
@@ -108,15 +108,15 @@ def _tensors_of(module: _Inert, prefix: str = "") -> list[tuple[str, torch.Tenso
 
 
 def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Puts weights into a network that was built on the ``meta`` device; every name and shape must fit.
+    """Loads weights into a network built on the ``meta`` device; all names and shapes must match.
 
     Raises:
-        ValueError: If a tensor is missing, left over or of another shape.
+        ValueError: If a tensor is missing, unexpected or of another shape.
     """
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     problems = [f"{name} is missing" for name in own if name not in given]
-    problems += [f"{name} is not part of it" for name in given if name not in own]
+    problems += [f"{name} is unexpected" for name in given if name not in own]
     problems += [f"{n} is {given[n]}, not {own[n]}" for n in own if n in given and own[n] != given[n]]
     if problems:
         shown = "; ".join(problems[:3])

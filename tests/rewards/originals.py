@@ -1,7 +1,7 @@
-"""The code of the original scorer packages, beside versions of torch and transformers that it was not written for.
+"""The code of the original scorer packages, run with versions of torch and transformers that it was not written for.
 
-``make test-originals`` puts the packages into ``FOLDER``. What is mended here is how they load; what they compute is
-theirs. ``python -m tests.rewards.originals`` writes the names and shapes of their weights to ``PUBLISHED``.
+``make test-originals`` puts the packages into ``FOLDER``. Only their loading is fixed here; what they compute is
+unchanged. ``python -m tests.rewards.originals`` writes the names and shapes of their weights to ``PUBLISHED``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from tests.rewards.published_scorers import PUBLISHED
 
 FOLDER = Path(__file__).parents[2] / ".originals"
-REASON = "the original packages are not here; run `make test-originals`"
+REASON = "the original packages are not installed; run `make test-originals`"
 MED_CONFIG = {  # med_config.json, as BLIP and ImageReward publish it
     "architectures": ["BertModel"],
     "attention_probs_dropout_prob": 0.1,
@@ -47,7 +47,7 @@ MED_CONFIG = {  # med_config.json, as BLIP and ImageReward publish it
     "encoder_width": 768,
     "add_cross_attention": True,
 }
-_libraries = []  # operators are defined for as long as their library lives
+_libraries = []  # operators exist only as long as their library
 
 
 def installed() -> bool:
@@ -56,7 +56,7 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def quietly(*folders: Path):
-    """Undoes what importing the packages does to the process: warnings, verbosity and, here, the path."""
+    """Undoes the side effects of importing the packages: warnings, verbosity and the import path."""
     verbosity, path = transformers.logging.get_verbosity(), list(sys.path)
     sys.path += map(str, folders)
     with warnings.catch_warnings():
@@ -69,7 +69,7 @@ def quietly(*folders: Path):
 
 
 def import_torchvision() -> None:
-    """Its transforms are Python; where its compiled operators do not fit this torch, their schemas are enough."""
+    """Its transforms are Python; if its compiled operators do not match this torch, their schemas are enough."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -87,7 +87,7 @@ def load() -> types.SimpleNamespace:
     """The modules of both packages."""
     with quietly(FOLDER):
         import_torchvision()
-        import ftfy  # noqa: F401  (what our own tokenisation asks for, too)
+        import ftfy  # noqa: F401  (our own tokenisation needs it, too)
 
         for name in ("ImageReward", "ImageReward.models", "hpsv2"):  # without what their __init__ imports
             package = types.ModuleType(name)
@@ -112,7 +112,7 @@ def load() -> types.SimpleNamespace:
                 factory=importlib.import_module("hpsv2.src.open_clip.factory"),
                 clip_tokenizer=importlib.import_module("hpsv2.src.open_clip.tokenizer"),
             )
-    bert = modules.blip_pretrain.BertModel  # what transformers 5 took from its base class
+    bert = modules.blip_pretrain.BertModel  # what transformers 5 removed from its base class
     bert.all_tied_weights_keys = {}
     bert.get_head_mask = lambda self, head_mask, layers: [None] * layers
     bert.invert_attention_mask = lambda self, mask: (1 - mask[:, None, None].float()) * torch.finfo(self.dtype).min
@@ -120,7 +120,7 @@ def load() -> types.SimpleNamespace:
 
 
 def image_reward(folder: Path, vision_layers: int = 24, text_layers: int = 12) -> torch.nn.Module:
-    """The original network in its published widths; ``folder`` gets its configuration file."""
+    """The original network at its published widths; its configuration file is written to ``folder``."""
     modules = load()
     (folder / "med_config.json").write_text(json.dumps(MED_CONFIG | {"num_hidden_layers": text_layers}))
     transformer = modules.vit.VisionTransformer
@@ -134,12 +134,12 @@ def image_reward(folder: Path, vision_layers: int = 24, text_layers: int = 12) -
 
 
 def hpsv2(folder: Path, name: str = "ViT-H-14", **architecture) -> tuple[torch.nn.Module, Callable]:
-    """The original network and preprocessing, by the arguments that ``hpsv2.score`` uses but for its weights.
+    """The original network and preprocessing, with the arguments that ``hpsv2.score`` uses, except for the weights.
 
     Args:
-        folder: Gets a configuration file, if there is one.
-        name: Of a configuration.
-        **architecture: Another configuration.
+        folder: Where to write a new configuration.
+        name: Name of the configuration.
+        **architecture: A new configuration; if empty, ``name`` is a published one.
     """
     factory = load().factory
     if architecture:
@@ -191,7 +191,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def published(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, list[int]]]:
-    """Names and shapes by scorer; the layers of a stack become one name with their number in braces."""
+    """Names and shapes by scorer; the layers of a stack share one name with their number in braces."""
     found: dict[str, dict[str, list[int]]] = {}
     for scorer, state in states.items():
         layers: dict[str, int] = {}
@@ -206,7 +206,7 @@ def published(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str,
 
 
 def states() -> dict[str, dict[str, torch.Tensor]]:
-    """What the original networks at full size save, on the meta device."""
+    """The state dicts of the original networks at full size, on the meta device."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         return {
             "image-reward": image_reward(Path(folder)).state_dict(),

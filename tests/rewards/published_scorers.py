@@ -1,6 +1,6 @@
-"""ImageReward and HPSv2 by their published names alone, in torch's functions: what ours must be equal to.
+"""ImageReward and HPSv2 from their published weight names alone, in plain torch functions: the reference for ours.
 
-And pictures of many modes and sizes, on which ways of preprocessing differ.
+Also sample images of many modes and sizes, on which preprocessing methods differ.
 """
 
 import functools
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def shapes(scorer: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the original network saves; ``layers`` of each stack."""
+    """Names and shapes in the original state dict, with ``layers`` layers per stack."""
     found = {}
     for name, shape in json.loads(PUBLISHED.read_text())[scorer].items():
         count = re.search(r"\{(\d+)\}", name)
@@ -27,7 +27,7 @@ def shapes(scorer: str, layers: int | None = None) -> dict[str, tuple[int, ...]]
 
 
 def narrow(scorer: str, seed: int = 0) -> State:
-    """Random weights by published name: two layers of a sixteenth of the width."""
+    """Random weights by published name: two layers per stack, a sixteenth of the width."""
 
     def size(name: str, full: int) -> int:
         fixed = full < 256 or full % 16 or full == 512 or (name.startswith("mlp.") and full == 1024)
@@ -40,7 +40,7 @@ def narrow(scorer: str, seed: int = 0) -> State:
 
 
 def random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Weights that keep activations of order one, so that a wrong one shows."""
+    """Weights that keep activations of order one, so that an error is visible."""
     if name.endswith("position_ids"):
         return torch.arange(shape[-1])[None]
     values = torch.randn(shape, generator=generator)
@@ -82,7 +82,7 @@ class Names:
 
 
 def image_reward(state: State, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
-    """Scores ``(B,)``: tokens see all tokens of the prompt, then all patches of the picture."""
+    """Scores ``(B,)``: tokens attend to all tokens of the prompt, then to all patches of the image."""
     eye = Names(state, "blip.visual_encoder.")
     x = F.conv2d(pixels, eye["patch_embed.proj.weight"], eye["patch_embed.proj.bias"], stride=16).flatten(2).mT
     x = torch.cat([eye["cls_token"].expand(len(x), -1, -1), x], 1) + eye["pos_embed"]
@@ -114,7 +114,7 @@ def image_reward(state: State, pixels: torch.Tensor, ids: torch.Tensor, mask: to
 
 
 def hpsv2(state: State, pixels: torch.Tensor, ids: torch.Tensor, heads: int) -> torch.Tensor:
-    """Cosines ``(B,)``: the prompt's feature is that of its first largest token, the end of the text."""
+    """Cosines ``(B,)``: the prompt's feature is that of its first largest token id, the end of text."""
 
     def transformer(tower: Names, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         for block in tower.layers("transformer.resblocks."):
@@ -127,14 +127,14 @@ def hpsv2(state: State, pixels: torch.Tensor, ids: torch.Tensor, heads: int) -> 
     x = F.conv2d(pixels, eye["conv1.weight"], stride=14).flatten(2).mT
     x = torch.cat([eye["class_embedding"].expand(len(x), 1, -1), x], 1) + eye["positional_embedding"]
     x = transformer(eye, eye.norm("ln_pre", x, 1e-5), torch.zeros(1, 1, 1, 1))
-    picture = eye.norm("ln_post", x[:, 0], 1e-5) @ eye["proj"]
+    image = eye.norm("ln_post", x[:, 0], 1e-5) @ eye["proj"]
     causal = torch.full((77, 77), -torch.inf).triu(1)
     h = transformer(text, text["token_embedding.weight"][ids] + text["positional_embedding"], causal)
     h = text.norm("ln_final", h, 1e-5)[torch.arange(len(ids)), ids.argmax(-1)] @ text["text_projection"]
-    return F.cosine_similarity(picture, h)
+    return F.cosine_similarity(image, h)
 
 
-PICTURES = (
+SAMPLE_IMAGES = (
     *("RGB 1x1", "RGB 2x3", "RGB 64x64", "RGB 224x224", "RGB 225x224", "RGB 224x225", "RGB 224x100", "RGB 331x500"),
     *("RGB 500x333", "RGB 1024x1024", "RGB 3840x2160", "RGB 1000x2", "RGB 7x900", "L 301x300", "LA 97x130"),
     *("RGBA 223x227", "P 333x222", "1 250x251", "CMYK 260x301", "I;16 257x300", "HSV 77x91", "YCbCr 515x233"),
@@ -143,8 +143,8 @@ PICTURES = (
 
 
 @functools.cache
-def picture(name: str) -> Image.Image:
-    """Shades and some noise, in PIL's mode and the size that the name says."""
+def sample_image(name: str) -> Image.Image:
+    """Shades and some noise, in the PIL mode and size given by the name."""
     mode, size = name.split()
     width, height = map(int, size.split("x"))
     generator = torch.Generator().manual_seed(width * 10007 + height)

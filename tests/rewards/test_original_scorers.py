@@ -1,4 +1,4 @@
-"""ImageReward and HPSv2 against the code of their original packages; without it, see test_published_scorers.py."""
+"""ImageReward and HPSv2 against the code of their original packages; test_published_scorers.py works without it."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from noisear_rl.rewards.image_reward import BLIP_LARGE, ImageReward
 from noisear_rl.rewards.preprocess import Preprocess
 from tests.rewards import originals
 from tests.rewards import published_scorers as published
-from tests.rewards.published_scorers import PICTURES, picture
+from tests.rewards.published_scorers import SAMPLE_IMAGES, sample_image
 
 pytestmark = pytest.mark.skipif(not originals.installed(), reason=originals.REASON)
 ODD_PROMPTS = [
@@ -86,7 +86,7 @@ def test_settings_that_no_weight_shows_are_the_originals(original, scorer, tmp_p
 
 
 def test_image_reward_equals_the_original(original, tmp_path):
-    """Of its full width, with two layers instead of 24 and 12."""
+    """At full width, with two layers instead of 24 and 12."""
     network = originals.image_reward(tmp_path, vision_layers=2, text_layers=2)
     torch.save(random_weights(network), tmp_path / "ImageReward.pt")
     BertTokenizer(vocab=str(originals.bert_vocabulary())).save_pretrained(tmp_path / "bert")
@@ -95,22 +95,22 @@ def test_image_reward_equals_the_original(original, tmp_path):
         architecture = {part: config | {"num_hidden_layers": 2} for part, config in BLIP_LARGE.items()}
 
     ours = Shallow(tmp_path / "ImageReward.pt", tokenizer=tmp_path / "bert", device="cpu")
-    pictures = [picture(name) for name in ("RGB 331x500", "RGBA 223x227", "L 301x300", "CMYK 260x301")]
+    images = [sample_image(name) for name in ("RGB 331x500", "RGBA 223x227", "L 301x300", "CMYK 260x301")]
     prompts = ["A red lighthouse, at dawn", "naïve café 🦊", "word " * 60, "two blue circles"]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prompt is too long
-        expected = torch.tensor([network.score(*pair) for pair in zip(prompts, pictures, strict=True)])
-        scores = ours.score(pictures, prompts)
+        expected = torch.tensor([network.score(*pair) for pair in zip(prompts, images, strict=True)])
+        scores = ours.score(images, prompts)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.2
 
 
 def test_hpsv2_equals_the_original(original, tmp_path):
-    """With its kinds of layers and heads, but two layers and two heads."""
+    """With the original kinds of layers and heads, but only two layers and two heads."""
     vision = {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14}
     text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
     network, preprocess = originals.hpsv2(tmp_path, "narrow", embed_dim=64, vision_cfg=vision, text_cfg=text)
-    state = {name: value.half() for name, value in random_weights(network).items()}  # as the published file's are
+    state = {name: value.half() for name, value in random_weights(network).items()}  # like the published file
     torch.save({"state_dict": state}, tmp_path / "HPS.pt")
     originals.clip_tokenizer().save_pretrained(tmp_path / "clip")
 
@@ -123,28 +123,28 @@ def test_hpsv2_equals_the_original(original, tmp_path):
         }
 
     ours = Narrow(tmp_path / "HPS.pt", tokenizer=tmp_path / "clip", device="cpu")
-    pictures = [picture(name) for name in ("RGB 331x500", "RGB 1024x1024", "L 301x300", "CMYK 260x301")]
+    images = [sample_image(name) for name in ("RGB 331x500", "RGB 1024x1024", "L 301x300", "CMYK 260x301")]
     prompts = ["A red lighthouse, at dawn", "“naïve” café &amp; 🦊", "word " * 90, "two blue circles"]
     expected = [
         originals.hps_score(network, preprocess, tmp_path / "HPS.pt", [one], prompt)[0]
-        for prompt, one in zip(prompts, pictures, strict=True)
+        for prompt, one in zip(prompts, images, strict=True)
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prompt is too long
-        scores = ours.score(pictures, prompts)
+        scores = ours.score(images, prompts)
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-5)
     assert torch.tensor(expected).std() > 0.02
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", SAMPLE_IMAGES)
 def test_preprocessing_of_image_reward(original, name):
-    expected = original.image_reward._transform(224)(picture(name))[None]
-    torch.testing.assert_close(Preprocess("torchvision").exact([picture(name)]), expected, rtol=0, atol=1e-6)
+    expected = original.image_reward._transform(224)(sample_image(name))[None]
+    torch.testing.assert_close(Preprocess("torchvision").exact([sample_image(name)]), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", SAMPLE_IMAGES)
 def test_preprocessing_of_hpsv2(original, name):
-    given = picture(name)
+    given = sample_image(name)
     preprocess = original.factory.image_transform(224, is_train=False, resize_longest_max=True)
     ours = Preprocess("float").exact([given])
     if name == "RGB 1000x2":
@@ -157,8 +157,8 @@ def test_preprocessing_of_hpsv2(original, name):
 
 
 def test_tokens_of_image_reward(original, tmp_path):
-    """Ids and masks are equal. Theirs also knows [DEC] and [ENC], which prompts do not hold, and writes a capital sigma
-    that ends a word as ς where transformers 5 writes σ."""
+    """Ids and masks are equal. Theirs also knows [DEC] and [ENC], which prompts do not contain, and turns a final capital
+    sigma into ς, where transformers 5 writes σ."""
     ours = ImageReward(device="cpu")
     ours.tokenizer = BertTokenizer(vocab=str(originals.bert_vocabulary()))
     theirs = originals.image_reward(tmp_path, 1, 1).blip.tokenizer
@@ -172,8 +172,8 @@ def test_tokens_of_image_reward(original, tmp_path):
 
 
 def test_tokens_of_hpsv2(original):
-    """Ids are equal up to the first end of text. Theirs pads with 0, ours repeats the end of text: no token sees what
-    comes after it, and the feature is the first end's."""
+    """Ids are equal up to the first end of text. Theirs pads with 0, ours repeats the end of text: tokens do not
+    attend to later ones, and the feature is that of the first end of text."""
     ours = HPSv2(device="cpu")
     ours.tokenizer = originals.clip_tokenizer()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""ImageReward and HPSv2 without their original packages; with them, see test_original_scorers.py."""
+"""ImageReward and HPSv2 without their original packages; test_original_scorers.py compares with those."""
 
 import sys
 import warnings
@@ -15,7 +15,7 @@ from noisear_rl.rewards.image_reward import BLIP_LARGE, ImageReward
 from noisear_rl.rewards.preprocess import Preprocess
 from noisear_rl.rewards.weights import load_weights
 from tests.rewards import published_scorers as published
-from tests.rewards.published_scorers import PICTURES, picture
+from tests.rewards.published_scorers import SAMPLE_IMAGES, sample_image
 
 HEADS = 4
 WORDS = ["a", "photo", "of", "red", "blue", "two", "circles", ",", "lighthouse", "at", "dawn"]
@@ -26,7 +26,7 @@ SHALLOW = {"num_hidden_layers": 2, "num_attention_heads": HEADS}
 
 
 class NarrowImageReward(ImageReward):
-    """Of the sizes of ``published_scorers.narrow``."""
+    """With the sizes of ``published_scorers.narrow``."""
 
     architecture = {
         "vision_config": BLIP_LARGE["vision_config"] | SHALLOW | {"hidden_size": 64, "intermediate_size": 256},
@@ -37,7 +37,7 @@ class NarrowImageReward(ImageReward):
 
 
 class NarrowHPSv2(HPSv2):
-    """Of the sizes of ``published_scorers.narrow``; its tokens are the bytes, the last one ends a text."""
+    """With the sizes of ``published_scorers.narrow``; its tokens are bytes, and the last one ends a text."""
 
     tokens = {"vocab_size": 3088, "bos_token_id": 512, "eos_token_id": 513}
     architecture = {
@@ -89,7 +89,7 @@ def test_published_names_and_shapes_fit_at_full_size(scorer):
     with torch.device("meta"):
         network = scorer().build()
         state = {name: torch.empty(shape) for name, shape in sizes.items()}
-    load_weights(network, scorer().convert(state), scorer.name)  # refuses what is missing, left over or misshapen
+    load_weights(network, scorer().convert(state), scorer.name)  # rejects missing, unexpected and misshapen tensors
 
 
 @each_scorer
@@ -134,7 +134,7 @@ def test_half_precision(name, dtype, folder):
     scores = narrow(name, folder, dtype=dtype).score(images(), PROMPTS)
     assert scores.dtype == torch.float32
     expected = narrow(name, folder).score(images(), PROMPTS)
-    share = {"bfloat16": 0.15, "float16": 0.02}[dtype]  # of what scores differ by
+    share = {"bfloat16": 0.15, "float16": 0.02}[dtype]  # relative to the spread of scores
     torch.testing.assert_close(scores, expected, rtol=0, atol=share * expected.std().item())
 
 
@@ -177,7 +177,7 @@ def test_a_file_with_one_name_more_or_less_is_refused(name, folder, tmp_path):
 def test_another_clip_of_the_same_size_is_refused(folder, tmp_path):
     scorer = narrow("hpsv2", folder)
     scorer.load()
-    torch.save(scorer.network.state_dict(), tmp_path / "clip.pt")  # as PickScore's are: transformers' names
+    torch.save(scorer.network.state_dict(), tmp_path / "clip.pt")  # with transformers' names, like PickScore
     with pytest.raises(ValueError, match=r"not the weights of hpsv2: .* is missing"):
         NarrowHPSv2(tmp_path / "clip.pt").load()
 
@@ -202,19 +202,22 @@ def test_prompts_are_cleaned_as_by_the_published_tokenizer(monkeypatch):
         assert clean("CAFÉ  &amp; “tea”") == "café & “tea”"
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", SAMPLE_IMAGES)
 def test_preprocessing_of_transformers(name):
-    given = picture(name)
-    if given.mode in ("LA", "RGBA"):  # since 5.23 transparency turns white; when PickScore was published, it was lost
+    given = sample_image(name)
+    if given.mode in (
+        "LA",
+        "RGBA",
+    ):  # since 5.23 transparency becomes white; when PickScore was published, it was dropped
         given = given.convert("RGB")
     expected = CLIPImageProcessorPil()(given, return_tensors="pt").pixel_values
-    torch.testing.assert_close(Preprocess("transformers").exact([picture(name)]), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Preprocess("transformers").exact([sample_image(name)]), expected, rtol=0, atol=1e-5)
 
 
 def test_the_longer_side_is_kept_between_black_bars():
-    way = Preprocess("float")
-    pixels = way.exact([Image.new("RGB", (448, 151), "white")])[0]
-    white, black = (way.standardize(torch.full((1, 3, 1, 1), value))[0] for value in (1.0, 0.0))
+    preprocess = Preprocess("float")
+    pixels = preprocess.exact([Image.new("RGB", (448, 151), "white")])[0]
+    white, black = (preprocess.standardize(torch.full((1, 3, 1, 1), value))[0] for value in (1.0, 0.0))
     torch.testing.assert_close(pixels[:, 74:150], white.expand(3, 76, 224))
     torch.testing.assert_close(pixels[:, [*range(74), *range(150, 224)]], black.expand(3, 148, 224))
 

@@ -78,7 +78,7 @@ def test_bad_input():
     images = torch.zeros(2, 3, 64, 64)
     with pytest.raises(ValueError, match="unknown reward 'beauty'"):
         load_reward({"beauty": 1.0})
-    with pytest.raises(ValueError, match="no name twice"):
+    with pytest.raises(ValueError, match="at least one scorer and unique names"):
         WeightedReward([])
     with pytest.raises(ValueError, match="finite"):
         load_reward({"shapes-match": float("inf")})
@@ -91,7 +91,7 @@ def test_bad_input():
 
 
 def test_statistics_are_those_of_gaussian_noise():
-    """Measured anew on 180 training captions: within 15 % of what normalisation assumes."""
+    """Measured again on 180 training captions: within 15 % of what normalisation assumes."""
     reward = load_reward({"shapes-match": 1.0, "shapes-clip": 1.0, "shapes-exact": 1.0})
     prompts = [caption.text for caption in balanced_captions("train", 180)]
     result = evaluate(load_denoiser("shapes"), reward, {GAUSSIAN: None}, prompts, 2)[GAUSSIAN]

@@ -1,4 +1,4 @@
-"""Files of scorers: weights that are missing, wrong or foreign, published names, the authors' packages."""
+"""Files of scorers: missing, wrong or mismatched weights, published names, the authors' packages."""
 
 import json
 import subprocess
@@ -34,27 +34,27 @@ def images():
 
 def test_weights_that_are_missing_wrong_or_damaged(made, images, tmp_path):
     tiny = tiny_scorers.shrunk(PickScore)
-    with pytest.raises(FileNotFoundError, match=r"no such weights. Pass weights=FOLDER with model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no such file. Pass weights=FOLDER with model.safetensors"):
         tiny(tmp_path / "none.safetensors").score(images, PROMPTS)
     with pytest.raises(FileNotFoundError, match="Kwai-Kolors/MPS"):
         MPS().score(images, PROMPTS)
     network = made[1]["pickscore"]
     state = network.state_dict()
     save_file(state, tmp_path / "model.safetensors")
-    folder = tiny(tmp_path).score(images, PROMPTS)  # a folder with the published name in it
+    folder = tiny(tmp_path).score(images, PROMPTS)  # a folder with a file of the published name
     torch.testing.assert_close(folder, made[0]["pickscore"]().score(images, PROMPTS))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is damaged or no file of weights"):
+    with pytest.raises(ValueError, match="is damaged or not a file of weights"):
         tiny(tmp_path).score(images, PROMPTS)
     (tmp_path / "page.pt").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match="is damaged or no file of weights"):
+    with pytest.raises(ValueError, match="is damaged or not a file of weights"):
         tiny(tmp_path / "page.pt").score(images, PROMPTS)
     torch.save({"step": 3}, tmp_path / "step.pt")
-    with pytest.raises(ValueError, match="holds no weights by name"):
+    with pytest.raises(ValueError, match="contains no named weights, only a dict"):
         tiny(tmp_path / "step.pt").score(images, PROMPTS)
     save_file({"a": torch.ones(2)} | state, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"not the weights of pickscore: a is not part of it \(1 differences\)"):
+    with pytest.raises(ValueError, match=r"not the weights of pickscore: a is unexpected \(1 differences\)"):
         tiny(tmp_path / "more.safetensors").score(images, PROMPTS)
     state["visual_projection.weight"] = state["visual_projection.weight"][:, :4].clone()
     state.pop("logit_scale")
@@ -90,12 +90,12 @@ def test_a_pickled_module_is_read_without_its_code(tmp_path):
     assert state.keys() == {"inner.weight", "inner.bias", "kept"} and not Evil.ran
     assert torch.equal(state["inner.weight"], module.inner.weight)
     torch.load(tmp_path / "module.pth", weights_only=False)
-    assert Evil.ran  # it would have
+    assert Evil.ran  # the code would run
 
 
 @pytest.mark.parametrize("scorer", [CLIPScore, PickScore, MPS])
 def test_published_sizes(scorer):
-    """Parameters at full size, as the model cards tell them; names must fit the published ones."""
+    """Parameter counts at full size match the model cards; names match the published ones."""
     with torch.device("meta"):
         network = scorer().build()
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -149,12 +149,12 @@ class Model:
 """
 
 
-def test_package_backend_speaks_with_another_process(tmp_path, monkeypatch):
-    """The package is a small one of our own with the original's name and calls; the process and the pipe are real."""
+def test_package_backend_talks_to_another_process(tmp_path, monkeypatch):
+    """The package is a small stand-in with the original's name and calls; the process and the pipe are real."""
     (tmp_path / "ImageReward.py").write_text(
         f"{FAKE}        print('noise')\n        return len(prompt) + image.size[0]\n"
     )
-    (tmp_path / "clip.py").write_text("mine = True\n")  # not the worker's neighbour of that name
+    (tmp_path / "clip.py").write_text("mine = True\n")  # not the file of that name next to the worker
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reward = make_reward("image-reward", backend="package", python=sys.executable)
     images = torch.zeros(2, 3, 8, 16)
@@ -178,7 +178,7 @@ def test_package_worker_needs_nothing_of_this_library():
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
 
 
-def test_golden_scores_say_what_they_need(tmp_path):
+def test_golden_scores_name_the_missing_weights(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks/golden_scores.py"
     done = subprocess.run([sys.executable, script, "--images", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "THUDM/ImageReward" in done.stderr

@@ -44,23 +44,23 @@ def tokens(prompts):
 
 
 def pixels(images):
-    """As CLIP's published processor makes them: on these pictures all orders but `float` agree with it."""
+    """Computed by CLIP's published processor; on these images all orders except `float` agree with it."""
     size = tiny_scorers.SIZE
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return processor(pil(images), return_tensors="pt").pixel_values
 
 
 def plain_mps(network, layers, images, prompts, threshold):
-    """MPS's score of each picture by itself, in loops over heads and tokens' rotations by complex numbers."""
+    """MPS's score, one image at a time, with loops over heads and rotations as complex numbers."""
     with torch.no_grad():
         project = lambda ids: network.text_projection(network.text_model(ids).last_hidden_state)[0]
         condition, scores = project(tokens([OVERALL])), []
-        for picture, prompt in zip(pixels(images), prompts, strict=True):
+        for image, prompt in zip(pixels(images), prompts, strict=True):
             ids = tokens([prompt])
             text, pooled = project(ids), network.text_projection(network.text_model(ids).pooler_output)[0]
             close = torch.stack([torch.stack([token @ word for word in condition]).max() for token in text])
             mask = torch.where(close / close.max() > threshold, 0.0, -torch.inf)
-            x = network.visual_projection(network.vision_model(picture[None]).last_hidden_state)[0]
+            x = network.visual_projection(network.vision_model(image[None]).last_hidden_state)[0]
             for layer in layers:
                 x = plain_layer(layer, x, text, mask)
             scores.append(network.logit_scale.exp() * F.cosine_similarity(x[0], pooled, dim=0))
@@ -94,7 +94,7 @@ def plain_layer(layer, x, text, mask):
 
 
 def plain(name, networks, images, prompts):
-    """What the originals compute, from transformers' own processor, network and tokenizer."""
+    """The original computation with transformers' own processor, network and tokenizer."""
     if name == "mps":
         return plain_mps(*networks["mps"], images, prompts, 0.3)
     network = networks["clip-score" if name.startswith("aesthetic") else name]
@@ -121,7 +121,7 @@ def test_equals_a_plain_computation(name, made, images):
     scores = scorers[name]().score(images, PROMPTS)
     assert scores.shape == (4,) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, plain(name, networks, images, PROMPTS), rtol=0, atol=1e-5)
-    assert scores.std() > 1e-3  # pictures and prompts matter
+    assert scores.std() > 1e-3  # images and prompts matter
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,8 +136,8 @@ def test_does_not_depend_on_the_batch(name, made, images):
     torch.testing.assert_close(scorer.score(pil(images), PROMPTS), whole, rtol=0, atol=1e-5)
 
 
-def test_mps_masks_by_the_prompts_own_maximum_unless_told_otherwise(made, images):
-    """Prompts whose similarities to the condition differ by a factor: a score of its own must not notice."""
+def test_mps_masks_by_the_prompts_own_maximum_by_default(made, images):
+    """Prompts whose similarities to the condition differ by a factor: uncoupled scores must not change."""
     scorer, coupled = made[0]["mps"](threshold=0.55), made[0]["mps"](threshold=0.55, batch_coupled=True)
     own = scorer.score(images, PROMPTS)
     torch.testing.assert_close(own, plain_mps(*made[1]["mps"], images, PROMPTS, 0.55), rtol=0, atol=1e-5)
@@ -174,7 +174,7 @@ def test_on_the_device_and_half_precision(name, made, images):
     tensor = images.clone().requires_grad_()
     scores = scorer.score(tensor, PROMPTS)
     scale = exact.std()
-    assert (scores.detach() - exact).abs().max() < 0.1 * scale  # 8-bit rounding on noise, the worst of pictures
+    assert (scores.detach() - exact).abs().max() < 0.1 * scale  # 8-bit rounding on noise, the worst case
     (gradient,) = torch.autograd.grad(scores.sum(), tensor)
     moves = scores.detach() != 0  # CLIPScore is cut at 0
     assert gradient.isfinite().all() and (gradient[moves].abs().amax((1, 2, 3)) > 0).all() and moves.any()
@@ -219,7 +219,7 @@ def test_clip_score_rescaling(made, images):
 def test_long_prompts_warn_once(made, images):
     scorer = made[0]["pickscore"]()
     long = " ".join(["a photo of a red circle"] * 5)
-    with pytest.warns(UserWarning, match=r"pickscore reads 16 tokens of a prompt; one has \d\d"):
+    with pytest.warns(UserWarning, match=r"pickscore reads 16 tokens per prompt, but one has \d\d"):
         scores = scorer.score(images[:2], [long, PROMPTS[0]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -232,9 +232,9 @@ def test_bad_input(name, made, images):
     scorer = made[0][name]()
     assert scorer.score(images[:0], []).shape == (0,)
     assert scorer.score([], []).shape == (0,)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from -0.5"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from -0.5"):
         scorer.score(images - 0.5, PROMPTS)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         scorer.score(images * torch.nan, PROMPTS)
     with pytest.raises(ValueError, match="as many prompts as images"):
         scorer.score(images, PROMPTS[:3])
@@ -259,7 +259,7 @@ def test_bad_options(tmp_path):
         make_reward("pickscore", weight_file="x")
 
 
-def odd_pictures():
+def odd_images():
     rng = np.random.default_rng(0)
     noise = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)
     yield from (
@@ -277,17 +277,17 @@ def odd_pictures():
     yield from (Image.fromarray(noise(h, h + 1, 3)) for h in (224, 225, 300, 331, 512, 640, 777))
 
 
-def test_odd_pictures_like_the_published_processor():
+def test_odd_images_match_the_published_processor():
     processor, preprocess = CLIPImageProcessorPil(), Preprocess("transformers")
-    pictures = list(odd_pictures())
-    assert len(pictures) == 20
-    for picture in pictures:
-        expected = processor(picture.convert("RGB"), return_tensors="pt").pixel_values
-        torch.testing.assert_close(preprocess.exact([picture]), expected, rtol=0, atol=1e-6)
+    images = list(odd_images())
+    assert len(images) == 20
+    for image in images:
+        expected = processor(image.convert("RGB"), return_tensors="pt").pixel_values
+        torch.testing.assert_close(preprocess.exact([image]), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["torchvision", "transformers", "float"])
-def test_tensor_preprocessing_agrees_with_exact_on_smooth_pictures(order):
+def test_tensor_preprocessing_agrees_with_exact_on_smooth_images(order):
     """Within two 8-bit steps; channels are standardised to about unit variance, where a step is 1/68."""
     grid = torch.linspace(0, 1, 300)
     image = torch.stack([grid[:200, None] * grid, grid.expand(200, -1), 1 - grid[:200, None].expand(-1, 300)])[None]

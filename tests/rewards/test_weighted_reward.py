@@ -1,4 +1,4 @@
-"""The weighted sum: normalisation, failed scorers, the user's own functions, files."""
+"""The weighted sum: normalisation, failed scorers, user-supplied functions, files."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,14 +8,13 @@ import pytest
 import torch
 import yaml
 
-from noisear_rl import rewards as rewards_module
 from noisear_rl.algos import ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.evaluation.reward_statistics import ReferenceConfig, main, measure
 from noisear_rl.learning.losses import finite_episodes, group_advantages
 from noisear_rl.learning.run import read_records
-from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
+from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, registry, reward_config
 from tests import toys
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -30,7 +29,7 @@ def length(images, prompts):
 
 
 class Given:
-    """Returns the numbers it was made with."""
+    """Returns the numbers passed to the constructor."""
 
     def __init__(self, name, *values):
         self.name, self.values = name, torch.tensor(values)
@@ -56,7 +55,7 @@ def test_running_statistics_are_those_of_all_scores_so_far():
         WeightedReward([(Given("b", 1.0), 1.0)], normalize="running").load_state_dict(reward.state_dict())
 
 
-def test_a_failed_scorer_fails_its_picture_and_no_other():
+def test_a_failed_scorer_fails_its_image_and_no_other():
     nan, inf = float("nan"), float("inf")
     reward = WeightedReward([(Given("a", 1.0, nan, 3.0, 4.0), 1.0), (Given("b", 1.0, 1.0, inf, 1.0), 0.5)], "running")
     total = reward.score(IMAGES[:4], PROMPTS[:4])
@@ -69,18 +68,18 @@ def test_a_failed_scorer_fails_its_picture_and_no_other():
 def test_reference_needs_statistics():
     with pytest.raises(ValueError, match=r"needs the statistics of 'a'.*reward-statistics"):
         WeightedReward([(Given("a", 1.0), 1.0)], "fixed")
-    with pytest.raises(ValueError, match="a mean and a positive deviation"):
+    with pytest.raises(ValueError, match="a mean and a positive standard deviation"):
         WeightedReward([(Given("a", 1.0), 1.0)], "fixed", {"a": (0.0, 0.0)})
     reward = WeightedReward([(Given("a", 3.0), 2.0)], "fixed", {"a": (1.0, 4.0)})
     assert reward.score(IMAGES[:1], PROMPTS[:1]).item() == 1.0
 
 
 def test_scores_of_a_wrong_shape():
-    with pytest.raises(ValueError, match=r"'a' gave scores \(2,\), expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"scorer 'a' returned scores \(2,\), expected \(3,\)"):
         WeightedReward([(Given("a", 1.0, 2.0), 1.0)]).score(IMAGES[:3], PROMPTS[:3])
 
 
-def test_functions_of_the_user(tmp_path, monkeypatch):
+def test_user_supplied_functions(tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     reward = load_reward({str(file): 1.0, f"{file}:length": 0.5})
@@ -92,7 +91,7 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has no function 'sharpness': define sharpness"):
         load_reward(f"{file}:sharpness")
     point = SimpleNamespace(name="installed", load=lambda: lambda images, prompts: [2.0] * len(prompts))
-    monkeypatch.setattr(rewards_module, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     assert load_reward("installed").score(IMAGES, PROMPTS).tolist() == [2.0] * 6
     with pytest.raises(ValueError, match=r"unknown reward 'pickscor'; did you mean 'pickscore'.*'installed'"):
         load_reward("pickscor")
@@ -142,7 +141,11 @@ def test_reference_statistics_are_measured_and_used(tmp_path):
 def test_finite_episodes():
     nan = float("nan")
     rewards, groups = torch.tensor([1.0, nan, 2.0, 3.0, nan, 4.0]), torch.tensor([0, 0, 1, 1, 1, 2])
-    assert finite_episodes(rewards, groups).tolist() == [2, 3, 5]  # the first is left alone, the last always was
+    assert finite_episodes(rewards, groups).tolist() == [
+        2,
+        3,
+        5,
+    ]  # episode 0 lost its only partner; episode 5 never had one
     with pytest.raises(ValueError, match="no episode of this update has a finite reward"):
         finite_episodes(torch.tensor([nan, nan]), groups[:2])
     kept = finite_episodes(rewards, groups)[:2]
@@ -150,7 +153,7 @@ def test_finite_episodes():
 
 
 class Moody(toys.Target):
-    """Fails on every picture whose brightest pixel is above 2.5, otherwise ``Target``."""
+    """Fails on every image whose brightest pixel is above 2.5, otherwise like ``Target``."""
 
     name = "moody"
 

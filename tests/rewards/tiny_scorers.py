@@ -1,4 +1,4 @@
-"""Scorers of published architectures, shrunk, with random weights in files that have the published names."""
+"""Scorers with published architectures at tiny sizes, and random weights in files with the published names."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def architecture(activation="quick_gelu"):
 
 
 def shrunk(scorer, **changes):
-    """A scorer's class with tiny sizes; code, names and preprocessing stay its own."""
+    """A subclass of a scorer with tiny sizes; code, names and preprocessing are unchanged."""
     changes = {
         "architecture": architecture(scorer.architecture["text_config"].get("hidden_act", "quick_gelu")),
         "max_tokens": TOKENS,
@@ -39,7 +39,7 @@ def shrunk(scorer, **changes):
 
 
 def random_clip(activation="quick_gelu"):
-    """With larger weights than fresh ones, so that scores differ between pictures and prompts."""
+    """With larger weights than at initialisation, so that scores differ between images and prompts."""
     network = CLIPModel(CLIPConfig(**architecture(activation))).eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -49,7 +49,7 @@ def random_clip(activation="quick_gelu"):
 
 
 def published_mps(network, layers=2):
-    """A state dict with MPS's published names, and the layers as ours has them."""
+    """A state dict with MPS's published names, and the same layers under our names."""
     ours = [CrossLayer(WIDTH) for _ in range(layers)]
     state = {f"model.{name}": value for name, value in network.state_dict().items()}
     published = {own: name for name, own in NAMES.items()}
@@ -62,7 +62,7 @@ def published_mps(network, layers=2):
 
 
 def write(folder):
-    """Writes files of weights and returns scorers that read them, by name, with the networks that made them."""
+    """Writes weight files; returns scorers that read them, and the networks they were written from, by name."""
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     scorers, networks = {}, {}
