@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import PartialState
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from noisear_rl.config import parse_config, to_mapping
 from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
-from noisear_rl.data.weak_to_strong import weak_to_strong
+from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
@@ -30,7 +31,7 @@ from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.rewards import WeightedReward, load_reward
 
-KINDS = ("weak_to_strong", "signal_leak")
+PairKind = Literal["weak_to_strong", "signal_leak"]
 PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
 
 
@@ -40,10 +41,10 @@ class PairsConfig:
 
     denoiser: str = "shapes"
     """Name or folder of the denoiser."""
-    kind: str = "weak_to_strong"
-    """`weak_to_strong` or `signal_leak`."""
+    kind: PairKind = "weak_to_strong"
+    """How targets are made."""
     prompts: str | tuple[str, ...] | None = None
-    """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
+    """Prompts, a text file, or a split of `shapes`; unset for the default of the denoiser."""
     output_dir: Path = Path("runs/pairs")
     """Folder for the shards and the manifest."""
     pairs: int = 4096
@@ -66,7 +67,7 @@ class PairsConfig:
     """Guidance of the step up."""
     num_inference_steps: int = 50
     """Length of the DDIM schedule; fewer steps mean larger ones."""
-    inversion: str = "exact"
+    inversion: InversionMode = "exact"
     """`exact`, or `compat` to match public scripts."""
     rounds: int = 1
     """Weak-to-strong: repetitions of the pair of steps. Signal leak: images per pair; each image after the first
@@ -96,8 +97,8 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         ValueError: If an option is out of range, the folder contains pairs of other settings, or no pair passed the
             filter.
     """
-    if config.kind not in KINDS:
-        raise ValueError(f"unknown kind {config.kind!r}; expected one of {KINDS}")
+    if config.kind not in get_args(PairKind):
+        raise ValueError(f"unknown kind {config.kind!r}; expected one of {get_args(PairKind)}")
     leak = config.kind == "signal_leak"
     if leak and config.filter_reward is None:
         raise ValueError("signal_leak chooses images by a reward: set filter_reward")
@@ -128,7 +129,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
             bar.update(end - start)
             continue
-        rows: dict[str, list] = {"prompt": [], "seed": [], "target": []}
+        rows: dict[str, list[Any]] = {"prompt": [], "seed": [], "target": []}
         for low in range(start, end, config.batch_size):
             indices = range(low, min(low + config.batch_size, end))
             texts, seeds = [prompts[i % len(prompts)] for i in indices], [config.seed + i for i in indices]

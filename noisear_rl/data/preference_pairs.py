@@ -6,12 +6,13 @@ Shapes: ``R`` rollouts, ``P`` pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from noisear_rl.data.rollouts import Rollouts
 
-STRATEGIES = ("best_worst", "all_above_margin")
+Strategy = Literal["best_worst", "all_above_margin"]
 
 
 @dataclass
@@ -47,7 +48,7 @@ class PreferencePairs:
 
 
 def preference_pairs(
-    rollouts: Rollouts, threshold: float = 0.0, strategy: str = "best_worst", seed: int = 0
+    rollouts: Rollouts, threshold: float = 0.0, strategy: Strategy = "best_worst", seed: int = 0
 ) -> PreferencePairs:
     """Makes pairs within each prompt, never across prompts (NoiseAR, appendix D: best and worst of a prompt).
 
@@ -61,8 +62,8 @@ def preference_pairs(
         ValueError: If the strategy is unknown, the threshold is negative or NaN, or no pair exceeds it; the message
             reports the spread of rewards and suggests a threshold.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; expected one of {STRATEGIES}")
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"unknown strategy {strategy!r}; expected one of {get_args(Strategy)}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     rewards, rng = rollouts.rewards, np.random.default_rng(seed)

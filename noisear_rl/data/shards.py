@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import (
     Dataset,
@@ -34,7 +35,7 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def write_shard(folder: Path, index: int, rows: Mapping[str, list], features: Features) -> None:
+def write_shard(folder: Path, index: int, rows: Mapping[str, list[Any]], features: Features) -> None:
     """Writes a shard atomically."""
     file = shard_file(folder, index)
     temporary = file.with_name(f".{file.name}")

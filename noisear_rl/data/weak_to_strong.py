@@ -9,13 +9,14 @@ Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning, Denoiser
 
-INVERSIONS = ("exact", "compat")
+InversionMode = Literal["exact", "compat"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Inversion:
 
 
 def inversion_coefficients(
-    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, inversion: str = "exact"
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, inversion: InversionMode = "exact"
 ) -> Inversion:
     """Coefficients at the first two timesteps of a schedule whose timesteps are set.
 
@@ -49,8 +50,8 @@ def inversion_coefficients(
     Raises:
         ValueError: If the inversion is unknown or there are too few timesteps.
     """
-    if inversion not in INVERSIONS:
-        raise ValueError(f"unknown inversion {inversion!r}; expected one of {INVERSIONS}")
+    if inversion not in get_args(InversionMode):
+        raise ValueError(f"unknown inversion {inversion!r}; expected one of {get_args(InversionMode)}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if inversion != "exact":
             raise ValueError(f"{inversion!r} inversion exists only for DDIM; flow matching needs 'exact'")
@@ -81,7 +82,7 @@ def weak_to_strong(
     strong_guidance: float = 5.5,
     weak_guidance: float = 1.0,
     num_inference_steps: int = 50,
-    inversion: str = "exact",
+    inversion: InversionMode = "exact",
     rounds: int = 1,
 ) -> torch.Tensor:
     """Computes the target noise of a pair, with two guided predictions per round.
