@@ -60,6 +60,8 @@ class RewardGradientConfig:
     """Adam's learning rate."""
     target_kl: float = 0.5
     """Size of a natural step in nats per noise."""
+    fisher_episodes: int = 128
+    """Episodes that the Fisher matrix and the KL are measured on."""
     max_grad_norm: float = 1.0
     """Adam's gradients are clipped to this norm."""
     max_noise_gradient: float = 1.0
@@ -92,6 +94,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         config.optimizer,
         target_kl=config.target_kl,
         learning_rate=config.learning_rate,
+        fisher_episodes=config.fisher_episodes,
         max_grad_norm=config.max_grad_norm,
     )
     counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()

@@ -139,9 +139,9 @@ def test_bad_input(tmp_path, rollouts):
     with pytest.raises(ValueError, match="try a threshold of"):
         dpo.train(config(rollouts, tmp_path / "run", threshold=50.0))
     random_policy(patch_size=4).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="its patch_size is 4, that of .*rollouts.* is 2"):
+    with pytest.raises(ValueError, match=r"its patch_size is 4, that of .*rollouts.* is 2"):
         dpo.train(config(rollouts, tmp_path / "run", init_from=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="loss_type must be one of .*, not 'dpo'"):
+    with pytest.raises(ValueError, match=r"loss_type must be one of .*, not 'dpo'"):
         dpo.train(config(rollouts, tmp_path / "run", loss_type=("dpo",)))
     with pytest.raises(ValueError, match="reference must be"):
         dpo.train(config(rollouts, tmp_path / "run", reference="none"))

@@ -13,12 +13,14 @@ from noisear_rl.policy import NoiseARConfig
 from tests import toys
 
 SMALL, LARGE = {"latent_shape": (1, 8, 4), "patch_size": 4}, {"latent_shape": (1, 128, 64), "patch_size": 64}
+POLICY = NoiseARConfig(d_model=32, d_ff=64, n_layers=1, log_variance="fixed")
 ON_POLICY = {"reinforce": (reinforce.train, reinforce.ReinforceConfig), "ppo": (ppo.train, ppo.PPOConfig)}
 
 
 def learn(folder, algorithm, reward, sizes, **options):
     """Trains on policy; progress of the last three updates, and all records."""
     train, config = ON_POLICY[algorithm]
+    options = {"policy": POLICY} | options
     train(config(toys.register(reward, **sizes), output_dir=folder, prompts_per_update=2, **options))
     records = read_records(folder)
     returns = [record["charts/episodic_return"] for record in records]

@@ -68,11 +68,11 @@ def test_unknown_keys_name_the_nearest(tmp_path, capsys):
 def test_closed_choices_are_refused_when_parsed(tmp_path):
     path = tmp_path / "preset.yaml"
     path.write_text("optimizer: natrual\n")
-    with pytest.raises(SystemExit, match="preset.yaml: optimizer must be one of .*; did you mean 'natural'"):
+    with pytest.raises(SystemExit, match=r"preset\.yaml: optimizer must be one of .*; did you mean 'natural'"):
         parse_config(PPOConfig, ["--config", str(path)], "test")
     with pytest.raises(SystemExit):
         parse_config(PPOConfig, ["--advantage", "leave_one_out"], "test")
-    with pytest.raises(ValueError, match="loss_type must be one of .*, not 'dpo'"):
+    with pytest.raises(ValueError, match=r"loss_type must be one of .*, not 'dpo'"):
         from_mapping(DPOConfig, {"loss_type": ["sigmoid", "dpo"]})
     with pytest.raises(ValueError, match="reference must be one of"):  # a dataclass built in Python
         Run(tmp_path / "run", DPOConfig(reference="none"))
