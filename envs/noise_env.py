@@ -17,10 +17,10 @@ from noisear_rl.rewards import WeightedReward
 
 
 class NoiseEnv(gymnasium.Env):
-    """Choosing the initial noise of a diffusion model, one patch a step.
+    """Choosing the initial noise of a diffusion model, one patch per step.
 
     ## Description
-    A prompt is drawn. The agent emits the noise in raster order, one patch a step. After the last patch a
+    A prompt is drawn. The agent emits the noise in raster order, one patch per step. After the last patch a
     frozen diffusion model denoises it, and scorers turn the image into the reward (NoiseAR, appendix D).
 
     ## Action Space
@@ -30,29 +30,29 @@ class NoiseEnv(gymnasium.Env):
     ## Observation Space
     | key         | space                        | meaning                                        |
     |-------------|------------------------------|------------------------------------------------|
-    | `patches`   | `Box(-10, 10, (N, A))`       | the patches so far, zero after                 |
-    | `step`      | `Discrete(N + 1)`            | how many there are                             |
+    | `patches`   | `Box(-10, 10, (N, A))`       | the patches so far, then zeros                 |
+    | `step`      | `Discrete(N + 1)`            | number of patches so far                       |
     | `text`      | `Box(-inf, inf, (L, D))`     | the prompt's embedding                         |
-    | `text_mask` | `MultiBinary(L)`             | which tokens are not padding                   |
+    | `text_mask` | `MultiBinary(L)`             | 1 for tokens, 0 for padding                    |
 
     For `shapes` N = 16, A = 16, L = 16, D = 256; for SDXL N = 16, A = 4096, L = 77, D = 2048.
 
     ## Rewards
-    0 until the last patch, then the weighted sum of the scorers. ``info["reward/<name>"]`` holds each.
+    0 until the last patch, then the weighted sum of the scorers; ``info["reward/<name>"]`` holds each score.
 
     ## Starting State
-    No patch. Prompt and denoising seed follow from ``reset(seed=...)`` alone;
-    ``reset(options={"prompt": "..."})`` sets the prompt. ``info["prompt"]`` tells it.
+    No patches. Prompt and denoising seed depend only on ``reset(seed=...)``;
+    ``reset(options={"prompt": "..."})`` sets the prompt. ``info["prompt"]`` holds it.
 
     ## Episode End
     ``terminated`` at patch N. Never truncated. ``info["noise"]`` holds the noise ``(C, h, w)``.
 
     ## Arguments
     ``denoiser``, ``reward``, ``prompts``, ``patch_size`` and the denoiser's options: names and numbers, so
-    that ``env.spec`` serialises; objects are accepted too. See :class:`~noisear_rl.envs.noise_task.NoiseTask`.
+    that ``env.spec`` can be serialised; objects are accepted too. See :class:`~noisear_rl.envs.noise_task.NoiseTask`.
 
     ## Vectorized environment
-    ``gymnasium.make_vec(id, num_envs=B)`` denoises all B noises at once.
+    ``gymnasium.make_vec(id, num_envs=B)`` denoises all B noises in one batch.
 
     ## Version History
     * v0: first version.
@@ -114,7 +114,7 @@ class NoiseEnv(gymnasium.Env):
             return None
         if self._step < 0:
             raise ResetNeeded("call reset() before render()")
-        return self.task.picture(self._patches) if self._image is None else to_uint8(self._image)
+        return self.task.noise_image(self._patches) if self._image is None else to_uint8(self._image)
 
     def _observation(self) -> dict[str, Any]:
         return {

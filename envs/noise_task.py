@@ -1,6 +1,6 @@
 """What the scalar and the batched environment share: spaces, prompts, and the end of an episode.
 
-Shapes: ``B`` episodes, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width.
+Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ACTION_BOUND = 10.0
 
 @dataclass
 class Outcome:
-    """What ``B`` finished episodes gave.
+    """The results of ``B`` finished episodes.
 
     Attributes:
         rewards: ``(B,)`` float32; NaN where a scorer failed.
@@ -45,10 +45,8 @@ class NoiseTask:
     Args:
         denoiser: Name or object.
         reward: Name, weights by name, or object; ``None`` for the denoiser's default.
-        prompts: Prompts; a text file with one a line, or another file or name of a published set
-            (:mod:`noisear_rl.prompts.sets`); for ``shapes`` also a split's name (``train``, ``held_out``),
-            or ``train-balanced``: 3,000 of its captions with equal shares of the categories, small ones repeated.
-            ``None`` for the training captions (``shapes``) or a few examples (others).
+        prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
+            takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
@@ -98,12 +96,12 @@ class NoiseTask:
         return f"denoiser {self.denoiser.name!r}"
 
     def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
-        """Draws an episode's prompt and denoising seed; both follow from the generator's state alone."""
+        """Draws an episode's prompt and denoising seed; both depend only on the generator's state."""
         index, seed = np_random.integers(len(self.prompts)), np_random.integers(2**31)
         return self.prompts[index] if prompt is None else prompt, int(seed)
 
     def check_action(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Clips actions ``(…, A)`` to the bounds; also says which were clipped.
+        """Clips actions ``(…, A)`` to the bounds; also returns which were clipped.
 
         Raises:
             ValueError: If an action has the wrong shape, is not a number or is infinite.
@@ -131,7 +129,7 @@ class NoiseTask:
             images,
         )
 
-    def picture(self, patches: np.ndarray) -> np.ndarray:
+    def noise_image(self, patches: np.ndarray) -> np.ndarray:
         """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white."""
         size, shape = self.denoiser.image_size, self.denoiser.latent_shape
         latent = unpatchify(torch.from_numpy(patches[None]), shape, self.patch_size)[0]

@@ -1,4 +1,4 @@
-"""The batched environment: many noises at once, denoised together."""
+"""The batched environment: many noises, denoised together."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from noisear_rl.rewards import WeightedReward
 class NoiseVectorEnv(VectorEnv):
     """``num_envs`` copies of :class:`~noisear_rl.envs.noise_env.NoiseEnv` that act and denoise together.
 
-    Same spaces (batched), same seeds → same episodes as the scalar environment: ``reset(seed=s)`` seeds
-    copy ``i`` with ``s + i``. All episodes end at the same step; the step after it starts new ones and
-    ignores its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
-    ``reset(options={"prompts": [...]})`` sets the prompts, one a copy.
+    The spaces are the scalar environment's, batched, and the same seeds give the same episodes: ``reset(seed=s)``
+    seeds copy ``i`` with ``s + i``. All episodes end at the same step; the next step starts new ones and ignores
+    its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
+    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy.
 
     Attributes:
-        images: The last pictures ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
-        denoise_seeds: Seeds of the schedulers' own noise, one a copy.
+        images: The last images ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
+        denoise_seeds: Seeds of the schedulers' own noise, one per copy.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -104,17 +104,17 @@ class NoiseVectorEnv(VectorEnv):
         return self._observation(), rewards, terminated, never, info
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """One ``(H, W, 3)`` uint8 picture a copy: the noise so far, or the image after the last patch."""
+        """One ``(H, W, 3)`` uint8 image per copy: the noise so far, or the image after the last patch."""
         if self.render_mode is None:
             return None
         if self._step < 0:
             raise ResetNeeded("call reset() before render()")
         if self.images is None:
-            return tuple(self.task.picture(patches) for patches in self._patches)
+            return tuple(self.task.noise_image(patches) for patches in self._patches)
         return tuple(to_uint8(image) for image in self.images)
 
     def _info(self, **values: np.ndarray) -> dict[str, Any]:
-        """Gymnasium's form: every key has a mask ``_key`` of the copies it holds for."""
+        """Gymnasium's form: every key has a mask ``_key`` of the copies that it is valid for."""
         masks = {f"_{key}": np.ones(self.num_envs, dtype=bool) for key in values}
         return values | masks
 
@@ -128,9 +128,9 @@ class NoiseVectorEnv(VectorEnv):
 
 
 def make_vector_env(env_id: str, num_envs: int, **options: Any) -> NoiseVectorEnv:
-    """``gymnasium.make_vec`` of a noise environment, denoised as one batch; options that are ``None`` are left out."""
+    """``gymnasium.make_vec`` of a noise environment, denoised in one batch; options that are ``None`` are left out."""
     given = {key: value for key, value in options.items() if value is not None}
     made = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **given)
     if not isinstance(made.unwrapped, NoiseVectorEnv):
-        raise ValueError(f"{env_id!r} is no noise environment; expected one such as 'NoiseAR-Shapes-v0'")
+        raise ValueError(f"{env_id!r} is not a noise environment; expected one such as 'NoiseAR-Shapes-v0'")
     return made.unwrapped

@@ -15,7 +15,7 @@ def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
 
 
 def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """N(0, I) of ``(len(seeds), *shape)`` in which each row depends on its own seed alone."""
+    """N(0, I) of ``(len(seeds), *shape)`` in which each row depends only on its own seed."""
     generator = torch.Generator()
     rows = [torch.randn(*shape, generator=generator.manual_seed(int(seed))) for seed in seeds]
     return torch.stack(rows) if rows else torch.zeros(0, *shape)

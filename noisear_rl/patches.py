@@ -2,7 +2,7 @@
 
 Shapes: ``B`` batch, ``C`` latent channels, ``spatial`` any number of axes (image ``H, W``; video
 ``T, H, W``; audio ``T``), ``p`` patch size along each of them, ``N = prod(spatial / p)`` patches in raster
-order, ``A = C · prod(p)`` elements a patch, channel first. NoiseAR §2.2.1 (arXiv 2506.01337).
+order, ``A = C · prod(p)`` elements per patch, channel first. NoiseAR §2.2.1 (arXiv 2506.01337).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def patch_grid(latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> 
 
     Args:
         latent_shape: ``(C, *spatial)``.
-        patch_size: One size for all spatial axes, or one for each.
+        patch_size: One size for all spatial axes, or one per axis.
 
     Returns:
         The number of patches along each spatial axis, and the patch size along each.
@@ -36,7 +36,7 @@ def patch_grid(latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> 
 
 
 def sequence_shape(latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
-    """``(N, A)``: how many patches a latent ``(C, *spatial)`` gives, and how many elements each has."""
+    """``(N, A)``: the number of patches of a latent ``(C, *spatial)``, and of elements per patch."""
     grid, sizes = patch_grid(latent_shape, patch_size)
     return math.prod(grid), latent_shape[0] * math.prod(sizes)
 
@@ -56,7 +56,7 @@ def patchify(latents: torch.Tensor, patch_size: int | Sequence[int]) -> torch.Te
 
 
 def unpatchify(patches: torch.Tensor, latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> torch.Tensor:
-    """Puts patches ``(B, N, A)`` back together to latents ``(B, C, *spatial)``.
+    """Joins patches ``(B, N, A)`` into latents ``(B, C, *spatial)``.
 
     Raises:
         ValueError: If the patches do not make up such a latent.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
+from noisear_rl.config import check_choices
 from noisear_rl.patches import sequence_shape
 
-ARCHITECTURES = ("paper", "released")
-LOG_VARIANCES = ("predicted", "shared", "fixed")
 SIZES = ("latent_shape", "patch_size", "text_dim")  # what a policy and a denoiser must agree on
 
 
@@ -33,8 +32,8 @@ class NoiseARConfig:
             position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
             a natural-gradient step of given KL achieves.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
-        log_variance: ``"predicted"`` beside the mean (the paper's), ``"shared"`` (one learned number a patch
-            position, whatever prefix and text, as PPO for continuous control has it) or ``"fixed"`` (0).
+        log_variance: ``"predicted"`` beside the mean (the paper's), ``"shared"`` (one learned number per patch
+            position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
     """
 
     latent_shape: tuple[int, ...] = (4, 8, 8)
@@ -46,34 +45,29 @@ class NoiseARConfig:
     n_layers: int = 2
     n_prediction_head: int = 0
     dropout: float = 0.0
-    architecture: str = "paper"
-    positions: str = "learned"
+    architecture: Literal["paper", "released"] = "paper"
+    positions: Literal["learned", "sinusoidal"] = "learned"
     temperature: float = 1.0
-    log_variance: str = "predicted"
+    log_variance: Literal["predicted", "shared", "fixed"] = "predicted"
 
     def __post_init__(self) -> None:
         self.latent_shape = tuple(self.latent_shape)
         sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {self.architecture!r}; expected one of {ARCHITECTURES}")
-        if self.positions not in ("sinusoidal", "learned"):
-            raise ValueError(f"positions must be 'sinusoidal' or 'learned', not {self.positions!r}")
+        check_choices(self, "policy")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.architecture == "paper" and self.n_prediction_head:
             raise ValueError("n_prediction_head belongs to architecture='released'")
-        if self.log_variance not in LOG_VARIANCES:
-            raise ValueError(f"unknown log_variance {self.log_variance!r}; expected one of {LOG_VARIANCES}")
         if self.architecture == "released" and self.log_variance != "predicted":
             raise ValueError("architecture='released' predicts its log-variance")
 
     def resized(self, sizes: Mapping[str, Any]) -> NoiseARConfig:
-        """The same policy in a denoiser's sizes, the keys of which are :data:`SIZES`.
+        """The same policy in a denoiser's sizes.
 
         Raises:
-            ValueError: If a size was set, and to another value; one left at its default gives way.
+            ValueError: If a size was set to another value; sizes left at their defaults are replaced.
         """
         for field in fields(self):
             if field.name in sizes and getattr(self, field.name) not in (field.default, sizes[field.name]):

@@ -1,6 +1,6 @@
 """A value function over prefixes, for per-patch credit.
 
-Shapes: ``B`` batch, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width.
+Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from noisear_rl.policy.model import NoiseARPolicy
 
 
 class NoiseARCritic(nn.Module):
-    """``V(x_<i, text)``: the policy's kind of network with weights of its own and one number a patch.
+    """``V(x_<i, text)``: the policy's kind of network with its own weights and one number per patch.
 
-    It shares nothing with a policy, so its loss gives the policy no gradient. An untrained critic is 0.
+    It shares nothing with a policy, so its loss gives the policy no gradient. An untrained critic is 0 everywhere.
 
     Args:
-        config: Sizes of the network, the policy's as a rule.
+        config: Sizes of the network, usually the policy's.
     """
 
     def __init__(self, config: NoiseARConfig):
@@ -26,7 +26,7 @@ class NoiseARCritic(nn.Module):
         self.policy = NoiseARPolicy(config)
         for name, _ in list(self.policy.network.named_children()):
             if name.startswith("prediction_head"):
-                delattr(self.policy.network, name)  # features alone are asked for
+                delattr(self.policy.network, name)  # only features are needed
         self.value = nn.Linear(config.d_model, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)

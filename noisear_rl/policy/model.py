@@ -1,10 +1,10 @@
 """The autoregressive Gaussian policy over noise patches: NoiseAR §2 (arXiv 2506.01337).
 
 ``p(x | text) = Π_i p(x_i | x_<i, text)``; patch ``i`` is a diagonal Gaussian whose mean and log-variance a
-transformer decoder reads off the patches before it and the text. What :meth:`NoiseARPolicy.sample` draws,
+transformer decoder computes from the patches before it and the text. What :meth:`NoiseARPolicy.sample` draws,
 :meth:`NoiseARPolicy.log_prob` scores: temperature and clamping belong to the one density.
 
-Shapes: ``B`` batch, ``N`` patches, ``A`` elements a patch, ``L`` text tokens, ``D`` text width,
+Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width,
 ``d`` model width, ``H`` heads.
 """
 
@@ -54,8 +54,8 @@ class NoiseARPolicy(
 ):
     """Autoregressive Gaussian policy over the patches of a diffusion model's initial noise.
 
-    Dropout is active in train mode only; reinforcement learning keeps the policy in eval mode, so that the
-    density it samples from is the density it scores.
+    Dropout is only active in train mode; reinforcement learning keeps the policy in eval mode, so that it samples
+    from the density that it scores.
 
     Args:
         config: Sizes and architecture.
@@ -106,7 +106,7 @@ class NoiseARPolicy(
         return self._gaussian(self.features(patches, text, text_mask))
 
     def features(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the network makes of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
+        """The network's features of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
         return self.network(self.network.tokens(patches), self.network.read(text, text_mask))
 
     def log_prob(
@@ -153,9 +153,9 @@ class NoiseARPolicy(
         Args:
             text: ``(B, L, D)``.
             text_mask: ``(B, L)`` or ``None``.
-            seeds: One seed a sample; the same seed gives the same noise at any batch size, and an untrained
+            seeds: One seed per sample; the same seed gives the same noise at any batch size, and an untrained
                 policy gives exactly ``standard_noise(seeds, latent_shape)``.
-            generator: Source of randomness where no seeds are given; ``None`` for torch's own.
+            generator: Source of randomness if no seeds are given; ``None`` for torch's default.
             use_cache: Keep keys and values (default), or recompute the prefix at every patch.
             differentiable: Let gradients flow from the patches to the parameters, through every prefix.
 
@@ -183,7 +183,7 @@ class NoiseARPolicy(
                     gaussian = self._gaussian(self.network(token, prepared, cache), i).base_dist
                     mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
                 else:
-                    filled = torch.stack([*patches, *noise[:, i:].unbind(1)], 1)  # what comes after is not seen
+                    filled = torch.stack([*patches, *noise[:, i:].unbind(1)], 1)  # later patches are not seen
                     gaussian = self.distribution(filled, text, text_mask).base_dist
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])

@@ -65,9 +65,9 @@ def read_released(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def released_config(state: Mapping[str, Any], n_heads: int = 1) -> NoiseARConfig:
-    """Reads the sizes of the authors' released network off its state dict.
+    """Infers the sizes of the authors' released network from its state dict.
 
-    The number of heads leaves no trace there; theirs is 1. Latents are square with four channels, as theirs are.
+    It does not show the number of heads; theirs is 1. Latents are square with four channels, as theirs are.
 
     Args:
         state: Tensors by name.
