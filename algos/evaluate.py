@@ -1,17 +1,20 @@
-"""Is this noise better, by how much, and at what cost? Methods on the same prompts and seeds, a judge, intervals.
+"""Is this noise better, by how much, and at what cost? Compares methods on the same prompts and seeds by a judge.
 
     python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts held_out
     python algos/evaluate.py --config configs/sdxl/evaluate.yaml --methods "NoiseAR=model.pth" --prompts drawbench
     accelerate launch --num-processes 4 algos/evaluate.py …    # the same results
 
-Three stages, each in shards that several processes share: pictures of every method; when all are there, scores of
-every picture; then ``results.json``, ``timing.json`` and ``table.md``. A shard follows from its prompts and seeds
-alone; the same command, started again, goes on with those that are missing, and may add methods. ``noisear table``
+There are three stages. The first draws the images of every method and the second scores them, both in shards that
+processes share; the third writes ``results.json``, ``timing.json`` and ``table.md``. A shard depends only on its
+prompts and seeds: running the same command again completes missing shards, and methods may be added. ``noisear table``
 and ``noisear report`` read the folder.
 
 A method is ``NAME=PATH`` (a policy or an NPNet; several paths ``NAME=PATH,PATH`` are training seeds of one method) or a
 search that starts from Gaussian noise or from a named method: ``best-of-N``, ``search-N`` (zeroth-order), ``reno-N``
-(gradients of the reward), ``NAME+best-of-N``. N is how many pictures it denoises. Gaussian noise is always first.
+(gradients of the reward), ``NAME+best-of-N``. N is the number of images denoised per result. Gaussian noise is always
+the first method.
+
+Shapes: ``P`` prompts, ``S`` samples per prompt, noise ``(B, C, h, w)``, images ``(B, 3, H, W)`` in [0, 1].
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.evaluation.compare import finite_components
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.provenance import provenance
-from noisear_rl.evaluation.results import VERSION, load_results, picture_path
+from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.files import check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
@@ -54,53 +57,54 @@ class EvaluateConfig:
     """Options of evaluation."""
 
     methods: tuple[str, ...] = ()
-    """NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
+    """Methods: NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
     denoiser: str = "shapes"
-    """Denoiser's name or folder."""
+    """Name or folder of the denoiser."""
     prompts: str = "held_out"
-    """Prompt set: a file, a published set's name, `geneval-style` (prompts of our own), or a split of `shapes`."""
+    """Prompt set: a file, the name of a published set, `geneval-style` (generated prompts), or a split of `shapes`."""
     num_prompts: int | None = None
-    """How many, in equal shares of the categories (120 if unset); of a file, from its start (all if unset)."""
+    """Number of prompts: equal shares of the categories for generated prompts and splits of `shapes` (120 if unset),
+    the first ones for files and published sets (all if unset)."""
     skip_bad_rows: bool = False
-    """Leave malformed rows of the prompt file out."""
+    """Skip malformed rows of the prompt file."""
     samples: int = 8
-    """Noises a prompt."""
+    """Noises per prompt."""
     scorers: tuple[str, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
-    """Scorers, or a reward file; the first one judges and must not have been trained on or chosen by."""
+    """Scorers, or a reward file. The first one is the judge: neither training nor searches may use it."""
     choose_by: str | None = None
-    """The reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
+    """Reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """Settings of `search-N` and `reno-N`."""
     temperature: float | None = None
-    """Factor on the policies' standard deviation; unset for their own."""
+    """Factor on the standard deviation of policies; unset for their own."""
     resample: str = "prompts"
-    """Intervals for new `prompts` like these, or for new `noise` on these very prompts."""
+    """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     seed: int = 1_000_000
-    """First seed of the noises; training uses others."""
+    """First seed of the noises; training uses other seeds."""
     batch_size: int = 64
-    """Noises at once: a shard."""
+    """Noises per batch, which form one shard."""
     output_dir: Path = Path("runs/evaluate")
-    """Where pictures and results go."""
+    """Folder for images and results."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
-    """Overrides for the denoiser, such as `dtype float32`."""
+    """Options of the denoiser, such as `dtype float32`."""
 
 
 def prompt_set(config: EvaluateConfig) -> PromptSet:
-    """The prompts to evaluate on."""
+    """Returns the prompts to evaluate on."""
     drawn = config.prompts in SPLITS or config.prompts == "geneval-style"
     count = config.num_prompts or (120 if drawn else None)
     return resolve_prompts(config.prompts, config.denoiser, count=count, skip_bad_rows=config.skip_bad_rows)
 
 
 def scorers_of(config: EvaluateConfig) -> RewardConfig:
-    """Scorers in order; the first one judges."""
+    """Returns the scorers in order; the first one is the judge."""
     if len(config.scorers) == 1:
         return dataclasses.replace(reward_config(config.scorers[0]), normalize="none")
     return RewardConfig({name: 1.0 for name in config.scorers})
 
 
 def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, method: Method, sampler: Sampler) -> None:
-    """Draws the pictures of some prompts; writes them, and last what is to know about their noise."""
+    """Draws the images of some prompts and writes them, followed by the statistics of their noise."""
     samples = config.samples
     texts = [prompts[row] for row in rows for _ in range(samples)]
     seeds = [config.seed + row * samples + j for row in rows for j in range(samples)]
@@ -108,7 +112,7 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     drawn = sampler(texts, seeds)
     seconds = time.perf_counter() - began
     for i, image in enumerate(drawn.images):
-        path = picture_path(config.output_dir, method.slug, rows[i // samples], i % samples)
+        path = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_uint8(image)).save(path.with_suffix(".tmp"), format="PNG")
         path.with_suffix(".tmp").replace(path)
@@ -130,10 +134,10 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
 def score_shard(
     config: EvaluateConfig, reward: WeightedReward, prompts: Sequence[str], rows: range, method: Method
 ) -> None:
-    """Scores the pictures of some prompts, as they lie on disk, and how much a prompt's pictures differ."""
+    """Scores the images of some prompts as stored on disk, and measures how much the images of a prompt differ."""
     count = config.samples
     texts = [prompts[row] for row in rows for _ in range(count)]
-    files = [picture_path(config.output_dir, method.slug, row, j) for row in rows for j in range(count)]
+    files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(count)]
     images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])
     components = finite_components(reward, images, texts, method.name)
     record = {"scores": {name: _rounded(values.reshape(-1, count)) for name, values in components.items()}}
@@ -142,7 +146,7 @@ def score_shard(
 
 
 def _spread(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
-    """Mean pairwise distance of every prompt's pictures ``(P, S, 3, H, W)``, by what the scorers can measure."""
+    """Returns the mean pairwise distance of each prompt's images ``(P, S, 3, H, W)``, by scorer that measures one."""
     spread = {}
     for scorer, _ in reward.rewards:
         if embed := getattr(scorer, "embed", None):
@@ -153,7 +157,7 @@ def _spread(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[floa
 
 
 def join(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
-    """Puts the shards together: ``results.json``, ``timing.json``, ``table.md``."""
+    """Joins the shards into ``results.json`` and ``timing.json``."""
     found, timing, images = {}, {}, len(chosen) * config.samples
     for method in methods:
         scores = [json.loads(_file(config, "scores", method, rows, "json").read_text()) for rows in shards]
@@ -203,10 +207,10 @@ def _file(config: EvaluateConfig, kind: str, method: Method, rows: range, suffix
 
 
 def run(config: EvaluateConfig) -> str:
-    """Evaluates and returns the table; see the module's docstring.
+    """Runs the evaluation and returns its table; empty in all processes but the main one.
 
     Raises:
-        ValueError: If an option is wrong, a scorer fails, or the folder holds an evaluation of other settings.
+        ValueError: If an option is invalid, a scorer fails, or the folder holds an evaluation with other settings.
     """
     if min(config.samples, config.batch_size) < 1:
         raise ValueError("samples and batch_size must be at least 1")
@@ -218,7 +222,7 @@ def run(config: EvaluateConfig) -> str:
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
 
-    # The folder: of these prompts, seeds and scorers, whatever the methods.
+    # The folder belongs to these prompts, seeds and scorers; methods may be added.
     manifest = {
         "version": VERSION,
         "prompts_sha256": sha256(chosen.prompts),
@@ -244,7 +248,7 @@ def run(config: EvaluateConfig) -> str:
     images = [len(rows) * config.samples for _, rows in work]
     show: dict[str, Any] = {"unit": "image", "total": sum(images), "disable": not state.is_main_process}
 
-    # Pictures.
+    # Images.
     sampler, made = None, None
     with tqdm(desc="pictures", **show) as bar:
         for (method, rows), count in zip(work, images, strict=True):
@@ -254,10 +258,10 @@ def run(config: EvaluateConfig) -> str:
                 assert sampler is not None
                 draw_shard(config, chosen.prompts, rows, method, sampler)
             bar.update(count)
-    del sampler, denoiser  # scorers want the memory
+    del sampler, denoiser  # frees memory for the scorers
     state.wait_for_everyone()
 
-    # Scores, when all pictures are there.
+    # Scores, once all images exist.
     reward = load_reward(scorers)
     with tqdm(desc="scores", **show) as bar:
         for (method, rows), count in zip(work, images, strict=True):
@@ -279,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(EvaluateConfig, argv, __doc__)
     if text := run(config):
-        print(f"{text}\n\nfiles: {config.output_dir}; look at them with `noisear report {config.output_dir}`")
+        print(f"{text}\n\nfiles: {config.output_dir}; view them with `noisear report {config.output_dir}`")
 
 
 if __name__ == "__main__":

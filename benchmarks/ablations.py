@@ -1,13 +1,13 @@
-"""What of the prior matters? The paper's ablations and its open question of scale, on `shapes`, three seeds.
+"""Which settings of the prior matter? The paper's ablations and its open question of scale, on `shapes`, three seeds.
 
     python benchmarks/ablations.py                  # train what is missing, then evaluate
-    python benchmarks/ablations.py --train 0 2      # every second run and stop, for two processes: `0 2` and `1 2`
+    python benchmarks/ablations.py --train 0 2      # train every second run and stop; for two processes: `0 2`, `1 2`
 
-One setting at a time differs from ``configs/shapes/nll_shared_noise.yaml``: NLL on noises that serve many captions, the
-pretraining that transfers. Every setting is a preset of its own (``configs/shapes/ablations``); the number of captions
-that were tried is an option of ``collect``; the temperature needs no training. The base is what ``held_out.py`` trains.
-Runs go to ``runs/ablations`` and ``runs/held_out``; interrupted ones go on. Writes ``benchmarks/results/ablations.md``
-and ``ablations.png``. Guidance and inversion of weak-to-strong pairs: ``benchmarks/pairs.py``.
+Changes one setting at a time of ``configs/shapes/nll_shared_noise.yaml``, NLL on noises that serve many captions, which
+is the pretraining that transfers. Each setting has its own preset (``configs/shapes/ablations``), except the number of
+captions tried, an option of ``collect``, and the temperature, which needs no training. ``held_out.py`` trains the base.
+Runs go to ``runs/ablations`` and ``runs/held_out``; interrupted runs resume. Writes ``benchmarks/results/ablations.md``
+and ``ablations.png``. For guidance and inversion of weak-to-strong pairs, see ``benchmarks/pairs.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import held_out  # beside this file
+import held_out  # in this folder
 import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = Path("runs/ablations"), ROOT / "benchmarks/results"
 PRESETS = ROOT / "configs/shapes/ablations"
 CAPTIONS, SAMPLES = 240, 4
-TRIED = (24, 96, 384)  # captions; the last is the base
+TRIED = (24, 96, 384)  # captions; the last number is the base
 BASE = "base"
 GROUPS = {  # title → settings; a preset's name, `tried_N`, or `temperature_T`
     "patch side": ("patch_size_1", BASE, "patch_size_4", "patch_size_8"),
@@ -48,7 +48,7 @@ GROUPS = {  # title → settings; a preset's name, `tried_N`, or `temperature_T`
     "blocks in the head (the authors' network)": tuple(f"n_prediction_head_{blocks}" for blocks in range(3)),
     "width": ("d_model_64", BASE, "d_model_256"),
     "loss": (BASE, "reconstruction_0"),
-    "captions that were tried": (*(f"tried_{count}" for count in TRIED[:-1]), BASE),
+    "captions tried": (*(f"tried_{count}" for count in TRIED[:-1]), BASE),
     "temperature": ("temperature_0.25", "temperature_0.5", "temperature_0.75", BASE, "temperature_1.25"),
 }
 OF_BASE = {
@@ -56,20 +56,20 @@ OF_BASE = {
     "decoder layers": "2",
     "width": "128",
     "loss": "NLL + 0.2 reconstruction",
-    "captions that were tried": str(TRIED[-1]),
+    "captions tried": str(TRIED[-1]),
     "temperature": "1",
 }
 
 
 def trained() -> list[str]:
-    """Settings that need a training of their own."""
+    """Returns the settings that need their own training, the slowest last."""
     names = dict.fromkeys(name for names in GROUPS.values() for name in names)
     own = [name for name in names if name != BASE and not name.startswith("temperature")]
-    return sorted(own, key=lambda name: name == "patch_size_1")  # the slowest last
+    return sorted(own, key=lambda name: name == "patch_size_1")
 
 
 def train(name: str, seed: int) -> None:
-    """Trains one setting; a finished one returns at once."""
+    """Trains one setting with one training seed; a finished run returns immediately."""
     folder, pairs = RUNS / f"{name}-seed-{seed}", held_out.folder_of("shared-pairs", seed)
     config = load_yaml(nll.NLLConfig, held_out.PRESETS / "nll_shared_noise.yaml")
     if name.startswith("tried"):
@@ -84,13 +84,13 @@ def train(name: str, seed: int) -> None:
 
 
 def folder_of(name: str, seed: int) -> Path:
-    """Where a setting's policy lies."""
+    """Returns the run folder of a setting's policy."""
     own = name != BASE and not name.startswith("temperature")
     return RUNS / f"{name}-seed-{seed}" if own else held_out.folder_of("shared", seed)
 
 
 def policy_of(name: str, seed: int) -> NoiseARPolicy:
-    """A setting's policy."""
+    """Loads the policy of a setting."""
     policy = load_policy(folder_of(name, seed))
     if name.startswith("temperature"):
         policy.config = dataclasses.replace(policy.config, temperature=float(name.split("_")[1]))
@@ -98,7 +98,7 @@ def policy_of(name: str, seed: int) -> NoiseARPolicy:
 
 
 def parameters(name: str) -> int:
-    """Size of a setting's policy."""
+    """Returns the number of parameters of a setting's policy."""
     return sum(parameter.numel() for parameter in policy_of(name, 0).parameters())
 
 
@@ -121,12 +121,12 @@ def main() -> None:
     scores = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     pooled = {name: np.mean([scores[f"{name} {seed}"] for seed in SEEDS], axis=0) for name in names}
     lines = [
-        f"Exactly right pictures in %, held-out detector, {CAPTIONS} captions that no training saw x {SAMPLES} noises, "
-        "1 network evaluation an image, mean over six categories; NLL on shared noises, one setting changed at a time, "
-        "three training seeds. 95 % intervals over captions; against the base, paired; * excludes 0. The base has "
+        f"Exactly right images in %, held-out detector, {CAPTIONS} held-out captions x {SAMPLES} noises, "
+        "1 network evaluation per image, mean over six categories; NLL on shared noises, one setting changed per row, "
+        "three training seeds. 95 % intervals over captions, paired against the base; * excludes 0. The base has "
         f"{parameters(BASE):,} parameters. Gaussian noise: {bootstrap(scores[GAUSSIAN], categories)}.",
         "",
-        "| | setting | parameters | held-out NLL, nats an element | right | by seed | against the base | KL |",
+        "| | setting | parameters | held-out NLL, nats per element | right | by seed | against the base | KL |",
         "|---" * 8 + "|",
     ]
     shown: dict[str, list[tuple[str, Estimate, str]]] = {}
@@ -151,12 +151,12 @@ def main() -> None:
 
 
 def scaling(path: Path, shown: dict[str, list[tuple[str, Estimate, str]]], gaussian: Estimate) -> None:
-    """Draws right pictures against the size of the model and of the data."""
+    """Plots the percentage of right images against the size of the model and of the data."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110, sharey=True)
     model = [*shown["width"], *(row for row in shown["decoder layers"] if row[2] != BASE)]
     sizes = sorted((parameters(name), estimate) for _, estimate, name in model)
-    data = [(int(value), estimate) for value, estimate, _ in shown["captions that were tried"]]
-    for axes, points, label in zip(panels, (sizes, data), ("parameters", "captions that were tried"), strict=True):
+    data = [(int(value), estimate) for value, estimate, _ in shown["captions tried"]]
+    for axes, points, label in zip(panels, (sizes, data), ("parameters", "captions tried"), strict=True):
         x = [size for size, _ in points]
         means = np.array([estimate.mean for _, estimate in points])
         low, high = (np.array([getattr(estimate, side) for _, estimate in points]) for side in ("low", "high"))

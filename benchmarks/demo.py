@@ -1,9 +1,9 @@
-"""The demo with three seeds of training: does it learn every time, and what happens to held-out captions?
+"""The demo with three training seeds: does it learn every time, and what happens on held-out captions?
 
     python benchmarks/demo.py
 
-Writes ``benchmarks/results/demo.md`` and ``demo.png`` (the first seed's report). Runs go to ``runs/demo-seed-*``; a
-seed that is finished is not run again.
+Writes ``benchmarks/results/demo.md`` and ``demo.png`` (the first seed's report). Runs go to ``runs/demo-seed-*``;
+finished seeds are not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Runs what is missing and writes the table."""
+    """Runs the missing seeds and writes the table."""
     folders = [Path(f"runs/demo-seed-{seed}") for seed in SEEDS]
     for seed, folder in zip(SEEDS, folders, strict=True):
         if not (folder / "results.json").exists():
@@ -32,8 +32,8 @@ def main() -> None:
     records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     lines = [
         "Exactly right in %, held-out detector, equal NFE, 95 % intervals. Trained captions: 4, with fresh noise "
-        "(intervals over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: the mean over "
-        "seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
+        "(intervals over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: mean over "
+        "training seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
     ]
     for key, title, resample in (
         ("trained", "Trained captions", "noise"),

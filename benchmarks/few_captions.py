@@ -1,12 +1,13 @@
-"""Do PPO and REINFORCE learn? Sixteen hard captions, three seeds, a judge that no training saw.
+"""Do PPO and REINFORCE learn? Sixteen hard captions, three training seeds, a held-out judge.
 
     python benchmarks/few_captions.py                      # train what is missing, then evaluate
-    python benchmarks/few_captions.py --train ppo          # train one algorithm's seeds and stop
+    python benchmarks/few_captions.py --train ppo          # train all seeds of one algorithm and stop
 
-The captions (``benchmarks/hard_captions.txt``) are training captions of ``counting``, ``position`` and
-``color_attr`` that Gaussian noise gets right at most 40 % of the time: 48 a category drawn at random, 64 noises
-each, sixteen of those that are left in turn by category (``--choose-captions`` does it again). Runs go to
-``runs/few_captions``; an interrupted one goes on. Writes ``few_captions.md`` and ``.png`` in ``benchmarks/results``.
+The captions (``benchmarks/hard_captions.txt``) are training captions of ``counting``, ``position`` and ``color_attr``
+that Gaussian noise gets right at most 40 % of the time. They were drawn at random, 48 per category, tested with 64
+noises each, and the first sixteen that qualify were taken, cycling through the categories (``--choose-captions``
+repeats this). Runs go to ``runs/few_captions``; interrupted runs resume. Writes ``few_captions.md`` and ``.png`` in
+``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from seeds import HEAD, SEEDS, baseline_rows, seeds_row  # beside this file
+from seeds import HEAD, SEEDS, baseline_rows, seeds_row  # in this folder
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.denoisers import load_denoiser
@@ -57,7 +58,7 @@ SCORERS = {"shapes-exact": 1.0, "shapes-match": 1.0}
 
 
 def choose_captions() -> list[str]:
-    """The rule in the module's docstring."""
+    """Chooses the captions by the rule in the module docstring."""
     rng, denoiser = np.random.default_rng(0), load_denoiser("shapes-turbo")
     pools = [[c[i].text for i in rng.permutation(len(c))[:48]] for c in (captions_of("train", k) for k in CATEGORIES)]
     captions = list(itertools.chain(*pools))
@@ -69,7 +70,7 @@ def choose_captions() -> list[str]:
 
 
 def folder_of(algorithm: str, seed: int) -> Path:
-    """Where a run lies."""
+    """Returns the folder of a run."""
     return RUNS / f"{algorithm}-seed-{seed}"
 
 
@@ -82,7 +83,7 @@ def train(algorithm: str) -> None:
 
 
 def curves(path: Path, gaussian: float) -> None:
-    """Draws the training detector's reward and the KL against images, every seed and the mean."""
+    """Plots the training reward and the KL against training images, for every seed and their mean."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), dpi=110)
     for algorithm, color in COLORS.items():
         runs = [read_records(folder_of(algorithm, seed)) for seed in SEEDS]
@@ -94,7 +95,7 @@ def curves(path: Path, gaussian: float) -> None:
             axes.plot(images, values.mean(0), color=color, linewidth=2, label=TITLES[algorithm])
     left.axhline(gaussian, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
     left.set(xlabel="training images", ylabel="reward (shapes-match)", title="16 hard captions, 3 seeds")
-    right.set(xlabel="training images", ylabel="KL to N(0, I), nats a noise")
+    right.set(xlabel="training images", ylabel="KL to N(0, I), nats per noise")
     left.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -105,8 +106,8 @@ def curves(path: Path, gaussian: float) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", choices=tuple(ALGORITHMS), help="train one algorithm's seeds and stop")
-    parser.add_argument("--choose-captions", action="store_true", help="draw the captions again and stop")
+    parser.add_argument("--train", choices=tuple(ALGORITHMS), help="train all seeds of one algorithm and stop")
+    parser.add_argument("--choose-captions", action="store_true", help="choose the captions again and stop")
     arguments = parser.parse_args()
     if arguments.choose_captions:
         write_atomically(CAPTIONS, "".join(f"{caption}\n" for caption in choose_captions()))
@@ -132,9 +133,9 @@ def main() -> None:
     estimate = lambda scores: bootstrap(scores, categories, resample="noise")
     four = best_of(gaussian.scores, 4, "shapes-match")["shapes-exact"] * 100
     lines = [
-        f"Exactly right pictures in %, held-out detector, {len(captions)} hard training captions x {SAMPLES} fresh "
-        "noises, 1 network evaluation an image, 95 % intervals over noise (mean over categories). Rewards alone, no "
-        "reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1.",
+        f"Exactly right images in %, held-out detector, {len(captions)} hard training captions x {SAMPLES} fresh "
+        "noises, 1 network evaluation per image, 95 % intervals over noise (mean over categories). Training uses "
+        "rewards only, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1.",
         "",
         HEAD,
         *baseline_rows(estimate(baseline), estimate(four)),
@@ -147,8 +148,8 @@ def main() -> None:
         ratio = float(np.mean([spread[name] for name in names]) / spread[GAUSSIAN])
         lines.append(seeds_row(TITLES[algorithm], images, stacked, baseline, estimate, kl, ratio))
 
-    # Where along the way: images and diversity against the gain, from the first seed's checkpoints.
-    lines += ["", "The first seed along the way (16 noises a caption):", ""]
+    # The course of the training: images and diversity against the gain, from the checkpoints of the first seed.
+    lines += ["", "Checkpoints of the first seed (16 noises per caption):", ""]
     lines += ["| method | training images | right | KL | diversity |", "|---|---|---|---|---|"]
     checkpoints = {
         (algorithm, int(checkpoint.name.removeprefix("step-"))): checkpoint
@@ -166,7 +167,7 @@ def main() -> None:
         lines.append(f"| {TITLES[algorithm]} | {images:,} | {right} | {result.kl_to_gaussian:.0f} | {ratio:.2f} |")
     lines += [
         "",
-        f"Options: {json.dumps(SHARED)}, log-variance {POLICY.log_variance}, the rest defaults.",
+        f"Options: {json.dumps(SHARED)}, log-variance {POLICY.log_variance}, defaults otherwise.",
         "",
         f"Command: `python benchmarks/few_captions.py`. Evaluated at {provenance()}.",
     ]

@@ -1,12 +1,12 @@
-"""Does a learned prior help on captions that no training saw? Pretraining, PPO and DPO, three seeds, held-out judge.
+"""Does a learned prior help on held-out captions? Pretraining, PPO and DPO, three training seeds, held-out judge.
 
     python benchmarks/held_out.py                # train what is missing, then evaluate
-    python benchmarks/held_out.py --train 0      # one seed and stop; several processes can share the seeds
+    python benchmarks/held_out.py --train 0      # train one seed and stop; several processes can share the seeds
     python benchmarks/held_out.py --methods shared ppo
 
-Every stage is a shipped preset (``configs/shapes``) with the seed set. ``leak``: NLL on signal-leak pairs.
-``shared``: 384 captions are tried on the same 128 noises, NLL on the eight that serve all captions best. ``ppo`` and
-``dpo`` go on from ``shared``. Runs go to ``runs/held_out``; an interrupted one goes on. Writes
+Every stage is a shipped preset (``configs/shapes``) with the training seed set. ``leak``: NLL on signal-leak pairs.
+``shared``: tries 384 captions with the same 128 noises, then NLL on the eight noises that serve all captions best.
+``ppo`` and ``dpo`` start from ``shared``. Runs go to ``runs/held_out``; interrupted runs resume. Writes
 ``benchmarks/results/held_out.md``, ``held_out.png`` and ``held_out_curves.png``.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from seeds import HEAD, SEEDS, baseline_rows, seeds_row, signed  # beside this file
+from seeds import HEAD, SEEDS, baseline_rows, seeds_row, signed  # in this folder
 
 from noisear_rl.algos import collect, dpo, nll, ppo
 from noisear_rl.config import load_yaml
@@ -46,11 +46,11 @@ RUNS, RESULTS = Path("runs/held_out"), ROOT / "benchmarks/results"
 PRESETS = ROOT / "configs/shapes"
 CAPTIONS, SAMPLES = 240, 8
 SCORERS = {"shapes-exact": 1.0, "shapes-match": 1.0}
-COLD = 0.5  # the temperature that the paper's authors sample with
+COLD = 0.5  # the temperature at which the authors of the paper sample
 TITLES = {
     "leak": "NLL on signal-leak pairs",
     "shared": "NLL on shared noises",
-    "dpo": "… then DPO on rollouts of it",
+    "dpo": "… then DPO on its rollouts",
     "ppo": "… then PPO",
     "cold": f"… then PPO, sampled at temperature {COLD}",
 }
@@ -60,19 +60,19 @@ COLORS["best of 4"] = "0.3"
 
 
 def folder_of(stage: str, seed: int) -> Path:
-    """Where a stage's run lies."""
+    """Returns the run folder of a stage."""
     return RUNS / f"{stage}-seed-{seed}"
 
 
 def run(train: Callable[[Any], Any], cls: type, preset: str, folder: Path, **options: Any) -> None:
-    """Runs a shipped preset with a few options set; a finished one returns at once."""
+    """Runs a shipped preset with some options set; a finished run returns immediately."""
     if "resume" in {field.name for field in dataclasses.fields(cls)}:
         options["resume"] = True
     train(dataclasses.replace(load_yaml(cls, PRESETS / preset), output_dir=folder, **options))
 
 
 def train(seed: int, methods: list[str]) -> None:
-    """Runs one seed's stages."""
+    """Runs the stages of one training seed."""
     at = lambda stage: folder_of(stage, seed)
     if "leak" in methods:
         first = (seed + 1) * 10_000_000
@@ -93,7 +93,7 @@ def train(seed: int, methods: list[str]) -> None:
 
 
 def images_of(method: str, seed: int) -> int:
-    """Pictures that were denoised to train a policy, those of the stages before it included."""
+    """Returns the number of images denoised to train a policy, including those of earlier stages."""
     if method == "leak":
         made = read_manifest(folder_of("leak-pairs", seed))
         return made["pairs"] * made["rounds"]
@@ -106,7 +106,7 @@ def images_of(method: str, seed: int) -> int:
 
 
 def policy_of(method: str, seed: int) -> NoiseARPolicy:
-    """A trained policy; ``cold`` is PPO's at a lower temperature."""
+    """Loads a trained policy; ``cold`` is the PPO policy at a lower temperature."""
     policy = load_policy(folder_of("ppo" if method == "cold" else method, seed))
     if method == "cold":
         policy.config = dataclasses.replace(policy.config, temperature=COLD)
@@ -114,7 +114,7 @@ def policy_of(method: str, seed: int) -> NoiseARPolicy:
 
 
 def bar_chart(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -> None:
-    """Draws the share of right pictures by category; ``bars`` holds scores ``(P, …)`` in % by method."""
+    """Plots the percentage of right images by category; ``bars`` holds scores ``(P, …)`` in % by method."""
     figure, axes = plt.subplots(figsize=(10, 3.4), dpi=110)
     width = 0.8 / len(bars)
     for i, (name, scores) in enumerate(bars.items()):
@@ -131,15 +131,15 @@ def bar_chart(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -
 
 
 def curves(path: Path, rows: list[tuple[int, float, float, float]], gaussian: float) -> None:
-    """Draws PPO's checkpoints of the first seed: right pictures against images, diversity against KL."""
+    """Plots the PPO checkpoints of the first seed: right images against training images, diversity against KL."""
     images, right, kl, spread = (np.array(column) for column in zip(*rows, strict=True))
     figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110)
     left.plot(images, right, "o-", color=COLORS["ppo"])
     left.axhline(gaussian, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
-    left.set(xlabel="training images", ylabel="exactly right, %", title="held-out captions along PPO")
+    left.set(xlabel="training images", ylabel="exactly right, %", title="held-out captions during PPO")
     left.legend(frameon=False)
     middle.plot(kl, spread, "o-", color=COLORS["ppo"])
-    middle.set(xlabel="KL to N(0, I), nats a noise", ylabel="diversity, Gaussian = 1", ylim=(0, 1.05))
+    middle.set(xlabel="KL to N(0, I), nats per noise", ylabel="diversity, Gaussian = 1", ylim=(0, 1.05))
     for axes in (left, middle):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list[str], along: list[str]) -> None:
-    """Writes the table and the pictures."""
+    """Writes the table and the figures."""
     embed = ShapesClip().embed
     with torch.no_grad():
         spread = {name: float(diversity(result.images, embed).mean()) for name, result in results.items()}
@@ -178,10 +178,10 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
     baseline, estimate = exact[GAUSSIAN], lambda scores: bootstrap(scores, list(categories))
     four = best_of(results[GAUSSIAN].scores, 4, "shapes-match")["shapes-exact"] * 100
     lines = [
-        f"Exactly right pictures in %, held-out detector, {CAPTIONS} captions that no training saw x {SAMPLES} noises, "
-        "1 network evaluation an image; mean over the six categories, 95 % intervals over captions, gains paired. "
-        "Rewards alone, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1. "
-        "Training images include those of the stages before.",
+        f"Exactly right images in %, held-out detector, {CAPTIONS} held-out captions x {SAMPLES} noises, "
+        "1 network evaluation per image; mean over the six categories, 95 % intervals over captions, gains paired. "
+        "Training uses rewards only, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, "
+        "Gaussian = 1. Training images include those of earlier stages.",
         "",
         HEAD,
         *baseline_rows(estimate(baseline), estimate(four)),
@@ -211,7 +211,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
     if along:
         lines += [
             "",
-            "PPO along the way, first seed:",
+            "PPO checkpoints, first seed:",
             "",
             "| training images | right | KL | diversity |",
             "|---" * 4 + "|",

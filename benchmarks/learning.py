@@ -1,10 +1,10 @@
-"""What do the algorithms reach? Runs the learning benchmarks and puts their tables on one page.
+"""How well do the algorithms learn? Runs the learning benchmarks and joins their tables on one page.
 
     python benchmarks/learning.py           # train what is missing, evaluate, write the page
-    python benchmarks/learning.py --join    # the page alone, from the tables that are there
+    python benchmarks/learning.py --join    # write the page from existing tables only
 
-The tables: ``few_captions.py`` (captions trained on, fresh noise) and ``held_out.py`` (captions that no training
-saw). Writes ``benchmarks/results/learning.md``.
+Joins the tables of ``few_captions.py`` (trained captions, fresh noise) and ``held_out.py`` (held-out captions). Writes
+``benchmarks/results/learning.md``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from noisear_rl.files import write_atomically
 
 HERE = Path(__file__).parent
-PARTS = {"few_captions": "Few captions: trained on, fresh noise", "held_out": "Held-out captions"}
+PARTS = {"few_captions": "Few trained captions, fresh noise", "held_out": "Held-out captions"}
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--join", action="store_true", help="join the tables that are there and train nothing")
+    parser.add_argument("--join", action="store_true", help="join existing tables without training")
     if not parser.parse_args().join:
         for name in PARTS:
             subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
-    page = ["`python benchmarks/learning.py`; each part names the command and the commit it was evaluated with."]
+    page = ["`python benchmarks/learning.py`; each part names its command and commit."]
     for name, title in PARTS.items():
         page += [f"# {title}", (HERE / "results" / f"{name}.md").read_text().strip()]
     write_atomically(HERE / "results" / "learning.md", "\n\n".join(page) + "\n")

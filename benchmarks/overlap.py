@@ -1,12 +1,12 @@
-"""Scoring one batch while the next one is denoised: what a thread gains.
+"""How much time does a thread save that scores one batch while the next one is denoised?
 
     python benchmarks/overlap.py --device cuda --scorer-device cuda:1
-    python benchmarks/overlap.py                    # what two CPU cores give
+    python benchmarks/overlap.py                    # on two CPU cores
 
-:func:`overlapped` is the recipe, thirty lines of the standard library: a thread of its own scores, on a CUDA stream of
-its own where there is one, and hands over finished batches in order. Networks release Python's lock while they compute,
-so both halves really run at once where they have hardware of their own: a second device, another stream, idle cores.
-Scores are the same bit for bit. Writes ``benchmarks/results/overlap.md``.
+:func:`overlapped` is a recipe of thirty lines with the standard library: a separate thread scores batches, on its own
+CUDA stream if there is one, and returns them in order. Networks release the interpreter lock while they compute, so
+denoising and scoring run in parallel if each has its own hardware: a second device, another stream or idle cores. The
+scores are bit-identical. Writes ``benchmarks/results/overlap.md``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from noisear_rl.rewards.clip import VIT_L_14, CLIPScore
 from noisear_rl.rewards.pretrained import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-LAYERS, STEPS = 2, 32  # of the scorer and of the denoiser: so that both halves cost about the same
+LAYERS, STEPS = 2, 32  # of the scorer and the denoiser, chosen so that both take about the same time
 
 
 def overlapped(
@@ -39,12 +39,12 @@ def overlapped(
     score: Callable[[torch.Tensor, list[str]], torch.Tensor],
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
-    """Scores of batches of pictures, in order; the next batch is made while the last one is scored.
+    """Yields the scores ``(B,)`` of batches in order; the next batch is made while the last one is scored.
 
     Args:
-        batches: Makes pictures ``(B, 3, H, W)`` and their prompts when it is asked for the next.
-        score: A reward's ``score``.
-        device: Where the scorer runs.
+        batches: Yields images ``(B, 3, H, W)`` and their prompts, computed on demand.
+        score: The ``score`` method of a scorer.
+        device: Device of the scorer.
     """
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
@@ -52,7 +52,7 @@ def overlapped(
     def work(images: torch.Tensor, prompts: list[str], ready: torch.cuda.Event | None) -> torch.Tensor:
         with torch.no_grad(), torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
             if ready is not None:
-                ready.wait(stream)  # not before the pictures are there
+                ready.wait(stream)  # the images must be complete
                 images.record_stream(stream)
             return score(images, prompts).cpu()
 
@@ -68,7 +68,7 @@ def overlapped(
 
 
 def random_scorer(device: torch.device) -> CLIPScore:
-    """CLIPScore of a few layers with random weights: the cost is real, the scores mean nothing."""
+    """Returns a CLIPScore of a few layers with random weights: its cost is real, its scores are meaningless."""
     layers = {part: VIT_L_14[part] | {"num_hidden_layers": LAYERS} for part in ("text_config", "vision_config")}
     scorer = type("RandomCLIPScore", (CLIPScore,), {"architecture": VIT_L_14 | layers})(device=device)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def random_scorer(device: torch.device) -> CLIPScore:
 
 
 def make_batches(denoiser: Denoiser, prompts: list[str], size: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Denoises prompts batch by batch."""
+    """Denoises prompts batch by batch; yields images and prompts."""
     for start in range(0, len(prompts), size):
         texts = prompts[start : start + size]
         seeds = list(range(start, start + len(texts)))
@@ -90,22 +90,22 @@ def make_batches(denoiser: Denoiser, prompts: list[str], size: int) -> Iterator[
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where pictures are denoised")
-    parser.add_argument("--scorer-device", help="where they are scored; the same if unset")
+    parser.add_argument("--device", default="cpu", help="device of the denoiser")
+    parser.add_argument("--scorer-device", help="device of the scorer; unset for the same")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     where = torch.device(arguments.scorer_device or arguments.device)
     if arguments.device == "cpu":
-        torch.set_num_threads(1)  # a core for each half
+        torch.set_num_threads(1)  # one core each for denoising and scoring
     denoiser, scorer = load_denoiser("shapes", device=arguments.device, num_inference_steps=STEPS), random_scorer(where)
     prompts = [caption.text for caption in balanced_captions("train", arguments.batches * arguments.batch_size)]
     batches = lambda: make_batches(denoiser, prompts, arguments.batch_size)
     one_by_one = lambda: [scorer.score(images, texts).cpu() for images, texts in batches()]
     both = lambda: list(overlapped(batches(), scorer.score, where))
     halves = {"denoising alone": lambda: list(batches()), "one after the other": one_by_one, "overlapped": both}
-    reference = torch.cat(one_by_one())  # warms up as well
+    reference = torch.cat(one_by_one())  # also warms up
     assert torch.equal(torch.cat(both()), reference)
     seconds: dict[str, list[float]] = {name: [] for name in halves}
     for _ in range(arguments.repeats):
@@ -115,9 +115,9 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     base = np.median(seconds["one after the other"])
     lines = [
-        f"{arguments.batches} batches of {arguments.batch_size} pictures; `shapes` denoises in {STEPS} steps on "
+        f"{arguments.batches} batches of {arguments.batch_size} images; `shapes` denoises in {STEPS} steps on "
         f"{arguments.device}, a CLIP ViT-L/14 of {LAYERS} layers (random weights) scores on {where}; median of "
-        f"{arguments.repeats}, relative to one after the other. Scores are equal bit for bit.",
+        f"{arguments.repeats}, relative to one after the other. Scores are bit-identical.",
         "",
         "| | relative time |",
         "|---|---|",

@@ -2,8 +2,8 @@
 
     python benchmarks/pairs.py
 
-Denoises the target noise of pairs on held-out captions and compares with the Gaussian noise that each started from
-(paired). Writes ``benchmarks/results/pairs.md``; the defaults of ``configs/shapes/pairs.yaml`` follow from it.
+Denoises the target noise of pairs on held-out captions and compares it, paired, with the Gaussian noise that each pair
+started from. Writes ``benchmarks/results/pairs.md``; the defaults of ``configs/shapes/pairs.yaml`` follow from it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""How much of a natural step of given KL reaches the signal, by the policy's first features?
+"""How far does a natural-gradient step of given KL move along the signal, depending on the policy's input features?
 
     python benchmarks/policy_features.py
 
 The reward is linear in the noise, ``R = 0.5 <u, x> + N(0, 1)`` with a random unit vector ``u`` for each of four
-captions, so progress is the policy's mean along ``u`` and nothing has to be denoised. ``tabular`` moves one free mean
-vector a caption: the bound for a policy that shares nothing. Writes ``benchmarks/results/policy_features.md``.
+captions, so progress is the mean of the policy along ``u``, without any denoising. ``tabular`` moves one free mean
+vector per caption, the bound for a policy that shares nothing between captions. Writes
+``benchmarks/results/policy_features.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from noisear_rl.learning.natural_gradient import natural_step
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 
 UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
-FULL_PREFIX = 10.0  # undoes the small start of the patch encoder
+FULL_PREFIX = 10.0  # undoes the small initialisation of the patch encoder
 VARIANTS = {
     "learned positions, small prefix (default)": ("learned", 1.0),
     "sinusoidal positions, small prefix": ("sinusoidal", 1.0),
@@ -34,13 +35,13 @@ VARIANTS = {
 
 
 def signal(seed: int) -> torch.Tensor:
-    """Unit vectors ``(captions, 256)``."""
+    """Returns unit vectors ``(captions, 256)``."""
     directions = torch.randn(len(HARD_CAPTIONS), 256, generator=torch.Generator().manual_seed(seed))
     return directions / directions.norm(dim=1, keepdim=True)
 
 
 def advantages(noise: torch.Tensor, groups: torch.Tensor, seed: int, update: int) -> torch.Tensor:
-    """Standardised advantages ``(B,)`` of noises ``(B, 256)``."""
+    """Returns standardised advantages ``(B,)`` of noises ``(B, 256)`` of captions ``groups (B,)``."""
     generator = torch.Generator().manual_seed(10_000 * seed + update)
     rewards = 0.5 * (noise * signal(seed)[groups]).sum(1) + torch.randn(len(noise), generator=generator)
     centred = group_advantages(rewards, groups, "rloo")
@@ -48,7 +49,7 @@ def advantages(noise: torch.Tensor, groups: torch.Tensor, seed: int, update: int
 
 
 def tabular(seed: int, groups: torch.Tensor) -> tuple[float, float]:
-    """Progress along the signal and KL of one free mean a caption."""
+    """Returns progress along the signal and KL in nats for one free mean per caption."""
     means = torch.zeros(len(HARD_CAPTIONS), 256)
     for update in range(UPDATES):
         noise = torch.randn(len(groups), 256, generator=torch.Generator().manual_seed(77 + 1000 * seed + update))
@@ -59,7 +60,7 @@ def tabular(seed: int, groups: torch.Tensor) -> tuple[float, float]:
 
 
 def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, conditioning) -> tuple[float, float]:
-    """The same for a policy network."""
+    """Returns progress along the signal and KL in nats for a policy network."""
     torch.manual_seed(seed)
     policy = NoiseARPolicy(NoiseARConfig(log_variance="fixed", positions=positions)).eval()
     with torch.no_grad():
@@ -85,8 +86,8 @@ def main() -> None:
     for name, (positions, prefix) in tqdm(VARIANTS.items(), desc="variants"):
         results[name] = [network(positions, prefix, seed, groups, conditioning) for seed in SEEDS]
     lines = [
-        f"Mean of the noise along the signal after {UPDATES} natural steps of {KL} nats on {len(HARD_CAPTIONS)} "
-        f"captions x {SAMPLES} samples; mean over {len(SEEDS)} seeds and their standard deviation.",
+        f"Mean of the noise along the signal after {UPDATES} natural-gradient steps of {KL} nats on "
+        f"{len(HARD_CAPTIONS)} captions x {SAMPLES} samples; mean and standard deviation over {len(SEEDS)} seeds.",
         "",
         "| policy | along the signal | std of seeds | KL to N(0, I) |",
         "|---|---|---|---|",

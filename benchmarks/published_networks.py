@@ -1,4 +1,4 @@
-"""The denoising networks of published models, from their configurations alone: what ``resources.py`` counts on."""
+"""Denoising networks of published models, built from their configurations, for ``resources.py``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Network:
 
     Attributes:
         cls: Its diffusers class.
-        config: Published configuration, where it differs from the class's defaults.
+        config: Published configuration where it differs from the defaults of the class.
         parameters: Published number of parameters.
-        conditioning: Shapes of what the pipeline derives from one prompt, by the pipeline's names.
+        conditioning: Shapes of the tensors that the pipeline derives from one prompt, by argument name.
         evaluate: Calls the network with a latent, a timestep and the conditioning.
-        latent_channels: ``C`` of its latent, 128 × 128.
+        latent_channels: Channels ``C`` of its 128 × 128 latent.
     """
 
     cls: Any
@@ -40,7 +40,7 @@ class Network:
 
 
 def meta(*shape: int) -> torch.Tensor:
-    """A tensor without data."""
+    """Returns a tensor without data."""
     return torch.empty(shape, device="meta")
 
 

@@ -1,24 +1,24 @@
-"""What does a run cost? Parameters, FLOPs, memory and disk of every preset, counted or measured, not guessed.
+"""What does a run cost? Parameters, FLOPs, memory and disk space of every preset, counted or measured.
 
     python benchmarks/resources.py
 
-Denoising networks are built from their published configurations without weights; matrix products and convolutions are
-counted by torch, one multiply-add as two FLOPs, attention included. Policies are the paper's size: width 2048, one
-layer, one head, 32 × 32 patches. One policy trains and samples here, each measurement in a process of its own.
+Denoising networks are built from their published configurations without weights. Torch counts matrix products and
+convolutions, including attention, with two FLOPs per multiply-add. Policies have the size of the paper: width 2048, one
+layer, one head, 32 × 32 patches. One policy is trained and sampled, each measurement in its own process.
 
-Memory of training in float32, with P the bytes of the policy's parameters and C those of the critic's:
+Training memory in float32, where P is the size of the policy's parameters in bytes and C that of the critic's:
 
-- NLL: weights, gradients and Adam's two moments, 4 P, and the activations of a batch.
-- DPO: the same, the frozen reference and the best policy so far, 6 P, and the activations of a batch of pairs.
-- PPO, natural steps: weights, gradients, reference, 3 P, and the critic that is built but not trained, C; then the
-  larger of the activations of all episodes, and of 10 P with the activations of the Fisher product. The 10 vectors at
-  the peak of a step: flat gradient, solution, residual, direction, last product, the Jacobian's graph, and within a
-  product its parts, their join, the damping term and the sum.
+- NLL: weights, gradients and the two moments of Adam (4 P), and the activations of a batch.
+- DPO: the same, the frozen reference and the best policy so far (6 P), and the activations of a batch of pairs.
+- PPO, natural gradient: weights, gradients and reference (3 P), and the critic, which is built but not trained (C); in
+  addition the larger of the activations of all episodes, and 10 P with the activations of the Fisher product. The 10
+  vectors at the peak of a step are the flat gradient, solution, residual, direction, last product, the graph of the
+  Jacobian, and within a product its parts, their concatenation, the damping term and the sum.
 - PPO, Adam and a trained critic: 5 P, 4 C, and the activations of all episodes.
 
-Activations are what autograd saves for the backward pass: distinct storages that are not parameters. Backward and
-optimiser need some temporary memory on top; the measured peaks show how much. Dropout is 0. Writes
-``benchmarks/results/resources.md``.
+Activations are the tensors that autograd saves for the backward pass: distinct storages that are not parameters. The
+backward pass and the optimiser need some temporary memory in addition; the measured peaks show how much. Dropout is 0.
+Writes ``benchmarks/results/resources.md``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta  # beside this file
+from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta  # in this folder
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,17 +69,17 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def check(what: str, counted: float, published: float) -> None:
-    """Refuses a network that is not the published one.
+    """Checks the number of parameters of a network against the published one.
 
     Raises:
         ValueError: If the two differ by more than 1 %.
     """
     if abs(counted / published - 1) > 0.01:
-        raise ValueError(f"{what} has {counted:.4g} parameters, published are {published:.4g}")
+        raise ValueError(f"{what} has {counted:.4g} parameters, but {published:.4g} are published")
 
 
 def flops(call: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs by operation; attention as plain products (``aten.bmm``), since fused kernels are not all counted."""
+    """Counts FLOPs by operation; attention as plain products (``aten.bmm``), as not all fused kernels are counted."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
@@ -87,7 +87,7 @@ def flops(call: Callable[[], Any]) -> dict[str, int]:
 
 @functools.cache
 def denoiser_cost(name: str) -> tuple[int, dict[str, int]]:
-    """Parameters, and FLOPs of one evaluation by operation."""
+    """Returns the number of parameters, and the FLOPs of one network evaluation by operation."""
     network = NETWORKS[name]
     with torch.device("meta"):
         module = network.cls(**network.config).eval()
@@ -97,20 +97,20 @@ def denoiser_cost(name: str) -> tuple[int, dict[str, int]]:
 
 
 def policy_config(network: Network, architecture: str) -> NoiseARConfig:
-    """The paper's sizes."""
+    """Returns a policy of the size of the paper."""
     sizes = {"d_model": 2048, "d_ff": 4096, "n_heads": 1, "n_layers": 1, "architecture": architecture}
     return NoiseARConfig(network.latent_shape, 32, network.conditioning["prompt_embeds"][1], **sizes)
 
 
 def batch_of(policy: NoiseARPolicy, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random patches, text and its mask."""
+    """Returns random patches ``(rows, N, A)``, text ``(rows, L, D)`` and its mask ``(rows, L)``."""
     mask = torch.ones(rows, tokens, dtype=torch.bool)
     text = torch.randn(rows, tokens, policy.config.text_dim)
     return torch.randn(rows, policy.n_patches, policy.patch_dim), text, mask
 
 
 def growing_prefix_flops(config: NoiseARConfig, tokens: int) -> int:
-    """Sampling as the authors' code does it: at every patch text, prefix and both heads on all of it anew."""
+    """Counts the FLOPs of sampling as in the authors' code, which recomputes text, prefix and heads at every patch."""
     total = 0
     for length in range(1, 17):
         with torch.device("meta"):
@@ -126,9 +126,9 @@ def growing_prefix_flops(config: NoiseARConfig, tokens: int) -> int:
 
 
 def saved_bytes(call: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes of the distinct storages, parameters aside, that autograd saves."""
+    """Returns the bytes of the distinct storages that autograd saves, excluding parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
+    found: dict[int, torch.UntypedStorage] = {}  # kept alive so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -142,13 +142,13 @@ def saved_bytes(call: Callable[[], Any], module: nn.Module) -> int:
 
 
 def nll_of(policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """NLL's loss with its reconstruction term."""
+    """Returns the NLL loss with its reconstruction term."""
     distribution = policy.distribution(patches, text, mask)
     return nll_loss(distribution, patches) + 0.2 * reconstruction_loss(distribution, patches, torch.randn_like(patches))
 
 
 def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> dict[str, int]:
-    """Saved bytes of one sample: a pair for NLL and DPO, else an episode."""
+    """Returns the bytes saved per sample: a pair for NLL and DPO, otherwise an episode."""
     one, two = batch_of(policy, tokens, 1), batch_of(policy, tokens, 2)
 
     def dpo() -> torch.Tensor:
@@ -170,7 +170,7 @@ def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> di
 
 
 def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
-    """Parameters, FLOPs of a sample and GiB of training, by what the presets of ``configs/`` say."""
+    """Returns parameters, FLOPs per sample and training memory in GiB with the presets of ``configs/``."""
     network = NETWORKS[name]
     tokens, config = network.conditioning["prompt_embeds"][0], policy_config(network, architecture)
     policy, critic = NoiseARPolicy(config).eval(), NoiseARCritic(config).eval()
@@ -193,7 +193,7 @@ def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
 
 
 def measure(what: str) -> dict[str, float]:
-    """Seconds (median) and peak memory of this process: a training step or sampling of the authors' network."""
+    """Measures median seconds and peak memory of this process for training or sampling with the authors' network."""
     policy = NoiseARPolicy(policy_config(SDXL, "released"))
     check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
     patches, text, mask = batch_of(policy, 77, BATCH)
@@ -210,13 +210,13 @@ def measure(what: str) -> dict[str, float]:
         began = time.perf_counter()
         calls[what]()
         seconds.append(time.perf_counter() - began)
-    status = Path("/proc/self/status").read_text()  # Linux; getrusage would count the parent's memory, too
+    status = Path("/proc/self/status").read_text()  # Linux only; getrusage would include the memory of the parent
     peak = int(status.split("VmHWM:")[1].split()[0]) * KIB / GIB
     return {"seconds": float(np.median(seconds)), "GiB": peak}
 
 
 def table(title: str, *rows: tuple) -> str:
-    """Markdown: a sentence, a head and rows."""
+    """Formats a Markdown table: a sentence, then the header and the rows."""
     lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in rows]
     return "\n".join([title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
@@ -229,7 +229,7 @@ def denoisers() -> str:
         total, nfe = sum(counted.values()) / 1e12, 2 * PRESETS[name].num_inference_steps
         image, weights = f"{nfe * total:.0f}", f"{2 * count / GIB:.1f} GiB"
         rows.append((title, f"{count / 1e9:.2f} G", f"{total:.2f}", nfe, image, weights))
-    head = ("denoiser", "parameters", "TFLOPs an evaluation", "evaluations", "TFLOPs an image", "weights, float16")
+    head = ("denoiser", "parameters", "TFLOPs per evaluation", "evaluations", "TFLOPs per image", "weights, float16")
     title = "Denoisers at 1024 × 1024 pixels; guidance doubles the evaluations. A multiply-add is two FLOPs."
     return table(title, head, *rows)
 
@@ -240,14 +240,14 @@ def policies() -> str:
         cost = policy_cost(title.split(",")[0])
         numbers = f"{cost['parameters'] / 1e6:.0f} M", f"{cost['flops'] / 1e9:.1f}"
         rows.append((title, *numbers, *(f"{cost[kind]:.1f}" for kind in kinds)))
-    head = ("policy for", "parameters", "GFLOPs a sample", *(f"{kind}, GiB" for kind in kinds))
-    title = "Policies of the paper's size (width 2048, one layer), float32, at the batch sizes of `configs/sdxl`."
+    head = ("policy for", "parameters", "GFLOPs per sample", *(f"{kind}, GiB" for kind in kinds))
+    title = "Policies of the size of the paper (width 2048, one layer), float32, batch sizes of `configs/sdxl`."
     theirs = growing_prefix_flops(policy_config(SDXL, "released"), 77) / 1e9
     ours = policy_cost("sdxl", "released")["flops"] / 1e9
     return table(title, head, *rows) + (
         f"\n\nThe authors' network ({REFERENCE_PARAMETERS / 1e6:.1f} M) samples with {ours:.1f} GFLOPs here, and with "
-        f"{theirs:.1f} if everything is computed anew at every patch, as their code does. The paper's Table 3 says "
-        f"{PAPER_NOISE / 1e9:.2f} for the noise and {PAPER_IMAGE / 1e9:.0f} for an image; it seems to count a "
+        f"{theirs:.1f} if everything is recomputed at every patch, as in their code. Table 3 of the paper states "
+        f"{PAPER_NOISE / 1e9:.2f} per noise and {PAPER_IMAGE / 1e9:.0f} per image; it seems to count a "
         "multiply-add once."
     )
 
@@ -255,7 +255,9 @@ def policies() -> str:
 def pairs() -> str:
     sizes = {title: PAIRS * (2 * int(np.prod(n.latent_shape)) + PROMPT_BYTES) / GIB for title, n in DISTINCT.items()}
     disk = ", ".join(f"{size:.1f} GiB ({title})" for title, size in sizes.items())
-    return f"{PAIRS:,} weak-to-strong pairs: {4 * PAIRS:,} evaluations, two guided predictions a pair. On disk: {disk}."
+    return (
+        f"{PAIRS:,} weak-to-strong pairs: {4 * PAIRS:,} evaluations, two guided predictions per pair. On disk: {disk}."
+    )
 
 
 def measured() -> str:
@@ -271,7 +273,7 @@ def measured() -> str:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", choices=("train", "sample"), help="measure one thing in this process and stop")
+    parser.add_argument("--measure", choices=("train", "sample"), help="measure one task in this process and stop")
     if (what := parser.parse_args().measure) is not None:
         print(json.dumps(measure(what)))
         return

@@ -1,4 +1,4 @@
-"""What benchmarks with several training seeds put in their tables."""
+"""Table rows of benchmarks with several training seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HEAD = (
 
 
 def signed(estimate: Estimate) -> str:
-    """An estimate of a difference, with its sign."""
+    """Formats the estimate of a difference with its sign."""
     return f"{'+' if estimate.mean >= 0 else ''}{estimate}"
 
 
 def baseline_rows(gaussian: Estimate, best_of_4: Estimate) -> list[str]:
-    """Gaussian noise, at the same cost and at four times the cost."""
+    """Returns the rows of Gaussian noise, at equal cost and at four times the cost."""
     empty = " |" * len(SEEDS)
     return [
         f"| Gaussian | 0 |{empty} {gaussian} | | | 0 | 1.00 |",
@@ -42,16 +42,16 @@ def seeds_row(
     kl: float,
     diversity: float,
 ) -> str:
-    """A method's row.
+    """Returns the row of a method.
 
     Args:
-        title: Its name.
-        images: Pictures that were denoised to train it.
+        title: Name of the method.
+        images: Images denoised to train it.
         scores: ``(seeds, P, S)`` in %.
         baseline: ``(P, S)`` of Gaussian noise with the same seeds.
-        estimate: Mean and interval of ``(P, S)`` scores.
-        kl: To N(0, I) in nats.
-        diversity: Relative to Gaussian noise.
+        estimate: Estimates mean and interval of ``(P, S)`` scores.
+        kl: Mean KL to N(0, I) in nats per noise.
+        diversity: Diversity relative to Gaussian noise.
     """
     each, pooled = [estimate(part) for part in scores], scores.mean(0)
     return (

@@ -1,13 +1,13 @@
-"""Every way to choose the noise that this library has, on `shapes-turbo`: captions and judge held out, costs stated.
+"""Compares all ways of choosing the noise on `shapes-turbo`, with held-out captions, a held-out judge and their costs.
 
     python benchmarks/shapes.py                     # train what is missing, evaluate, write the page
-    python benchmarks/shapes.py --train 0           # one training seed and stop; processes can share the seeds
+    python benchmarks/shapes.py --train 0           # train one seed and stop; several processes can share the seeds
     accelerate launch --num-processes 2 benchmarks/shapes.py --evaluate
 
-Policies are those of ``held_out.py``; REINFORCE is trained as long as PPO, and NPNet on weak-to-strong pairs that
-pass Golden Noise's filter. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` judges.
-Interrupted runs go on. Writes ``benchmarks/results/shapes.md`` and ``shapes.png``; ``noisear report runs/shapes`` shows
-the pictures.
+The policies are those of ``held_out.py``; REINFORCE is trained as long as PPO, and NPNet on weak-to-strong pairs that
+pass the filter of Golden Noise. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the
+judge. Interrupted runs resume. Writes ``benchmarks/results/shapes.md`` and ``shapes.png``; ``noisear report
+runs/shapes`` shows the images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import held_out  # beside this file
+import held_out  # in this folder
 import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
@@ -44,7 +44,7 @@ COMBINED = ("PPO+best-of-4", "PPO+search-4")
 
 
 def train(seed: int) -> None:
-    """Trains one seed of everything that is missing."""
+    """Trains every method with one training seed; finished runs return immediately."""
     held_out.train(seed, ["shared", "dpo", "ppo"])
     at = lambda stage: held_out.folder_of(stage, seed)
     start = {"init_from": str(at("shared")), "seed": seed}
@@ -57,7 +57,7 @@ def train(seed: int) -> None:
 
 
 def evaluation(output_dir: Path) -> EvaluateConfig:
-    """What is compared."""
+    """Returns the configuration of the evaluation."""
     paths = lambda stage: ",".join(str(held_out.folder_of(stage, seed)) for seed in SEEDS)
     trained = [f"{name}={paths(stage)}" for name, stage in STAGES.items()]
     return EvaluateConfig(
@@ -71,9 +71,9 @@ def evaluation(output_dir: Path) -> EvaluateConfig:
 
 
 def images_of(group: str) -> int:
-    """Pictures that were denoised to train a method, by its first seed; searches train nothing."""
+    """Returns the number of images denoised to train a method, from its first seed; 0 for searches."""
     name = group.split(" + ")[0]
-    if name == "NPNet":  # the filter renders both sides of a pair, with the teacher's 8 network evaluations each
+    if name == "NPNet":  # the filter denoises both sides of a pair, with 8 network evaluations of the teacher each
         return 2 * read_manifest(held_out.folder_of("npnet-pairs", 0))["pairs"]
     if name == "REINFORCE":
         return held_out.images_of("shared", 0) + int(
@@ -83,20 +83,20 @@ def images_of(group: str) -> int:
 
 
 def page(results: Results, command: str) -> str:
-    """The page of results, in Markdown."""
+    """Formats the page of results as Markdown."""
     categories, judge = results.categories, results.judge
     baseline, seconds = results.methods[results.baseline], results.seconds_per_image()
     start = 100 * baseline.scores[judge]
     lines = [
-        f"Exactly right pictures in %, held-out detector (`{judge}`), {len(results.prompts)} captions that no training "
-        f"saw x {results.samples} noises, mean over six categories. 95 % intervals over captions (means over training "
-        "seeds first), gains paired; * excludes 0. NFE: network evaluations an image, those of choosing and searching "
-        "included; `reno-8` has 6 backward passes besides. Searches choose by the training reward. Diversity within a "
-        "caption, by CLIP distance and by layout, Gaussian = 1. Seconds an image were measured beside other work: "
-        "a rough guide.",
+        f"Exactly right images in %, held-out detector (`{judge}`), {len(results.prompts)} held-out captions x "
+        f"{results.samples} noises, mean over six categories. 95 % intervals over captions (scores averaged over "
+        "training seeds first), gains paired; * excludes 0. NFE: network evaluations per image, including those of "
+        "searches; `reno-8` also has 6 backward passes. Searches choose by the training reward. Diversity within a "
+        "caption, by CLIP distance and by layout, Gaussian = 1. Seconds per image are a rough guide: other jobs ran "
+        "at the same time.",
         "",
         "| method | training images | NFE | right | gain | by seed | std of seeds | wins % | CLIP distance | layout "
-        "distance | KL | noise std | s an image |",
+        "distance | KL | noise std | s per image |",
         "|---" * 13 + "|",
     ]
     for group, names in results.groups.items():
@@ -126,7 +126,7 @@ def page(results: Results, command: str) -> str:
             f"{np.mean([seconds[name] for name in names]):.3f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "At equal cost, against each other, paired:", ""]
+    lines += ["", "Paired comparisons at equal cost:", ""]
     for one, other in (("PPO", "REINFORCE"), ("PPO", "DPO"), ("PPO", "NPNet"), ("PPO + best of 4", "best of 4")):
         difference = paired_difference(*(100 * results.pooled(group, judge) for group in (one, other)), categories)
         lines.append(f"- {one} against {other}: {difference.text(1, '+')}{significance_mark(difference)}")
@@ -140,7 +140,7 @@ def page(results: Results, command: str) -> str:
 
 
 def chart(path: Path, results: Results) -> None:
-    """Draws right pictures against cost, and against diversity."""
+    """Plots the percentage of right images against cost and against diversity."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), dpi=110, sharey=True)
     baseline = results.methods[results.baseline]
     colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def chart(path: Path, results: Results) -> None:
         for axes, x in zip(panels, (members[0].nfe, spread), strict=True):
             bars = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
             axes.errorbar([x], [estimate.mean], bars, fmt="o", capsize=3, color=colors[i % 20], label=group)
-    panels[0].set(xscale="log", xlabel="network evaluations an image", ylabel="exactly right, %")
+    panels[0].set(xscale="log", xlabel="network evaluations per image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     panels[0].minorticks_off()
     panels[1].set(xlabel="diversity within a caption, Gaussian = 1")
@@ -168,8 +168,8 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, choices=SEEDS, help="train one seed and stop")
-    parser.add_argument("--evaluate", action="store_true", help="train nothing")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/shapes"), help="where pictures and scores go")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate without training")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/shapes"), help="folder for images and scores")
     arguments = parser.parse_args()
     if not arguments.evaluate:
         for seed in SEEDS if arguments.train is None else [arguments.train]:

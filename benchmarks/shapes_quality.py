@@ -1,9 +1,9 @@
-"""Quality and speed of the embedded denoiser under Gaussian noise, by setting.
+"""Quality and speed of the embedded denoiser with Gaussian noise, by setting.
 
     python benchmarks/shapes_quality.py
 
-Writes ``benchmarks/results/shapes_quality.md``: exactly right pictures on held-out captions by the held-out
-detector, images per second at batch 64, and peak memory.
+Writes ``benchmarks/results/shapes_quality.md``: exactly right images on held-out captions by the held-out detector,
+images per second at batch size 64, and peak memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     reward = load_reward({"shapes-exact": 1.0})
     lines = [
         f"Exactly right in %, {CAPTIONS} held-out captions x {SAMPLES} noises, held-out detector, 95 % intervals over "
-        "captions. First row: the default.",
+        "captions. The first row is the default.",
         "",
         "| steps | guidance | " + " | ".join(CATEGORIES) + " | overall | images/s |",
         "|" + "---|" * (len(CATEGORIES) + 4),

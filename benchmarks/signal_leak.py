@@ -1,10 +1,10 @@
-"""How much does noise know of a picture? The leak of good pictures, by strength and by the noise on top.
+"""How much does noise reveal of an image? The signal leak of good images, by strength and by noise scale.
 
     python benchmarks/signal_leak.py
 
-Makes pictures of held-out captions from Gaussian noise, keeps those that the training reward accepts, and denoises
-their leak ``strength·√ᾱ·z0 + noise_scale·ε`` with fresh noise: what a policy would reach that knew a good layout for
-every caption. Writes ``benchmarks/results/signal_leak.md``; ``configs/shapes/signal_leak.yaml`` follows from it.
+Denoises Gaussian noise for held-out captions, keeps the images that the training reward accepts, and denoises their
+leak ``strength·√ᾱ·z0 + noise_scale·ε`` with fresh noise: what a policy would achieve that knew a good layout for every
+caption. Writes ``benchmarks/results/signal_leak.md``; ``configs/shapes/signal_leak.yaml`` follows from it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
 
 CAPTIONS, SAMPLES = 180, 4
-# (strength, noise scale); the first is Gaussian noise.
+# (strength, noise scale); the first pair is Gaussian noise.
 SETTINGS = ((0, 1), (0, 0.7), (1, 1), (1, 0.7), (1.5, 1), (1.5, 0.7), (1.5, 0.5), (2, 0.7), (3, 0.7))
 
 
@@ -51,9 +51,9 @@ def main() -> None:
         cells += [f"{np.mean(share):.1f}", *(f"{value:.0f}" for value in share)]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     lines = [
-        f"Exactly right in %, held-out detector, `shapes-turbo`: {len(good)} of {CAPTIONS * SAMPLES} pictures of "
+        f"Exactly right in %, held-out detector, `shapes-turbo`: {len(good)} of {CAPTIONS * SAMPLES} images of "
         "held-out captions that the training reward accepted, each denoised again from its leak with fresh noise (mean "
-        "over categories). KL to N(0, I) in nats, of the mean and of the smaller variance.",
+        "over categories). KL to N(0, I) in nats, due to the mean and due to the smaller variance.",
         "",
         "| strength | noise scale | KL of mean | KL of variance | right | " + " | ".join(CATEGORIES) + " |",
         "|---" * (5 + len(CATEGORIES)) + "|",

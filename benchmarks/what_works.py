@@ -1,11 +1,11 @@
-"""Which levers make policy gradients work here? Each one off or on, reward against images, three seeds.
+"""Which choices make policy gradients work here? One change at a time, reward against images, three training seeds.
 
-    python benchmarks/what_works.py                     # train what is missing, then evaluate
-    python benchmarks/what_works.py --train 0 2         # every second run, for two processes: `0 2` and `1 2`
+    python benchmarks/what_works.py                  # train what is missing, then evaluate
+    python benchmarks/what_works.py --train 0 2      # train every second run and stop; for two processes: `0 2`, `1 2`
 
-Six hard captions (two a category of ``benchmarks/hard_captions.txt``), 6,144 images a run, one lever changed at a
-time from the base: REINFORCE with the natural step, 16 updates of 2 nats on 64 noises a caption. Runs go to
-``runs/what_works``; an interrupted one goes on. Writes ``benchmarks/results/what_works.md`` and ``what_works.png``.
+Six hard captions (two per category of ``benchmarks/hard_captions.txt``), 6,144 images per run. Each variant changes one
+thing in the base: REINFORCE with natural-gradient steps, 16 updates of 2 nats on 64 noises per caption. Runs go to
+``runs/what_works``; interrupted runs resume. Writes ``benchmarks/results/what_works.md`` and ``what_works.png``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import held_out  # beside this file
+import held_out  # in this folder
 import matplotlib.pyplot as plt
 import numpy as np
 from seeds import SEEDS
@@ -50,17 +50,17 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One lever, moved.
+    """One change of the base.
 
     Attributes:
-        lever: What it is about.
-        setting: How it is set.
+        change: What is changed.
+        setting: Its new value.
         options: Differences from :data:`BASE`.
         policy: Differences from a policy with fixed log-variance.
         algorithm: ``reinforce`` or ``ppo``.
     """
 
-    lever: str
+    change: str
     setting: str
     options: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
@@ -68,20 +68,22 @@ class Variant:
 
 
 VARIANTS = {
-    "base": Variant("base", "REINFORCE, natural step of 2 nats, leave-one-out baseline, fixed log-variance"),
+    "base": Variant("base", "REINFORCE, natural-gradient steps of 2 nats, leave-one-out baseline, fixed log-variance"),
     "adam": Variant("optimiser", "Adam at 2e-4", {"optimizer": "adam"}),
-    "kl-0.5": Variant("size of a step", "0.5 nats", {"target_kl": 0.5}),
-    "kl-6": Variant("size of a step", "6 nats", {"target_kl": 6.0}),
+    "kl-0.5": Variant("step size", "0.5 nats", {"target_kl": 0.5}),
+    "kl-6": Variant("step size", "6 nats", {"target_kl": 6.0}),
     "small-batch": Variant(
-        "images a step", "16 noises a caption, 64 updates of 2 nats", {"samples_per_prompt": 16, "updates": 64}
+        "images per step", "16 noises per caption, 64 updates of 2 nats", {"samples_per_prompt": 16, "updates": 64}
     ),
     "small-batch-small-step": Variant(
-        "images a step",
-        "16 noises a caption, 64 updates of 0.5 nats",
+        "images per step",
+        "16 noises per caption, 64 updates of 0.5 nats",
         {"samples_per_prompt": 16, "updates": 64, "target_kl": 0.5},
     ),
     "no-baseline": Variant("baseline", "none", {"advantage": "none"}),
-    "shared-variance": Variant("log-variance", "learned, one number a patch position", {}, {"log_variance": "shared"}),
+    "shared-variance": Variant(
+        "log-variance", "learned, one number per patch position", {}, {"log_variance": "shared"}
+    ),
     "sinusoidal": Variant("position features", "sinusoidal", {}, {"positions": "sinusoidal"}),
     "clip-reward": Variant("reward", "CLIP similarity instead of the dense match", {"reward": "shapes-clip"}),
     "shared-noise": Variant(
@@ -102,12 +104,12 @@ SHOWN = {"base": "#2166ac", "ppo": "#b2182b", "adam": "#4dac26", "ppo-adam": "#b
 
 
 def folder_of(name: str, seed: int) -> Path:
-    """Where a run lies."""
+    """Returns the folder of a run."""
     return RUNS / f"{name}-seed-{seed}"
 
 
 def train(name: str, seed: int) -> None:
-    """Trains one run; a finished one returns at once."""
+    """Trains one variant with one training seed; a finished run returns immediately."""
     variant = VARIANTS[name]
     policy = dataclasses.replace(NoiseARConfig(log_variance="fixed"), **variant.policy)
     options = BASE | variant.options | {"policy": policy, "seed": seed, "resume": True}
@@ -121,7 +123,7 @@ def train(name: str, seed: int) -> None:
 
 
 def curves(path: Path, gaussian: float) -> None:
-    """Draws the reward against images: the mean of the seeds, with the band between the lowest and the highest."""
+    """Plots the reward against training images: the mean over seeds, and the band from the lowest to the highest."""
     figure, axes = plt.subplots(figsize=(7.5, 4), dpi=110)
     for name, color in SHOWN.items():
         runs = [read_records(folder_of(name, seed)) for seed in SEEDS]
@@ -131,7 +133,7 @@ def curves(path: Path, gaussian: float) -> None:
         kernel = np.ones(width) / width
         rewards = np.stack([np.convolve(run, kernel, "valid") for run in rewards])
         images = images[width - 1 :]
-        label = "REINFORCE, natural step" if name == "base" else VARIANTS[name].setting
+        label = "REINFORCE, natural gradient" if name == "base" else VARIANTS[name].setting
         axes.plot(images, rewards.mean(0), color=color, linewidth=2, label=label)
         axes.fill_between(images, rewards.min(0), rewards.max(0), color=color, alpha=0.15, linewidth=0)
     axes.axhline(gaussian, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
@@ -143,7 +145,7 @@ def curves(path: Path, gaussian: float) -> None:
 
 
 def report() -> None:
-    """Evaluates every run by the held-out detector and writes the table."""
+    """Evaluates every run with the held-out detector and writes the table."""
     categories = categories_of(PROMPTS)
     policies = {f"{name} {seed}": load_policy(folder_of(name, seed)) for name in VARIANTS for seed in SEEDS}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward({"shapes-exact": 1.0, "shapes-match": 1.0})
@@ -153,11 +155,11 @@ def report() -> None:
     stacked = {name: np.stack([exact[f"{name} {seed}"] for seed in SEEDS]) for name in VARIANTS}
     images = {name: read_records(folder_of(name, 0))[-1]["charts/images"] for name in VARIANTS}
     lines = [
-        f"Exactly right pictures in %, held-out detector, {len(PROMPTS)} hard training captions x {SAMPLES} fresh "
-        "noises, `shapes-turbo`; one lever changed at a time. 95 % intervals over noise, pooled over three seeds of "
-        "training; differences to the base are paired by caption and noise. Rewards alone, no reward gradients.",
+        f"Exactly right images in %, held-out detector, {len(PROMPTS)} hard training captions x {SAMPLES} fresh "
+        "noises, `shapes-turbo`; one change at a time. 95 % intervals over noise, pooled over three training seeds; "
+        "differences from the base are paired by caption and noise. Training uses rewards only, no reward gradients.",
         "",
-        "| lever | setting | training images | right | std of seeds | against the base | KL | right a nat |",
+        "| change | setting | training images | right | std of seeds | against the base | KL | right per nat |",
         "|" + "---|" * 8,
         f"| Gaussian noise | | 0 | {estimate(exact[GAUSSIAN])} | | | 0 | |",
     ]
@@ -167,7 +169,7 @@ def report() -> None:
         difference = "" if name == "base" else str(estimate((stacked[name] - base).mean(0)))
         kl = np.mean([results[f"{name} {seed}"].kl_to_gaussian for seed in SEEDS])
         lines.append(
-            f"| {variant.lever} | {variant.setting} | {images[name]:,} | {estimate(right)} "
+            f"| {variant.change} | {variant.setting} | {images[name]:,} | {estimate(right)} "
             f"| {np.std(seeds, ddof=1):.1f} | {difference} | {kl:.0f} | {(right.mean() - start) / kl:.2f} |"
         )
     lines += ["", f"Command: `python benchmarks/what_works.py`. Evaluated at {provenance()}."]

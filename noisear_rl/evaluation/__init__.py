@@ -1,1 +1,1 @@
-"""Comparisons: paired scores, intervals, diversity and tables."""
+"""Comparisons of methods: paired scores, intervals, diversity and tables."""

@@ -1,10 +1,9 @@
 """Is this noise better than Gaussian noise, and by how much? Paired samples, intervals, tables.
 
-Every method gets the same prompts, the same seed for each (prompt, sample), and the same number of network
-evaluations. Scores are cut by category where prompts have one (``shapes``); the overall number is the mean
-over categories, as in GenEval (arXiv 2310.11513).
+All methods share the prompts and the seed of each (prompt, sample). Scores are split by category if the prompts have
+categories (``shapes``); the overall number is the mean over categories, as in GenEval (arXiv 2310.11513).
 
-Shapes: ``M`` methods, ``P`` prompts, ``S`` samples a prompt.
+Shapes: ``P`` prompts, ``S`` samples per prompt, ``B`` batch, images ``(B, 3, H, W)`` in [0, 1].
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from noisear_rl.samplers import Sampler, as_sampler
 
 @dataclass
 class MethodScores:
-    """What one method got.
+    """Results of one method.
 
     Attributes:
         scores: ``(P, S)`` by scorer.
         kl_to_gaussian: Mean KL of the noise to N(0, I) in nats; NaN for a method without a density.
         noise_mean: Mean over all noise elements.
         noise_std: Standard deviation over all noise elements.
-        nfe: Network evaluations an image.
-        seconds_per_image: Sampling and denoising, without scoring.
-        images: ``(P, keep, 3, H, W)`` the first pictures of every prompt.
+        nfe: Network evaluations per image.
+        seconds_per_image: Time for sampling and denoising, without scoring.
+        images: ``(P, keep_images, 3, H, W)``, the first images of each prompt; empty if none are kept.
     """
 
     scores: dict[str, np.ndarray]
@@ -58,25 +57,25 @@ def evaluate(
     batch_size: int = 64,
     keep_images: int = 1,
 ) -> dict[str, MethodScores]:
-    """Denoises and scores ``samples`` noises a prompt for every method, in memory.
+    """Denoises and scores ``samples`` noises per prompt for every method, in memory.
 
-    ``algos/evaluate.py`` is the same on disk: resumable, in several processes, with pictures kept.
+    ``algos/evaluate.py`` does the same on disk: it resumes, runs in several processes and keeps the images.
 
     Args:
         denoiser: Frozen diffusion model.
-        reward: Scorers; all components are kept.
-        methods: Policies and samplers by name; ``None`` is Gaussian noise.
+        reward: Scorers; the scores of each one are kept.
+        methods: Policies and samplers by name; ``None`` stands for Gaussian noise.
         prompts: ``P`` prompts.
-        samples: ``S``.
-        seed: Noise ``j`` of prompt ``i`` has seed ``seed + i·S + j`` in every method.
-        batch_size: Noises at once; the last batch may be smaller and is not dropped.
-        keep_images: Pictures a prompt to keep.
+        samples: ``S`` noises per prompt.
+        seed: Noise ``j`` of prompt ``i`` has the seed ``seed + i·S + j`` in every method.
+        batch_size: Noises per batch; a smaller last batch is not dropped.
+        keep_images: Images to keep per prompt.
 
     Returns:
-        Scores by method, in the order given.
+        Results by method, in the order of ``methods``.
 
     Raises:
-        ValueError: If a scorer gives NaN or infinity: a comparison needs all scores.
+        ValueError: If a scorer returns NaN or infinity.
     """
     p, s = len(prompts), samples
     bar = tqdm(total=len(methods) * p * s, desc="evaluate", unit="image")
@@ -96,7 +95,7 @@ def evaluate(
             moments += [drawn.noise.double().sum().item(), drawn.noise.double().square().sum().item()]
             for key, values in finite_components(reward, drawn.images, texts, name).items():
                 scores.setdefault(key, []).append(values.cpu().numpy())
-            images += [picture for i, picture in zip(index, drawn.images.cpu(), strict=True) if i % s < keep_images]
+            images += [image for i, image in zip(index, drawn.images.cpu(), strict=True) if i % s < keep_images]
             bar.update(len(index))
         elements = p * s * int(np.prod(denoiser.latent_shape))
         mean = moments[0] / elements
@@ -116,7 +115,7 @@ def evaluate(
 def finite_components(
     reward: WeightedReward, images: torch.Tensor, prompts: Sequence[str], method: str
 ) -> dict[str, torch.Tensor]:
-    """Every scorer's scores ``(B,)``; in a comparison none may be missing.
+    """Returns the scores ``(B,)`` of every scorer and checks that none is missing.
 
     Raises:
         ValueError: If a score is NaN or infinite.
@@ -125,17 +124,17 @@ def finite_components(
         components = reward.components(images, prompts)
     for name, values in components.items():
         if not values.isfinite().all():
-            raise ValueError(f"scorer {name!r} gave NaN or infinity for {method!r}: a comparison needs all scores")
+            raise ValueError(f"scorer {name!r} returned NaN or infinity for {method!r}: a comparison needs all scores")
     return components
 
 
 def best_of(scores: Mapping[str, np.ndarray], count: int, choose_by: str) -> dict[str, np.ndarray]:
-    """Scores of the best of every ``count`` samples: what search without learning gets at ``count`` times the cost.
+    """Scores of the best of every ``count`` samples: selection without learning, at ``count`` times the cost.
 
     Args:
         scores: ``(P, S)`` by scorer; ``S`` must be a multiple of ``count``.
         count: Samples to choose from.
-        choose_by: The scorer that chooses; it should not be the one that judges.
+        choose_by: The scorer that selects; it should not be the judge.
 
     Returns:
         ``(P, S / count)`` by scorer.
@@ -155,12 +154,12 @@ def table(
     resample: str = "prompts",
     scale: float = 100.0,
 ) -> str:
-    """A Markdown table: one row a method, one column a category, the mean over them, and the paired gain.
+    """Formats a Markdown table: one row per method, one column per category, their mean, and the paired gain.
 
     Args:
-        results: What :func:`evaluate` returned; the first method is the baseline.
-        categories: ``P`` names.
-        scorer: Which score to show.
+        results: Output of :func:`evaluate`; the first method is the baseline.
+        categories: ``P`` category names.
+        scorer: The score to show.
         resample: See :func:`bootstrap`.
         scale: Factor on the scores; 100 for percent.
     """
@@ -180,7 +179,7 @@ def table(
 
 
 def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict:
-    """Everything but the images, as plain values."""
+    """Returns everything but the images as plain values for JSON."""
     methods = {}
     for name, result in results.items():
         methods[name] = {

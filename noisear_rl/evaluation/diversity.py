@@ -1,4 +1,4 @@
-"""How much the images of a prompt differ, and how noise is spread over frequencies."""
+"""How much the images of a prompt differ, and how the power of noise is distributed over frequencies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
-    """Power of latents by radial frequency, low to high: 1 everywhere for N(0, I).
+    """Computes the power of latents by radial frequency, low to high: 1 everywhere for N(0, I).
 
     Args:
         noise: ``(B, C, h, w)``.
 
     Returns:
         ``(R,)`` float64, ``R = min(h, w) // 2 + 1``: the mean of ``|FFT|² / (h·w)`` over samples, channels, and the
-        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are left out.
+        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are omitted.
     """
     h, w = noise.shape[-2:]
     power = torch.fft.fft2(noise.double()).abs().square().mean((0, 1)) / (h * w)
@@ -29,14 +29,14 @@ def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
 
 
 def diversity(images: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-    """Mean pairwise cosine distance of the pictures of each prompt.
+    """Computes the mean pairwise cosine distance of the images of each prompt.
 
     Args:
         images: ``(P, K, 3, H, W)`` in [0, 1], ``K`` at least 2.
-        embed: Pictures → unit vectors, such as ``ShapesClip.embed``.
+        embed: Maps images ``(K, 3, H, W)`` to unit vectors ``(K, D)``, such as ``ShapesClip.embed``.
 
     Returns:
-        ``(P,)``; 0 where all pictures look the same to ``embed``.
+        ``(P,)`` in [0, 2]; 0 if all images look the same to ``embed``.
     """
     k = images.shape[1]
     with torch.no_grad():

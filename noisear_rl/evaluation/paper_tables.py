@@ -1,12 +1,12 @@
-"""``noisear table``: our own layout, and the layouts of the paper (NoiseAR, arXiv 2506.01337) beside its numbers.
+"""``noisear table``: our own layout, and the layouts of the paper (NoiseAR, arXiv 2506.01337) with its numbers.
 
     noisear table runs/evaluate
     noisear table runs/drawbench runs/geneval --table 1 --format latex -o table1.tex
     noisear table patch_size=2:runs/patch2 patch_size=4:runs/patch4 --table 4
 
-A row is a group: training seeds of one method are averaged for each prompt and sample. `results` gives means over
-categories with 95 % intervals; the paper's columns are means over all images. In CSV every number has a column of
-its own, and a missing one is empty.
+Each row is a group: the training seeds of one method are averaged for each prompt and sample. `results` shows means
+over categories with 95 % intervals; the columns of the paper are means over all images. In CSV, every number has its
+own column; missing numbers are empty.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from noisear_rl.evaluation.tables import (
 from noisear_rl.files import write_atomically
 
 PAPER = Path(__file__).parents[1] / "assets" / "paper"
-PAPER_SCORERS = {  # column of the published file: title, our scorers of that kind (the first at hand is shown)
+PAPER_SCORERS = {  # column of the published file: title, our scorers of that kind (the first available is shown)
     "hpsv2": ("HPSv2↑", ("hpsv2", "hpsv2.1")),
     "aesthetic": ("AES↑", ("aesthetic", "aesthetic-v1", "aesthetic-v2")),
     "pickscore_pct": ("PickScore↑ (%)", ("pickscore",)),
@@ -54,8 +54,8 @@ PAPER_SCORERS = {  # column of the published file: title, our scorers of that ki
 PAPER_COST = (("SDXL", "denoising (paper)", 15.0, 2600.0), ("SDXL", "NoiseAR (paper)", 0.03, 23.12))  # Table 3
 PUBLISHED = "(paper): as published, arXiv 2506.01337; (ours): measured here."
 WINS = (
-    "PickScore and MPS (ours): wins over Gaussian noise with the same prompt and seed, ties counted half; prob.: mean "
-    "preference probability. It is not known which of them the paper prints."
+    "PickScore and MPS (ours): wins over Gaussian noise with the same prompt and seed, a tie counts as half a win; "
+    "prob.: mean preference probability. It is not known which of them the paper prints."
 )
 NOTES = {"pickscore": WINS, "mps": WINS, "clip-score": "CLIPScore (ours): 250 × cosine by default; theirs is unknown."}
 ABLATION, VALUE = Column("ablation", "text"), Column("value", "text")
@@ -66,20 +66,20 @@ class TableConfig:
     """Options of tables."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Folders that `noisear evaluate` wrote, for table 4 as NAME=VALUE:FOLDER, such as `patch_size=4:runs/patch4`.
-    Without any, tables 1 to 4 give the published numbers alone."""
+    """Folders that `noisear evaluate` wrote; for table 4 as NAME=VALUE:FOLDER, such as `patch_size=4:runs/patch4`.
+    Without folders, tables 1 to 4 show only the published numbers."""
     table: Literal["results", "1", "2", "3", "4"] = "results"
-    """Our own layout, or the paper's: 1 and 2 scores, 3 cost, 4 ablations."""
+    """Our own layout, or a table of the paper: 1 and 2 for scores, 3 for cost, 4 for ablations."""
     format: Literal["markdown", "latex", "csv"] = "markdown"
-    """How to write it."""
+    """Output format."""
     resample: str = "prompts"
-    """Intervals for new `prompts` like these, or for new `noise` on these very prompts."""
+    """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write; unset to print."""
+    """File to write; unset to print the table."""
 
 
 def paper_cells(results: Results, group: str, names: Sequence[str]) -> Row:
-    """Ours in columns of the paper; preferences have their mean probability in a column of its own."""
+    """Returns our scores in the columns of the paper; preferences add a column with their mean probability."""
     row: Row = {}
     for title, kinds in (PAPER_SCORERS[name] for name in names):
         scorer = next((kind for kind in kinds if kind in scorers(results)), None)
@@ -93,7 +93,7 @@ def paper_cells(results: Results, group: str, names: Sequence[str]) -> Row:
 
 
 def paper_name(name: str, column: str) -> str:
-    """The paper's name for a denoiser or prompt set that starts like ours; ours where it has none."""
+    """Returns the paper's name for a denoiser or prompt set that starts like ours, or our name if there is none."""
     fold = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
     mine = fold(Path(name).name.removesuffix(".txt"))
     known = (row[column] for row in published("tables.csv"))
@@ -101,19 +101,19 @@ def paper_name(name: str, column: str) -> str:
 
 
 def published(name: str) -> list[dict[str, str]]:
-    """Rows of a file of published numbers."""
+    """Reads the rows of a file of published numbers."""
     return list(csv.DictReader((PAPER / name).read_text().splitlines()))
 
 
 def paper_notes(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
-    """What a reader must know to compare our scores with the paper's."""
+    """Returns the notes that a reader needs to compare our scores with the paper."""
     shown = [kind for results in runs for name in names for kind in PAPER_SCORERS[name][1] if kind in scorers(results)]
     found = f" Scorers: {', '.join(dict.fromkeys(shown))}." if shown else ""
     return [PUBLISHED + found, *dict.fromkeys(NOTES[kind] for kind in shown if kind in NOTES)]
 
 
 def score_table(runs: Sequence[Results], table: str) -> tuple[list[Row], list[str]]:
-    """Tables 1 and 2: dataset × denoiser × method."""
+    """Returns rows and notes of tables 1 and 2: dataset × denoiser × method."""
     rows: list[Row] = []
     for row in published("tables.csv"):
         if row["table"] == table:
@@ -127,16 +127,16 @@ def score_table(runs: Sequence[Results], table: str) -> tuple[list[Row], list[st
 
 
 def together(rows: Sequence[Row], keys: Sequence[Column]) -> list[Row]:
-    """Rows with equal keys one below the other, in the order of their first."""
+    """Groups rows with equal keys, in order of first appearance."""
     order = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
     return sorted(rows, key=lambda row: order.index(tuple(row[key] for key in keys)))
 
 
 def cost_table(runs: Sequence[Results]) -> tuple[list[Row], list[str]]:
-    """Table 3: what an image costs."""
-    nfe, time, flops = Column("NFE", digits=None), Column("seconds an image", digits=3), Column("GFLOPs an image")
+    """Returns rows and notes of table 3: the cost per image."""
+    nfe, time, flops = Column("NFE", digits=None), Column("seconds per image", digits=3), Column("GFLOPs per image")
     rows: list[Row] = [{DENOISER: d, METHOD: m, nfe: None, time: t, flops: f} for d, m, t, f in PAPER_COST]
-    notes = [f"{PUBLISHED} Time of ours: sampling and denoising, without scoring."]
+    notes = [f"{PUBLISHED} Our times: sampling and denoising, without scoring."]
     for results in runs:
         timing = results.seconds_per_image()
         for group, names in results.groups.items():
@@ -149,7 +149,7 @@ def cost_table(runs: Sequence[Results]) -> tuple[list[Row], list[str]]:
 
 
 def ablation_table(ablations: Sequence[str], resample: str) -> tuple[list[Row], list[str]]:
-    """Table 4: the published ablations and ours, NAME=VALUE:FOLDER each, below them."""
+    """Returns rows and notes of table 4: the published ablations, then ours, each given as NAME=VALUE:FOLDER."""
     names, table = ("clipscore_pct", "imagereward_x100"), published("ablations.csv")
     rows: list[Row] = []
     for row in table:
@@ -171,14 +171,14 @@ def ablation_table(ablations: Sequence[str], resample: str) -> tuple[list[Row], 
 
 
 def make_table(config: TableConfig) -> str:
-    """The table that a configuration asks for; the same folders give the same text.
+    """Formats the requested table; the same folders give the same text.
 
     Raises:
         FileNotFoundError: If a folder holds no results.
-        ValueError: If results are damaged, or the options do not go together.
+        ValueError: If results are damaged, or the options are incompatible.
     """
     if config.table == "results" and not config.runs:
-        raise ValueError("say which evaluation: noisear table runs/evaluate")
+        raise ValueError("expected the folder of an evaluation, such as: noisear table runs/evaluate")
     if config.table == "4":
         return render(*ablation_table(config.runs, config.resample), config.format)
     runs = [load(folder) for folder in config.runs]

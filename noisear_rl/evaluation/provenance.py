@@ -1,4 +1,4 @@
-"""Where numbers come from: commit, versions and hardware."""
+"""Where numbers come from: commit, library version and hardware."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def provenance() -> dict[str, str | int]:
-    """Commit, versions and hardware of this run."""
+    """Returns the commit, torch version, device and CPU threads of this process."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True

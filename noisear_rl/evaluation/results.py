@@ -1,6 +1,6 @@
-"""What an evaluation wrote, read back: scores by method, prompt and sample, and where the pictures lie.
+"""Reads the folder of an evaluation: scores by method, prompt and sample, and the image files.
 
-Shapes: ``P`` prompts, ``S`` samples a prompt.
+Shapes: ``P`` prompts, ``S`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ VERSION = 1
 
 @dataclass
 class MethodResult:
-    """One method's results.
+    """Results of one method with one training seed.
 
     Attributes:
-        group: Training seeds of one method share it; a row of a table is a group.
-        slug: Its folder under ``images``.
+        group: Name shared by the training seeds of one method; tables have one row per group.
+        slug: Name of its folder under ``images``.
         scores: ``(P, S)`` by scorer.
-        nfe: Network evaluations an image, those of choosing or searching included.
-        kl_to_gaussian: KL of its noise to N(0, I) in nats; ``None`` for a method without a density.
+        nfe: Network evaluations per image, including those of a search.
+        kl_to_gaussian: Mean KL of its noise to N(0, I) in nats; ``None`` for a method without a density.
         noise_mean: Mean over all noise elements.
         noise_std: Standard deviation over all noise elements.
         radial_spectrum: Power by radial frequency, low to high; 1 everywhere for N(0, I).
-        noise_map: ``(h, w)`` mean over pictures and channels.
-        diversity: ``(P,)`` mean pairwise distance of a prompt's pictures, by the scorer whose features measure it.
-        trained: Whether a training is behind it.
+        noise_map: ``(h, w)``, the mean of the noise over images and channels.
+        diversity: ``(P,)`` mean pairwise distance of a prompt's images, by the features that measure it.
+        trained: Whether the method was trained.
     """
 
     group: str
@@ -49,19 +49,19 @@ class MethodResult:
 
 @dataclass
 class Results:
-    """An evaluation: every method on the same prompts with the same seeds.
+    """Results of an evaluation: every method on the same prompts with the same seeds.
 
     Attributes:
-        folder: Where it lies.
-        prompts: ``P`` texts.
-        categories: ``P`` names; all the same where a prompt set has none.
-        samples: ``S``.
-        judge: The scorer that decides.
-        methods: By name, the baseline first.
+        folder: Folder of the evaluation.
+        prompts: ``P`` prompts.
+        categories: ``P`` names; all the same if the prompt set has no categories.
+        samples: ``S`` samples per prompt.
+        judge: The held-out scorer that decides the comparison.
+        methods: Results by method name, the baseline first.
         denoiser: Name of the frozen diffusion model.
         prompt_set: Name or file of the prompts.
-        config: Every option of the evaluation.
-        provenance: Commit, versions and hardware.
+        config: Options of the evaluation.
+        provenance: Commit, library version and hardware.
     """
 
     folder: Path
@@ -77,42 +77,42 @@ class Results:
 
     @property
     def baseline(self) -> str:
-        """The first method's name: what the others are compared with."""
+        """Name of the first method, which the others are compared with."""
         return next(iter(self.methods))
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Names of methods by group, in order."""
+        """Names of the methods by group, in order."""
         groups: dict[str, list[str]] = {}
         for name, method in self.methods.items():
             groups.setdefault(method.group, []).append(name)
         return groups
 
     def pooled(self, group: str, scorer: str) -> np.ndarray:
-        """Scores ``(P, S)`` of a group, the mean over its training seeds."""
+        """Returns the scores ``(P, S)`` of a group, averaged over its training seeds."""
         return np.mean([self.methods[name].scores[scorer] for name in self.groups[group]], axis=0)
 
     def image_path(self, method: str, prompt: int, sample: int) -> Path:
-        """The PNG of one picture."""
-        return picture_path(self.folder, self.methods[method].slug, prompt, sample)
+        """Returns the PNG file of one image."""
+        return image_file(self.folder, self.methods[method].slug, prompt, sample)
 
     def seconds_per_image(self) -> dict[str, float]:
-        """Sampling and denoising by method, without scoring; empty if it was not kept."""
+        """Returns the time for sampling and denoising by method, without scoring; empty if it was not recorded."""
         path = self.folder / "timing.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def picture_path(folder: Path, slug: str, prompt: int, sample: int) -> Path:
-    """Where an evaluation keeps the picture of a prompt's sample."""
+def image_file(folder: Path, slug: str, prompt: int, sample: int) -> Path:
+    """Returns the file in which an evaluation keeps the image of one prompt and sample."""
     return folder / "images" / slug / f"{prompt:05d}-{sample:02d}.png"
 
 
 def load_results(folder: str | Path) -> Results:
-    """Reads an evaluation's folder.
+    """Reads the folder of an evaluation.
 
     Raises:
         FileNotFoundError: If the folder holds no results.
-        ValueError: If ``results.json`` is damaged or of another version.
+        ValueError: If ``results.json`` is damaged or has another version.
     """
     path = Path(folder) / "results.json"
     if not path.is_file():
@@ -133,4 +133,4 @@ def load_results(folder: str | Path) -> Results:
         rest = {key: value for key, value in record.items() if key not in ("version", "methods")}
         return Results(Path(folder), methods=methods, **rest)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no evaluation's: {error!r}") from error
+        raise ValueError(f"{path} is damaged or not the result of an evaluation: {error!r}") from error

@@ -1,9 +1,10 @@
-"""Measures scorers on pictures from Gaussian noise, so that a reward's weights count standard deviations.
+"""Measures scorers on images from Gaussian noise, so that the weights of a reward count standard deviations.
 
     noisear reward-statistics configs/rewards/paper.yaml --denoiser sdxl --prompts prompts.txt --output reward.yaml
 
-Writes the reward with its statistics and how they were measured: algorithms take the file as ``--reward reward.yaml``.
-Statistics depend on the denoiser, its steps and guidance, and on the prompts: use those of the training.
+Writes the reward with its statistics and how they were measured. Pass the file to an algorithm as
+``--reward reward.yaml``. The statistics depend on the denoiser, its steps and guidance, and the prompts: measure with
+the settings of the training.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ class ReferenceConfig:
     reward: tyro.conf.Positional[str] = "shapes-match"
     """Scorer or reward file."""
     denoiser: str = "shapes"
-    """Denoiser's name or folder."""
+    """Name or folder of the denoiser."""
     prompts: str | None = None
-    """Text file with a prompt a line, or a split of `shapes`; unset for the denoiser's default."""
+    """Text file with one prompt per line, or a split of `shapes`; unset for the default of the denoiser."""
     num_prompts: int = 100
-    """How many of the prompts, a random choice; all if there are fewer."""
+    """Number of prompts, chosen at random; all if there are fewer."""
     samples: int = 1
-    """Noises a prompt."""
+    """Noises per prompt."""
     seed: int = 3_000_000
-    """First seed of the noises; training and evaluation use others."""
+    """First seed of the noises; training and evaluation use other seeds."""
     batch_size: int = 16
-    """Noises at once."""
+    """Noises per batch."""
     output: Path = Path("runs/reward.yaml")
     """File to write."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
-    """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
+    """Options of the denoiser, such as `dtype float32` or `path FOLDER`."""
 
 
 def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> RewardConfig:
-    """Returns the reward with the statistics of Gaussian noise, set to use them; see the module's docstring.
+    """Returns the reward with the statistics of Gaussian noise, configured to use them; see the module docstring.
 
     Raises:
-        ValueError: If a scorer gives NaN, infinity, or the same score for every picture.
+        ValueError: If a scorer returns NaN or infinity, or the same score for every image.
     """
     asked = reward_config(config.reward)
     reward = load_reward(dataclasses.replace(asked, normalize="none"))
@@ -77,7 +78,7 @@ def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> Reward
         mean, std = float(scores.mean()), float(scores.std(ddof=1)) if scores.size > 1 else 0.0
         if not std > 0:
             raise ValueError(
-                f"{name} gave {scores.size} pictures the same score {mean}: there is nothing to learn from"
+                f"{name} gave {scores.size} images the same score {mean}: there is nothing to learn from it"
             )
         statistics[name] = [round(mean, 6), round(std, 6)]
     measured = {

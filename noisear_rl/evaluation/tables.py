@@ -1,7 +1,7 @@
 """Tables of evaluations in our own layout, as Markdown, LaTeX and CSV.
 
-A row is a group: training seeds of one method are averaged for each prompt and sample. Columns are means over
-categories with 95 % intervals. In CSV every number has a column of its own, and a missing one is empty.
+Each row is a group: the training seeds of one method are averaged for each prompt and sample. Columns are means over
+categories with 95 % intervals. In CSV, every number has its own column; missing numbers are empty.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from noisear_rl.evaluation import intervals as statistics
 from noisear_rl.evaluation.intervals import Estimate, category_mean, number, preference_probability, win_rate
 from noisear_rl.evaluation.results import Results, load_results
 
-PREFERENCES = ("pickscore", "mps", "shapes-clip")  # scores whose softmax over two pictures is a preference
-TIMES_100 = ("hpsv2", "hpsv2.1", "image-reward", "clip-score")  # printed so, as in the paper
-ENDINGS = {"estimate": ("", " low", " high"), "gain": ("", " low", " high", " excludes 0")}  # of titles in CSV
+PREFERENCES = ("pickscore", "mps", "shapes-clip")  # scores whose softmax over two images is a preference
+TIMES_100 = ("hpsv2", "hpsv2.1", "image-reward", "clip-score")  # printed times 100, as in the paper
+ENDINGS = {"estimate": ("", " low", " high"), "gain": ("", " low", " high", " excludes 0")}  # suffixes of CSV titles
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"–": "--", "↑": r"$\uparrow$", "×": r"$\times$", "[": "{[}"}  # a bracket after \\ would be an option
+    | {"–": "--", "↑": r"$\uparrow$", "×": r"$\times$", "[": "{[}"}  # \\ takes a bracket as an option
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, what its cells are, and decimals (``None`` for as many as are needed)."""
+    """A column: its title, the kind of its cells, and their decimals (``None`` for as many as needed)."""
 
     title: str
     kind: Literal["text", "number", "estimate", "gain"] = "number"
@@ -46,7 +46,7 @@ SEEDS = Column("training seeds", digits=None)
 
 
 def cell_text(cell: Cell, column: Column) -> str:
-    """A cell for people."""
+    """Formats a cell for Markdown."""
     if isinstance(cell, Estimate):
         gain = column.kind == "gain"
         return cell.text(column.digits or 0, "+" if gain else "") + (statistics.significance_mark(cell) if gain else "")
@@ -54,7 +54,7 @@ def cell_text(cell: Cell, column: Column) -> str:
 
 
 def cell_values(cell: Cell, count: int) -> list[str]:
-    """A cell in CSV: this many values, plain numbers or empty."""
+    """Formats a cell for CSV as ``count`` values, each a plain number or empty."""
     if isinstance(cell, Estimate):
         bounds = ["" if math.isnan(bound) else number(bound, None) for bound in (cell.low, cell.high)]
         return [number(cell.mean, None), *bounds, str(len(statistics.significance_mark(cell)))][:count]
@@ -63,7 +63,7 @@ def cell_values(cell: Cell, count: int) -> list[str]:
 
 
 def latex_cell(cell: Cell, column: Column) -> str:
-    """A cell in LaTeX: text escaped, numbers with real minus signs and raised marks."""
+    """Formats a cell for LaTeX: escaped text, numbers with proper minus signs and raised marks."""
     text = cell_text(cell, column)
     if column.kind == "text":
         return text.translate(LATEX)
@@ -71,7 +71,7 @@ def latex_cell(cell: Cell, column: Column) -> str:
 
 
 def render(rows: Sequence[Row], notes: Sequence[str], form: str) -> str:
-    """A table in a format; its columns are those of all rows, in order of appearance. CSV takes no notes."""
+    """Formats a table with the columns of all rows, in order of appearance; CSV omits the notes."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     titles = [column.title for column in columns]
     if form == "csv":
@@ -95,11 +95,16 @@ def render(rows: Sequence[Row], notes: Sequence[str], form: str) -> str:
 
 
 def load(folder: str) -> Results:
-    """Reads an evaluation; ``ValueError`` if the judge or a picture lacks a score. See also :func:`load_results`."""
+    """Reads an evaluation and checks that no score is missing.
+
+    Raises:
+        FileNotFoundError: If the folder holds no results.
+        ValueError: If the results are damaged, or a method, a category or a score is missing.
+    """
     results = load_results(folder)
     expected = (len(results.prompts), results.samples)
     if not results.methods or len(results.categories) != expected[0]:
-        raise ValueError(f"{folder}: expected methods, and a category for each of the {expected[0]} prompts")
+        raise ValueError(f"{folder}: expected methods and one category for each of the {expected[0]} prompts")
     for name, method in results.methods.items():
         wrong = [scorer for scorer, scores in method.scores.items() if scores.shape != expected]
         if wrong or results.judge not in method.scores:
@@ -108,20 +113,20 @@ def load(folder: str) -> Results:
 
 
 def scorers(results: Results) -> list[str]:
-    """Scorers that every method has, the judge first."""
+    """Returns the scorers that all methods share, the judge first."""
     common = [name for name in results.methods[results.baseline].scores if name != results.judge]
     return [results.judge, *(s for s in common if all(s in method.scores for method in results.methods.values()))]
 
 
 def compared(results: Results, group: str, scorer: str, compare: Callable[..., np.ndarray]) -> np.ndarray:
-    """Compares every seed of a group with the baseline, picture by picture: ``(P, S)`` in %, the mean over seeds."""
+    """Compares each training seed of a group with the baseline, image by image: ``(P, S)`` in %, mean over seeds."""
     baseline = results.methods[results.baseline].scores[scorer]
     seeds = [compare(results.methods[name].scores[scorer], baseline) for name in results.groups[group]]
     return 100 * np.mean(seeds, axis=0)
 
 
 def scale_of(results: Results, scorer: str) -> tuple[float, str]:
-    """A scorer's factor and unit: as the paper prints it, percent for a judge in [0, 1], or its own."""
+    """Returns the factor and unit of a scorer: as in the paper, percent for a judge in [0, 1], otherwise its own."""
     if scorer in TIMES_100:
         return 100.0, " (×100)"
     share = all(((m.scores[scorer] >= 0) & (m.scores[scorer] <= 1)).all() for m in results.methods.values())
@@ -129,7 +134,7 @@ def scale_of(results: Results, scorer: str) -> tuple[float, str]:
 
 
 def judged(results: Results, group: str, titles: tuple[str, str], resample: str) -> Row:
-    """The judge's mean and the gain over the baseline, under these titles; the baseline itself has no gain."""
+    """Returns the mean of the judge and the gain over the baseline, under ``titles``; the baseline has no gain."""
     factor, categories = scale_of(results, results.judge)[0], results.categories
     scores, start = factor * results.pooled(group, results.judge), results.methods[results.baseline]
     row: Row = {Column(titles[0], "estimate", 1): statistics.bootstrap(scores, categories, resample=resample)}
@@ -138,14 +143,14 @@ def judged(results: Results, group: str, titles: tuple[str, str], resample: str)
 
 
 def describe(results: Results) -> str:
-    """What an evaluation is of."""
+    """Describes an evaluation in one line: prompts, samples, denoiser, judge and baseline."""
     size = f"{len(results.prompts)} prompts × {results.samples} samples, denoiser {results.denoiser}"
     judge = f"judge {results.judge}{scale_of(results, results.judge)[1]}"
     return f"{results.prompt_set}: {size}, {judge}, baseline {results.baseline}"
 
 
 def results_row(results: Results, group: str, resample: str) -> Row:
-    """A group's row of our own layout."""
+    """Returns the row of a group in our own layout."""
     members, start = [results.methods[name] for name in results.groups[group]], results.methods[results.baseline]
     (judge, *others), categories = scorers(results), results.categories
     scale, unit = scale_of(results, judge)
@@ -177,9 +182,9 @@ def results_row(results: Results, group: str, resample: str) -> Row:
 
 
 def results_table(runs: Sequence[Results], resample: str) -> tuple[list[Row], list[str]]:
-    """Our own layout: a row a group of every evaluation."""
+    """Returns rows and notes of our own layout: one row per group of every evaluation."""
     rows = [results_row(results, group, resample) for results in runs for group in results.groups]
-    if len(runs) == 1:  # the note says it
+    if len(runs) == 1:  # the note states both
         rows = [{c: cell for c, cell in row.items() if c not in (DATASET, DENOISER)} for row in rows]
-    interval = f"In brackets: 95 % intervals over {resample}, the gain's paired; * excludes 0. Wins count ties half."
+    interval = f"In brackets: 95 % intervals over {resample}, paired for the gain; * excludes 0. A tie is half a win."
     return rows, [*(f"{describe(results)}." for results in runs), interval]

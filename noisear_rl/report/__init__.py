@@ -1,1 +1,1 @@
-"""Figures of a training or a comparison, and the self-contained HTML page."""
+"""Figures of trainings and comparisons, and the self-contained HTML page."""

@@ -1,7 +1,7 @@
-"""The report page's charts: inline SVG in the page's own colours, and maps of the noise.
+"""Charts of the report page: inline SVG in the colours of the page, and maps of the noise.
 
-A chart is 360 units wide, about as wide as its place on a phone and in a column, so its letters keep their size.
-Colours are the style sheet's ``--s0`` … ``--s6``, so a chart follows light, dark and print.
+A chart is 360 units wide, roughly its width on a phone and in a column, so the text keeps its size. Colours come from
+``--s0`` … ``--s6`` of the style sheet, so charts follow light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from PIL import Image
 
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import scorers
-from noisear_rl.report.embed import SMALL, Picture, to_picture
+from noisear_rl.report.embed import SMALL, EmbeddedImage, embed_image
 from noisear_rl.report.summary import plain
 
 WIDTH, HEIGHT = 360, 210
 COLORS = 7
-LETTERS = 17  # of a method's name beside a chart
-POINTS = 200  # of a curve
-LONG = 30  # records from which on a curve is smoothed
-# What tells whether a run learns, by its log; the first that a run has is drawn, and its drift below.
+LETTERS = 17  # of a method's name next to a chart
+POINTS = 200  # per curve
+LONG = 30  # curves with at least this many records are smoothed
+# Log keys that show whether a run learns. The first one in a run's log is drawn, and below it the drift.
 OBJECTIVES = {
     "charts/episodic_return": "Mean reward",
     "eval/rewards/accuracies": "Accuracy on pairs of held-out prompts",
-    "losses/nll_held_out": "Held-out negative log-likelihood, nats an element",
-    "losses/nll": "Negative log-likelihood, nats an element",
+    "losses/nll_held_out": "Held-out negative log-likelihood, nats per element",
+    "losses/nll": "Negative log-likelihood, nats per element",
     "eval/loss": "Held-out loss",
     "loss": "Loss",
 }
-DRIFT = {"policy/kl_to_gaussian": "KL to N(0, I), nats a noise"}
+DRIFT = {"policy/kl_to_gaussian": "KL to N(0, I), nats per noise"}
 NEGATIVE, POSITIVE = np.array([33, 102, 172]), np.array([178, 24, 43])
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: points ``x`` and ``y`` (both ``(n,)``), the index of its colour, and a label at its end."""
+    """One curve: points ``x`` and ``y``, both ``(n,)``, the index of its colour, and the label at its end."""
 
     x: np.ndarray
     y: np.ndarray
@@ -51,14 +51,14 @@ class Line:
 
 
 def color(index: int | None) -> str:
-    """The style of a series: 0 is the baseline's grey, the others repeat after six; ``None`` is the text's colour."""
+    """Returns the style of a series: grey for 0 (the baseline), then a cycle of six; the text colour for ``None``."""
     if index is None:
         return "--c:var(--ink)"
     return f"--c:var(--s{0 if index == 0 else 1 + (index - 1) % (COLORS - 1)})"
 
 
 def short(value: float) -> str:
-    """A number for an axis: ``0.25``, ``12``, ``150k``, ``1.5M``, with a true minus sign."""
+    """Formats a number for an axis: ``0.25``, ``12``, ``150k``, ``1.5M``, with a true minus sign."""
     for least, unit, letter in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least:
             return short(value / unit) + letter
@@ -66,7 +66,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """At most ``count + 2`` round numbers from ``low`` to ``high``."""
+    """Returns at most ``count + 2`` round numbers from ``low`` to ``high``."""
     raw = max(high - low, 1e-12) / (count + 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
@@ -75,15 +75,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def spread_labels(wanted: Sequence[float], gap: float) -> list[float]:
-    """Moves positions apart until each is at least ``gap`` below the one before it; their order stays."""
+    """Spreads positions to a distance of at least ``gap``, keeping their order and mean."""
     order, placed = np.argsort(wanted, kind="stable"), np.array(wanted, dtype=float)
     for before, after in itertools.pairwise(order):
         placed[after] = max(placed[after], placed[before] + gap)
     return (placed - np.sum(placed - wanted) / max(len(placed), 1)).tolist()
 
 
-def _beside(names: Sequence[str]) -> tuple[list[str], float]:
-    """Names short enough to stand beside a chart, and the room that they take."""
+def _side_labels(names: Sequence[str]) -> tuple[list[str], float]:
+    """Returns the names shortened to fit next to a chart, and the width they take."""
     cut = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in names]
     return cut, 14 + 6.8 * max(map(len, cut), default=0)
 
@@ -110,21 +110,21 @@ def line_chart(
     reference: tuple[float, str] | None = None,
     logarithmic: bool = False,
 ) -> Markup:
-    """Curves with labels at their ends.
+    """Draws curves with labels at their ends.
 
     Args:
-        lines: At least one, with finite values; positive ones where ``logarithmic``.
-        description: What the chart shows, for those who do not see it.
+        lines: At least one curve, with finite values, positive if ``logarithmic``.
+        description: Text alternative for screen readers.
         x_label: Name and unit of ``x``.
-        reference: A dashed line at this value, and its name at its end.
-        logarithmic: Octaves on the vertical axis.
+        reference: Value and label of a dashed horizontal line.
+        logarithmic: Whether the vertical axis is logarithmic, in octaves.
 
     Returns:
         An ``svg`` element.
     """
     tagged = [(line.label, float(line.y[-1]), color(line.color)) for line in lines if line.label]
     tagged += [(reference[1], reference[0], "--c:var(--ink)")] if reference else []
-    names, room = _beside([label for label, _, _ in tagged])
+    names, room = _side_labels([label for label, _, _ in tagged])
     left, right, top, bottom = 40, WIDTH - room, 10, HEIGHT - 36
     scale = np.log2 if logarithmic else np.asarray
     values = np.concatenate([scale(line.y) for line in lines] + ([scale([reference[0]])] if reference else []))
@@ -159,17 +159,17 @@ def line_chart(
 
 
 def ridges(rows: Sequence[tuple[str, int, np.ndarray]], description: str, *, percent: bool = False) -> Markup:
-    """Histograms one above the other, a row a method, with its mean as a stroke and a number.
+    """Draws stacked histograms, one row per method, each with its mean as a line and a number.
 
     Args:
-        rows: Name, colour and values ``(n,)`` of every row.
-        description: What the chart shows, for those who do not see it.
-        percent: Values are shares from 0 to 1, written in percent.
+        rows: Name, colour index and values ``(n,)`` of each row.
+        description: Text alternative for screen readers.
+        percent: Whether values are shares in [0, 1], printed in percent.
 
     Returns:
         An ``svg`` element.
     """
-    names, left = _beside([name for name, _, _ in rows])
+    names, left = _side_labels([name for name, _, _ in rows])
     right, step, tall = WIDTH - 52, 46, 38
     every = np.concatenate([values for _, _, values in rows])
     low, high = (0.0, 1.0) if percent else (float(every.min()), float(every.max()))
@@ -199,7 +199,7 @@ def ridges(rows: Sequence[tuple[str, int, np.ndarray]], description: str, *, per
 
 
 def interval_mark(mean: float, low: float, high: float, limits: tuple[float, float], strong: bool) -> Markup:
-    """A small drawing of an interval on the scale ``limits``, with a stroke at 0; ``strong`` if it excludes 0."""
+    """Draws an interval on the scale ``limits`` with a line at 0; ``strong`` if the interval excludes 0."""
     across = lambda x: 2 + 96 * (x - limits[0]) / ((limits[1] - limits[0]) or 1)
     template = Markup(
         '<svg class="interval{}" viewBox="0 0 100 14" aria-hidden="true"><line x1="{z:.1f}" x2="{z:.1f}" y1="0" '
@@ -208,17 +208,17 @@ def interval_mark(mean: float, low: float, high: float, limits: tuple[float, flo
     return template.format(" strong" if strong else "", across(low), across(high), across(mean), z=across(0))
 
 
-def noise_map(values: np.ndarray, limit: float) -> Picture:
-    """A mean map ``(h, w)`` in diverging colours: white at 0, blue at ``-limit``, red at ``limit``."""
+def noise_map(values: np.ndarray, limit: float) -> EmbeddedImage:
+    """Draws a map ``(h, w)`` in diverging colours: white at 0, blue at ``-limit``, red at ``limit``."""
     share = np.clip(values / (limit or 1), -1, 1)[..., None]
     pixels = 255 + np.abs(share) * (np.where(share < 0, NEGATIVE, POSITIVE) - 255)
     image = Image.fromarray(pixels.round().astype(np.uint8))
     image.thumbnail((SMALL, SMALL))
-    return to_picture(image, "PNG", optimize=True)
+    return embed_image(image, "PNG", optimize=True)
 
 
 def _curve(log: Sequence[dict[str, Any]], key: str) -> tuple[str, np.ndarray, np.ndarray]:
-    """A log's finite values of a key, and what they are drawn against."""
+    """Returns the finite values of a log key, and the key and values of the horizontal axis."""
     finite = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
     records = [record for record in log if finite(record.get(key))]
     x_key = "charts/images" if all("charts/images" in record for record in records) else "step"
@@ -229,7 +229,7 @@ def _curve(log: Sequence[dict[str, Any]], key: str) -> tuple[str, np.ndarray, np
 def learning_chart(
     logs: Sequence[Sequence[dict[str, Any]]], key: str, description: str, color: int | None
 ) -> Markup | None:
-    """A log's key over training: a faint line a run, and its moving average; ``None`` where nothing is finite."""
+    """Draws a log key over training: one faint line per run and its moving average; ``None`` without finite values."""
     curves = [curve for curve in (_curve(log, key) for log in logs) if len(curve[1])]
     lines = []
     for _, x, y in curves:
@@ -246,9 +246,10 @@ def learning_chart(
 def learning_panels(
     titles: Mapping[str, Sequence[Sequence[dict[str, Any]]]], groups: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """For every title, whose logs are one training with several seeds, its objective and its drift from N(0, I).
+    """Returns the panels of the learning curves: objective and drift from N(0, I) for each title.
 
-    A title that is the name of a group of the evaluation has the group's colour.
+    The logs of one title are the training seeds of one method. A title that names a group of the evaluation takes its
+    colour.
     """
     panels, colors = [], {group.lower(): index for index, group in enumerate(groups)}
     for title, logs in titles.items():
@@ -271,20 +272,20 @@ def learning_panels(
 
 
 def score_panels(results: Results, *, binary: bool) -> list[dict[str, Any]]:
-    """A panel a scorer: how its scores spread, by group; a right-or-wrong judge's shares, prompt by prompt."""
+    """Returns one panel per scorer: the distribution of its scores by group, or of means per prompt for a 0/1 judge."""
     panels = []
     for scorer in scorers(results):
         shares, rows = binary and scorer == results.judge, []
         for index, (group, members) in enumerate(results.groups.items()):
             scores = np.stack([results.methods[name].scores[scorer] for name in members])  # (seeds, P, S)
             rows.append((group, index, scores.mean((0, 2)) if shares else scores.ravel()))
-        title = f"{scorer}, share right by prompt" if shares else f"{scorer}, by picture"
+        title = f"{scorer}, share right by prompt" if shares else f"{scorer}, by image"
         panels.append({"title": title, "chart": ridges(rows, f"Distribution of {title}, by method", percent=shares)})
     return panels
 
 
 def noise_panels(results: Results) -> dict[str, Any]:
-    """Mean maps by method on one colour scale, and radial spectra by group on one chart, where they were measured."""
+    """Returns mean maps by method on one colour scale and radial spectra by group in one chart, if measured."""
     every = [method.noise_map for method in results.methods.values() if method.noise_map.size]
     limit = max((float(np.abs(values).max()) for values in every), default=0.0)
     maps, lines = [], []

@@ -1,11 +1,11 @@
-"""One self-contained page about an evaluation: verdict, table, failures first, learning curves, noise.
+"""A self-contained page about an evaluation: verdict, table, failures first, learning curves, noise.
 
     noisear report runs/evaluate runs/nll runs/ppo -o report.html
 
-Takes the folder of an evaluation, run folders of trainings, or both, and writes a page that opens anywhere without a
-network: styles, script and pictures are inside it. A part that was not given is left out, with a line that says why.
+Takes the folder of an evaluation, run folders of trainings, or both, and writes a page that needs no network: styles,
+script and images are embedded. Missing parts are omitted, with a line that says why.
 
-Shapes: ``P`` prompts, ``S`` samples a prompt.
+Shapes: ``P`` prompts, ``S`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from noisear_rl.evaluation.tables import load
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.report import charts as figures
-from noisear_rl.report.embed import fit_pictures
+from noisear_rl.report.embed import fit_images
 from noisear_rl.report.summary import (
     best_row,
     brief,
@@ -54,18 +54,18 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folder of an evaluation (at most one) and run folders of trainings."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page to write."""
+    """HTML file to write."""
     title: str = ""
-    """Headline; unset for the denoiser's name."""
+    """Title; unset for the name of the denoiser."""
     max_images: int = 500
-    """Pictures on the page; where there are more, those of the prompts that fail most are shown."""
+    """Largest number of images on the page; prompts that fail most come first."""
     images_per_cell: int = 4
-    """Pictures of a prompt and method."""
+    """Images per prompt and method."""
 
 
 @dataclass
 class Training:
-    """A training run: its name, its records and its configuration as YAML."""
+    """A training run: its name, its log records and its configuration as YAML."""
 
     name: str
     records: list[dict[str, Any]]
@@ -73,16 +73,16 @@ class Training:
 
     @property
     def title(self) -> str:
-        """The name without its seed: runs that differ in their seed alone share it."""
+        """The name without the training seed, shared by runs that differ only in their seed."""
         return re.sub(r"[-_. ](seed[-_. ]?)?\d+$", "", self.name) or self.name
 
 
 def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
-    """Tells evaluations from trainings and reads them.
+    """Reads the folders of evaluations and trainings, recognised by their files.
 
     Raises:
         FileNotFoundError: If a folder is neither.
-        ValueError: If there is no folder or more than one evaluation, or a file is damaged.
+        ValueError: If there is no folder, more than one evaluation, or a damaged file.
     """
     if not folders:
         raise ValueError("expected the folder of an evaluation or of a training run: noisear report RUN... -o FILE")
@@ -90,7 +90,9 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
     for folder in folders:
         if (folder / "results.json").is_file():
             if results is not None:
-                raise ValueError(f"a page shows one evaluation, got {results.folder} and {folder}: make a page each")
+                raise ValueError(
+                    f"a page shows one evaluation, got {results.folder} and {folder}: write a page for each"
+                )
             results = load(str(folder))
         elif (folder / "metrics.jsonl").is_file():
             config = folder / "config.yaml"
@@ -103,26 +105,29 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
             trainings.append(Training(folder.name, records, config.read_text() if config.is_file() else ""))
         else:
             raise FileNotFoundError(
-                f"{folder} is no run: expected results.json (noisear evaluate) or metrics.jsonl (a training)"
+                f"{folder} is not a run folder: expected results.json (noisear evaluate) or metrics.jsonl (a training)"
             )
     return results, trainings
 
 
 def failures_first(best: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Order of prompts: where the best method scores lowest first, and among equals where it loses most.
+    """Orders prompts by the score of the best method, lowest first; ties by its gain over the baseline, lowest first.
 
     Args:
         best: ``(P, S)`` judge scores of the best method.
-        baseline: ``(P, S)`` of the baseline.
+        baseline: ``(P, S)`` judge scores of the baseline.
+
+    Returns:
+        ``(P,)`` indices of prompts.
     """
     mean, gain = best.mean(1), best.mean(1) - baseline.mean(1)
     return np.lexsort((gain, mean))
 
 
-def choose_pictures(results: Results, order: Sequence[int], config: ReportConfig) -> list[tuple[int, str, str, int]]:
-    """``(prompt, group, method, sample)`` of the pictures to show: whole prompts in this order, as many as may be.
+def choose_images(results: Results, order: Sequence[int], config: ReportConfig) -> list[tuple[int, str, str, int]]:
+    """Returns ``(prompt, group, method, sample)`` of the images to show: complete prompts in order, while they fit.
 
-    A cell goes through the samples and takes the training seeds in turn; pictures that are not on disk are left out.
+    A cell iterates over the samples and alternates between training seeds; images that are not on disk are skipped.
     """
     groups = results.groups
     chosen: list[tuple[int, str, str, int]] = []
@@ -141,11 +146,11 @@ def choose_pictures(results: Results, order: Sequence[int], config: ReportConfig
 
 
 def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[list[dict], list[dict]]:
-    """Prompts in the order of :func:`failures_first` with their pictures, and what the dialog says of each picture."""
+    """Returns prompts in the order of :func:`failures_first` with their images, and the dialog text of each image."""
     binary, groups, judge, seed = is_binary(results), results.groups, results.judge, results.config.get("seed")
     order = failures_first(results.pooled(best, judge), results.pooled(next(iter(groups)), judge)).tolist()
-    chosen = choose_pictures(results, order, config)
-    pictures = fit_pictures([results.image_path(method, prompt, j) for prompt, _, method, j in chosen])
+    chosen = choose_images(results, order, config)
+    images = fit_images([results.image_path(method, prompt, j) for prompt, _, method, j in chosen])
     details: list[dict] = []
     shots: dict[tuple[int, str], list[dict]] = {}
     for index, (prompt, group, method, sample) in enumerate(chosen):
@@ -154,7 +159,7 @@ def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[li
         mark = {"right": "✓", "wrong": "✗", "score": brief(scores[judge])}[kind]
         said = kind if binary else f"{judge} {mark}"
         alt = f"{results.prompts[prompt]}: {method}, sample {sample}, {said}"
-        shot = {"id": index, "picture": pictures[index], "badge": mark, "kind": kind, "alt": alt}
+        shot = {"id": index, "image": images[index], "badge": mark, "kind": kind, "alt": alt}
         shots.setdefault((prompt, group), []).append(shot)
         noise_seed = seed + prompt * results.samples + sample if isinstance(seed, int) else None
         details.append(
@@ -180,7 +185,7 @@ def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[li
 
 
 def command(config: dict[str, Any]) -> str:
-    """The ``noisear evaluate`` line of an evaluation's options."""
+    """Returns the ``noisear evaluate`` command line for the options of an evaluation."""
     words = ["noisear", "evaluate"]
     nested = {f"search.{key}": value for key, value in config.get("search", {}).items()}
     for key, value in ({key: value for key, value in config.items() if key != "search"} | nested).items():
@@ -197,7 +202,7 @@ def command(config: dict[str, Any]) -> str:
 
 
 def evaluation_part(results: Results, config: ReportConfig) -> dict[str, Any]:
-    """What the template shows of an evaluation."""
+    """Returns the values that the template shows of an evaluation."""
     rows, binary = table_rows(results), is_binary(results)
     best = best_row(rows)
     cases, details = failure_cases(results, best.name, config)
@@ -232,7 +237,7 @@ def evaluation_part(results: Results, config: ReportConfig) -> dict[str, Any]:
 
 
 def render(results: Results | None, trainings: Sequence[Training], config: ReportConfig) -> str:
-    """The page as HTML; all text in it is escaped, and no script but its own may run."""
+    """Renders the page as HTML: all text is escaped, and only its own script may run."""
     titles: dict[str, list[list[dict[str, Any]]]] = {}
     for run in trainings:
         titles.setdefault(run.title, []).append(run.records)
@@ -259,11 +264,11 @@ def render(results: Results | None, trainings: Sequence[Training], config: Repor
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Writes the page and returns its path; see the module's docstring.
+    """Writes the page and returns its path; see the module docstring.
 
     Raises:
-        FileNotFoundError: If a folder is no run.
-        ValueError: If a run or a picture is damaged, or the options do not go together.
+        FileNotFoundError: If a folder is not a run folder.
+        ValueError: If a run or an image is damaged, or the options are incompatible.
     """
     if config.max_images < 0 or config.images_per_cell < 1:
         raise ValueError("--max-images must be 0 or more, and --images-per-cell 1 or more")

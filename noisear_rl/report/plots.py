@@ -1,4 +1,4 @@
-"""Pictures of a comparison: the same prompts side by side, and the learning curve."""
+"""Figure of a comparison: images of the same prompts side by side, and the learning curve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RIGHT, WRONG = "#1a9850", "#d73027"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG whole or not at all, and closes the figure."""
+    """Writes a PNG atomically and closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.png")
     figure.savefig(temporary)
@@ -28,12 +28,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def learning_curve(axes: plt.Axes, run: Path, key: str = "reward/shapes-match") -> None:
-    """Draws a scorer's mean over training images, with a moving average.
+    """Draws the mean of a scorer against training images, with a moving average.
 
     Args:
-        axes: Where to draw.
-        run: Run folder that holds ``metrics.jsonl``.
-        key: Which record to draw.
+        axes: Axes to draw on.
+        run: Run folder with ``metrics.jsonl``.
+        key: Log key to draw.
     """
     records = [record for record in read_records(run) if key in record]
     images = np.array([record["charts/images"] for record in records])
@@ -56,14 +56,14 @@ def comparison(
     run: Path | None = None,
     scorer: str = "shapes-exact",
 ) -> None:
-    """Writes a PNG: a row a prompt, a block of pictures a method, framed green where right and red where wrong.
+    """Writes a PNG with one row per prompt and one block of images per method, framed green if right and red if wrong.
 
     Args:
-        path: The file to write.
-        results: What :func:`noisear_rl.evaluation.compare.evaluate` returned, with images.
-        prompts: The ``P`` prompts.
-        title: Headline.
-        run: Run folder whose learning curve to add.
+        path: File to write.
+        results: Output of :func:`noisear_rl.evaluation.compare.evaluate`, with images.
+        prompts: ``P`` prompts.
+        title: Title of the figure.
+        run: Run folder whose learning curve is added; ``None`` for no curve.
         scorer: The 0/1 score behind the frames.
     """
     methods = list(results)

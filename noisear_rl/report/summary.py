@@ -1,4 +1,4 @@
-"""The figures of a report: a row for every group of methods, and the sentence that sums them up."""
+"""The numbers of a report: one row per group of methods, and the sentence that summarises them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from noisear_rl.samplers import GAUSSIAN
 
 @dataclass
 class Row:
-    """A group's figures; the judge's in percent where it says right or wrong.
+    """Numbers of one group; those of the judge are percentages if it returns only 0 and 1.
 
     Attributes:
-        name: The group.
-        color: Its place in the order, which is its colour.
-        seeds: The judge's mean of each training seed.
-        judge: Over training seeds, prompts and samples.
-        gain: Paired difference to the baseline; ``None`` for the baseline.
-        win_rate: Share of pairs won against the baseline in percent, ties half; ``None`` for the baseline.
-        scores: The other scorers.
-        categories: The judge's mean by category.
-        diversity: Mean pairwise distance of a prompt's pictures; ``None`` where it was not measured.
-        nfe: Network evaluations a picture.
-        seconds: Of making a picture; ``None`` where it was not measured.
-        kl: To N(0, I) in nats; ``None`` without a density.
-        noise_mean: Mean of noise elements.
-        noise_std: Standard deviation of noise elements.
+        name: Name of the group.
+        color: Index of the group, which selects its colour.
+        seeds: Mean of the judge for each training seed.
+        judge: Mean of the judge over training seeds, prompts and samples.
+        gain: Paired difference from the baseline; ``None`` for the baseline.
+        win_rate: Percentage of pairs won against the baseline, a tie being half a win; ``None`` for the baseline.
+        scores: Means of the other scorers by name.
+        categories: Mean of the judge by category.
+        diversity: Mean pairwise distance of the images of a prompt; ``None`` if not measured.
+        nfe: Network evaluations per image.
+        seconds: Seconds per image; ``None`` if not measured.
+        kl: Mean KL of the noise to N(0, I) in nats; ``None`` without a density.
+        noise_mean: Mean over noise elements.
+        noise_std: Standard deviation over noise elements.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Row:
 
 
 def is_binary(results: Results) -> bool:
-    """Whether the judge says right or wrong (1 or 0) and nothing between."""
+    """Returns whether the judge scores images only as right (1) or wrong (0)."""
     return all(np.isin(method.scores[results.judge], (0, 1)).all() for method in results.methods.values())
 
 
 def table_rows(results: Results) -> list[Row]:
-    """The figures of every group, the baseline's first."""
+    """Returns the numbers of every group, the baseline first."""
     scale = 100.0 if is_binary(results) else 1.0
     categories, (judge, *others) = results.categories, scorers(results)
     start, seconds = results.methods[results.baseline], results.seconds_per_image()
@@ -105,57 +105,57 @@ def table_rows(results: Results) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row]) -> Row:
-    """The row with the best judge score, the baseline's only where it is alone."""
+    """Returns the row with the highest judge score; the baseline only if there is no other row."""
     return max(rows[1:] or rows, key=lambda row: row.judge.mean)
 
 
 def decimals(estimates: Sequence[Estimate | None]) -> int:
-    """How many decimals figures need: two digits of the narrowest interval, three decimals where there is none."""
+    """Returns the decimals that show two digits of the narrowest interval, or three if there is no interval."""
     widths = [estimate.high - estimate.low for estimate in estimates if estimate is not None]
     least = min((width for width in widths if width > 1e-9), default=0.05)
     return int(np.clip(1 - math.floor(math.log10(least)), 0, 5))
 
 
 def judge_decimals(rows: Sequence[Row], *, binary: bool) -> int:
-    """Decimals of the judge's figures; one for percent."""
+    """Returns the decimals of the judge's numbers; one for percentages."""
     return 1 if binary else decimals([estimate for row in rows for estimate in (row.judge, row.gain)])
 
 
 def plain(value: float, digits: int) -> str:
-    """``1.2`` or ``−1.2`` with a true minus sign."""
+    """Formats ``1.2`` or ``−1.2``, with a true minus sign."""
     return number(value, digits).replace("-", "−")
 
 
 def signed(value: float, digits: int) -> str:
-    """``+1.2`` or ``−1.2`` with a true minus sign."""
+    """Formats ``+1.2`` or ``−1.2``, with a true minus sign."""
     return number(value, digits, "+").replace("-", "−")
 
 
 def brief(value: float, digits: int = 3) -> str:
-    """``0.278``, ``17`` or ``−1.05``: a few significant digits, with a true minus sign."""
+    """Formats ``0.278``, ``17`` or ``−1.05``: ``digits`` significant digits, with a true minus sign."""
     return f"{value:.{digits}g}".replace("-", "−")
 
 
 def evidence(gain: Estimate, digits: int) -> str:
-    """The interval of a gain and whether it is significant, in words."""
+    """Describes the interval of a gain and whether it is significant."""
     if math.isnan(gain.low):
-        return "too few pictures to say whether by chance"
+        return "too few images to rule out chance"
     mark = "significant" if significance_mark(gain) else "not significant"
     return f"95\u00a0% interval {signed(gain.low, digits)} to {signed(gain.high, digits)}, {mark}"
 
 
 def verdict(rows: Sequence[Row], judge: str, *, binary: bool) -> str:
-    """What the evaluation found, in one sentence: the best method, its gain on the baseline, at which cost."""
+    """Summarises an evaluation in one sentence: the best method, its gain over the baseline and its cost."""
     base, best, digits = rows[0], best_row(rows), judge_decimals(rows, binary=binary)
     other_noise = f"{base.name} noise" if base.name == GAUSSIAN else base.name
     score = plain(best.judge.mean, digits)
-    reached = f"gets {score}\u00a0% of the pictures right" if binary else f"scores {score} on {judge}"
+    reached = f"gets {score}\u00a0% of the images right" if binary else f"scores {score} on {judge}"
     if best.gain is None:
         return f"Only {other_noise} was evaluated: it {reached}, and there is nothing to compare it with."
     unit = " points" if binary else ""
     gap = f"{plain(abs(best.gain.mean), digits)}{unit} {'more' if best.gain.mean >= 0 else 'less'} than {other_noise}"
     sentence = f"{best.name[:1].upper()}{best.name[1:]} {reached}, {gap} ({evidence(best.gain, digits)})"
-    cost = f"{best.nfe:g} network evaluation{'' if best.nfe == 1 else 's'} a picture"
+    cost = f"{best.nfe:g} network evaluation{'' if best.nfe == 1 else 's'} per image"
     if math.isclose(best.nfe, base.nfe):
         return f"{sentence}, at equal cost: {cost}."
     sentence += f", but not at equal cost: {cost} instead of {base.nfe:g}"

@@ -1,4 +1,4 @@
-"""The evaluation command: resumed and shared out, it writes the same bytes; what it refuses."""
+"""The evaluation command writes the same bytes when resumed or run in several processes, and rejects bad options."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def command(config):
     ]
 
 
-def test_results_hold_every_picture_once(whole):
+def test_results_hold_every_image_once(whole):
     results = load_results(whole.output_dir)
     assert results.groups == {
         "Gaussian": ["Gaussian"],
@@ -70,7 +70,7 @@ def test_results_hold_every_picture_once(whole):
         "reno 2": ["reno 2"],
     }
     for name, method in results.methods.items():
-        assert method.scores["shapes-exact"].shape == (7, 3)  # 7 is no multiple of the shard's 2 prompts
+        assert method.scores["shapes-exact"].shape == (7, 3)  # 7 is not a multiple of the 2 prompts per shard
         assert method.diversity["layout"].shape == method.diversity["shapes-clip"].shape == (7,)
         assert {Image.open(results.image_path(name, p, s)).size for p in range(7) for s in range(3)} == {(64, 64)}
     nfe = {name: method.nfe for name, method in results.methods.items()}
@@ -81,7 +81,7 @@ def test_results_hold_every_picture_once(whole):
     assert abs(gaussian.noise_std - 1) < 0.05 and gaussian.noise_map.shape == (8, 8)
     assert gaussian.radial_spectrum.shape == (5,) and abs(gaussian.radial_spectrum[1:].mean() - 1) < 0.2
     chosen, first = (results.methods[name].scores["shapes-match"] for name in ("best of 2", "Gaussian"))
-    assert (chosen >= first - 1e-6).all() and (chosen > first).any()  # candidate 0 is the Gaussian picture itself
+    assert (chosen >= first - 1e-6).all() and (chosen > first).any()  # candidate 0 is the Gaussian image itself
     assert set(results.seconds_per_image()) == set(results.methods)
 
 
@@ -124,7 +124,7 @@ def test_methods_can_be_added(whole, tmp_path, policies):
     assert files(tmp_path) == files(whole.output_dir)
 
 
-def test_other_settings_are_refused(whole):
+def test_other_settings_are_rejected(whole):
     with pytest.raises(ValueError, match=r"written with other settings \(samples: 3, not 2\)"):
         run(replace(whole, samples=2))
     with pytest.raises(ValueError, match="written with other settings"):
@@ -154,7 +154,7 @@ def test_bad_methods(policies, tmp_path):
 
 
 def test_prompt_files_and_reward_files(tmp_path, capsys):
-    """A published layout with a malformed row, and the scorers of a reward file, by the command."""
+    """A published layout with a malformed row and the scorers of a reward file, on the command line."""
     prompts, scorers = tmp_path / "drawbench.csv", tmp_path / "scorers.yaml"
     prompts.write_text(
         'Prompts,Category\na photo of a red circle,Colors\n"",Counting\na photo of two squares,Counting\n'

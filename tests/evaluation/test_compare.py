@@ -23,10 +23,12 @@ def test_methods_are_paired_and_batches_do_not_matter(random_denoiser):
     policies = {GAUSSIAN: None, "same": random_policy(scale=0.0), "other": random_policy()}
     reward = load_reward("shapes-match")
     results = evaluate(random_denoiser, reward, policies, PROMPTS, 3, batch_size=4, keep_images=2)
-    whole = evaluate(random_denoiser, reward, policies, PROMPTS, 3, batch_size=64)
+    together = evaluate(random_denoiser, reward, policies, PROMPTS, 3, batch_size=64)
     for name in policies:
         assert results[name].scores["shapes-match"].shape == (3, 3)
-        np.testing.assert_allclose(results[name].scores["shapes-match"], whole[name].scores["shapes-match"], atol=1e-5)
+        np.testing.assert_allclose(
+            results[name].scores["shapes-match"], together[name].scores["shapes-match"], atol=1e-5
+        )
         assert results[name].images.shape == (3, 2, 3, 64, 64)
         assert results[name].nfe == 4
     np.testing.assert_array_equal(results[GAUSSIAN].scores["shapes-match"], results["same"].scores["shapes-match"])
@@ -35,7 +37,7 @@ def test_methods_are_paired_and_batches_do_not_matter(random_denoiser):
     text = table(results, ["colors", "counting", "position"], scorer="shapes-match")
     rows = [line.split("|") for line in text.splitlines()]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1
-    assert "+0.0 [0.0, 0.0]" in rows[3][-4]  # no gain of a method over itself
+    assert "+0.0 [0.0, 0.0]" in rows[3][-4]  # a method has no gain over itself
 
 
 def test_spectrum_of_white_and_of_coloured_noise():
@@ -61,8 +63,8 @@ def test_diversity_is_the_mean_pairwise_distance():
     np.testing.assert_allclose(diversity(images, embed), by_hand, atol=1e-6)
 
 
-def test_scores_that_are_missing_stop_a_comparison(random_denoiser, tmp_path):
+def test_missing_scores_stop_a_comparison(random_denoiser, tmp_path):
     file = tmp_path / "fails.py"
     file.write_text("def score(images, prompts):\n    return [float('nan')] * len(prompts)\n")
-    with pytest.raises(ValueError, match="scorer 'fails' gave NaN or infinity for 'Gaussian'"):
+    with pytest.raises(ValueError, match="scorer 'fails' returned NaN or infinity for 'Gaussian'"):
         evaluate(random_denoiser, load_reward(str(file)), {GAUSSIAN: None}, PROMPTS, 1)

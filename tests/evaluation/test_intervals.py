@@ -1,4 +1,4 @@
-"""Intervals cover what they say, also for few prompts and skewed scores; wins and preferences of pairs."""
+"""Intervals have their nominal coverage, even for few prompts and skewed scores; wins and preferences of pairs."""
 
 import math
 
@@ -21,7 +21,7 @@ REPETITIONS, DRAWS = 3000, 800
 
 
 def coverage(scores: np.ndarray, categories: list[str], truth: float | np.ndarray, resample: str = "prompts") -> float:
-    """Share in % of ``(R, P, S)`` data sets whose interval holds the truth."""
+    """Percentage of the ``(R, P, S)`` data sets whose interval contains the truth."""
     _, low, high = bootstrap_many(scores, categories, resample=resample, draws=DRAWS)
     return 100 * float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).mean())
 
@@ -29,11 +29,11 @@ def coverage(scores: np.ndarray, categories: list[str], truth: float | np.ndarra
 def shares(
     rng: np.random.Generator, prompts: int, categories: int, right: float
 ) -> tuple[np.ndarray, list[str], float]:
-    """Chances ``(R, P)`` that a prompt's picture is right, Beta of a U shape; categories; their true mean."""
+    """Probabilities ``(R, P)`` that an image of a prompt is right (a U-shaped Beta), categories, and the true mean."""
     means = right + np.linspace(-0.08, 0.08, categories) * (categories > 1)
-    of = np.arange(prompts) % categories
-    chances = rng.beta(1.5 * means[of], 1.5 * (1 - means[of]), size=(REPETITIONS, prompts))
-    return chances, [f"c{i}" for i in of], float(means.mean())
+    index = np.arange(prompts) % categories
+    chances = rng.beta(1.5 * means[index], 1.5 * (1 - means[index]), size=(REPETITIONS, prompts))
+    return chances, [f"c{i}" for i in index], float(means.mean())
 
 
 @pytest.mark.parametrize("categories", [1, 6])
@@ -60,15 +60,15 @@ def test_interval_of_a_paired_difference_covers(prompts, samples, categories):
 @pytest.mark.parametrize(("prompts", "samples", "categories"), [(30, 4, 1), (30, 8, 6), (120, 2, 6)])
 def test_interval_covers_new_noise_on_the_same_prompts(prompts, samples, categories):
     rng = np.random.default_rng(prompts + samples)
-    of = np.arange(prompts) % categories
+    index = np.arange(prompts) % categories
     chances = np.linspace(0.3, 0.95, prompts)
-    truth = np.mean([chances[of == c].mean() for c in range(categories)])
+    truth = np.mean([chances[index == c].mean() for c in range(categories)])
     scores = (rng.random((REPETITIONS, prompts, samples)) < chances[:, None]).astype(float)
-    assert 93 <= coverage(scores, [f"c{i}" for i in of], truth, "noise") <= 97
+    assert 93 <= coverage(scores, [f"c{i}" for i in index], truth, "noise") <= 97
 
 
 def test_percentiles_alone_would_undercover():
-    """Why the interval is no percentile interval: 30 prompts in six categories, and a right variance."""
+    """Why the interval is not a percentile interval: 30 prompts in six categories, with the correct variance."""
     rng = np.random.default_rng(0)
     chances, names, truth = shares(rng, 30, 6, 0.8)
     scores = (rng.random((REPETITIONS, 30, 8)) < chances[..., None]).mean(2)  # (R, P)
@@ -95,12 +95,12 @@ def test_skewed_scores_reach_further_into_the_long_tail():
     assert estimate.high - estimate.mean > 1.2 * (estimate.mean - estimate.low)
 
 
-def test_students_quantile():
+def test_student_quantile():
     table = {3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 1e9: 1.960}
     np.testing.assert_allclose(student_quantile(np.array(list(table))), list(table.values()), rtol=0.01)
 
 
-def test_categories_count_the_same_and_the_seed_decides():
+def test_categories_have_equal_weight_and_the_seed_decides():
     scores = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     categories = ["a", "b", "b", "b"]
     assert bootstrap(scores, categories).mean == category_mean(scores, categories) == pytest.approx((1 + 1 / 6) / 2)
@@ -135,7 +135,7 @@ def test_no_bounds_without_a_spread():
         (np.full((3, 2), np.nan), {}, "finite"),
     ],
 )
-def test_what_is_refused(scores, options, message):
+def test_invalid_arguments(scores, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap(scores, ["a", "b", "c"], **options)
 
@@ -165,7 +165,7 @@ def test_paired_difference_and_its_mark():
     gain = paired_difference(scores, baseline, ["a"] * 40)
     assert 0.5 < gain.low < gain.mean < gain.high < 1.5 and significance_mark(gain) == "*"
     apart = bootstrap(scores, ["a"] * 40), bootstrap(baseline, ["a"] * 40)
-    assert apart[0].low < apart[1].high  # what pairing is for
+    assert apart[0].low < apart[1].high  # why scores are paired
     assert significance_mark(paired_difference(baseline, scores, ["a"] * 40)) == "*"
     same = paired_difference(scores, scores, ["a"] * 40)
     assert (same.mean, same.low, same.high) == (0, 0, 0) and significance_mark(same) == ""
@@ -173,6 +173,6 @@ def test_paired_difference_and_its_mark():
         paired_difference(scores, baseline[:, :1], ["a"] * 40)
 
 
-def test_estimates_read_well():
+def test_estimates_as_text():
     assert str(Estimate(1.0, -0.5, 2.26)) == "1.0 [-0.5, 2.3]"
     assert Estimate(1.0, -0.004, 2.0).text(2, "+") == "+1.00 [0.00, 2.00]"

@@ -1,4 +1,4 @@
-"""Tables of evaluations that were written by hand: every number is known."""
+"""Tables of hand-written evaluations, in which every number is known."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from noisear_rl.evaluation import tables as table
+from noisear_rl.evaluation import paper_tables
 
 CATEGORIES = ["colors", "colors", "counting", "counting"]
 BASE = [[1, 0], [0, 0], [1, 1], [0, 0]]  # colors 25 %, counting 50 %
@@ -75,7 +75,7 @@ def drawbench(tmp_path) -> str:
 
 
 def run(capsys, *arguments: str) -> str:
-    table.main(list(arguments))
+    paper_tables.main(list(arguments))
     return capsys.readouterr().out
 
 
@@ -160,11 +160,11 @@ def test_several_evaluations_in_one_table(shapes, drawbench, capsys):
     assert rows[4]["image-reward (×100)"].startswith("70.0") and rows[4]["gain (×100)"].startswith("+10.0")
 
 
-def test_ours_beside_the_papers_numbers(drawbench, capsys):
+def test_our_numbers_next_to_the_papers(drawbench, capsys):
     text = run(capsys, drawbench, "--table", "1")
     rows = read_markdown(text)
     place = [(row["dataset"], row["denoiser"]) for row in rows]
-    assert len(rows) == 27 + 2 and place == sorted(place, key=place.index)  # ours stand with the paper's
+    assert len(rows) == 27 + 2 and place == sorted(place, key=place.index)  # our rows join those of the paper
     mine = [row for row in rows if row["dataset"] == "DrawBench" and row["denoiser"] == "DreamShaper-xl-v2-turbo"]
     assert [row["method"] for row in mine] == [
         "Standard (paper)", "Golden Noise (paper)", "NoiseAR (paper)", "Gaussian (ours)", "DPO (ours)"
@@ -181,7 +181,7 @@ def test_ours_beside_the_papers_numbers(drawbench, capsys):
     assert "It is not known which of them the paper prints." in text and "250 × cosine by default" in text
 
 
-def test_the_papers_numbers_alone(capsys):
+def test_published_numbers_alone(capsys):
     first, second = (read_csv(run(capsys, "--table", name, "--format", "csv")) for name in "12")
     assert len(first) == 27 and len(second) == 6
     assert all(row["method"].endswith(" (paper)") for row in first + second)
@@ -194,7 +194,7 @@ def test_the_papers_numbers_alone(capsys):
 
 def test_cost(shapes, capsys):
     rows = read_csv(run(capsys, shapes, "--table", "3", "--format", "csv"))
-    cells = [[row[name] for name in ("method", "NFE", "seconds an image", "GFLOPs an image")] for row in rows]
+    cells = [[row[name] for name in ("method", "NFE", "seconds per image", "GFLOPs per image")] for row in rows]
     assert cells == [
         ["denoising (paper)", "", "15", "2600"],
         ["NoiseAR (paper)", "", "0.03", "23.12"],
@@ -204,7 +204,7 @@ def test_cost(shapes, capsys):
     ]
 
 
-def test_no_ratio_to_pictures_that_are_all_the_same(tmp_path, capsys):
+def test_no_diversity_ratio_to_identical_images(tmp_path, capsys):
     same = {"diversity": {"shapes-clip": [0.0] * 4}}
     methods = {
         "Gaussian": method("Gaussian", {"shapes-exact": BASE}, **same),
@@ -215,7 +215,7 @@ def test_no_ratio_to_pictures_that_are_all_the_same(tmp_path, capsys):
 
 
 def test_cost_without_timing(drawbench, capsys):
-    assert [row["seconds an image"] for row in read_markdown(run(capsys, drawbench, "--table", "3"))[2:]] == ["–", "–"]
+    assert [row["seconds per image"] for row in read_markdown(run(capsys, drawbench, "--table", "3"))[2:]] == ["–", "–"]
 
 
 def test_ablations(shapes, drawbench, capsys):
@@ -233,13 +233,13 @@ def test_ablations(shapes, drawbench, capsys):
     assert len(read_csv(run(capsys, "--table", "4", "--format", "csv"))) == 15
 
 
-def test_a_file(shapes, tmp_path, capsys):
+def test_output_file(shapes, tmp_path, capsys):
     path = tmp_path / "new" / "table.csv"
     assert str(path) in run(capsys, shapes, "--format", "csv", "-o", str(path))
     assert path.read_text() == run(capsys, shapes, "--format", "csv")
 
 
-def test_what_is_refused(shapes, tmp_path):
+def test_invalid_folders_and_options(shapes, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "results.json").write_text('{"version": 1, "methods": {')
     lacking = {"Gaussian": method("Gaussian", {"shapes-exact": BASE}), "PPO": method("PPO", {"shapes-match": BASE})}
@@ -247,7 +247,7 @@ def test_what_is_refused(shapes, tmp_path):
     write(tmp_path / "short", {"Gaussian": method("Gaussian", {"shapes-exact": BASE[:3]})})
     write(tmp_path / "empty", {})
     for arguments, error, message in (
-        ([], ValueError, "say which evaluation"),
+        ([], ValueError, "expected the folder of an evaluation"),
         ([str(tmp_path / "none")], FileNotFoundError, "holds no results.json"),
         ([str(tmp_path / "torn")], ValueError, "damaged"),
         ([str(tmp_path / "lacking")], ValueError, "scores of 'PPO' by 'shapes-exact'"),
@@ -257,4 +257,4 @@ def test_what_is_refused(shapes, tmp_path):
         ([shapes, "--resample", "seeds"], ValueError, "unknown resample"),
     ):
         with pytest.raises(error, match=message):
-            table.main(arguments)
+            paper_tables.main(arguments)

@@ -1,4 +1,4 @@
-"""The report page in headless Chromium; skipped where it is missing."""
+"""The report page in headless Chromium; skipped without Chromium."""
 
 import base64
 import json
@@ -55,7 +55,7 @@ def js(page, script: str, *arguments):
 
 
 def soon(page, condition: str) -> bool:
-    """Whether a condition is met within two seconds: the browser tells of a closed dialog a moment later."""
+    """Whether a condition is met within two seconds: the browser reports a closed dialog with a delay."""
     return page.execute_async_script(
         f"const done = arguments[0]; const end = Date.now() + 2000;"
         f"(function look() {{ if ({condition}) done(true); else if (Date.now() > end) done(false);"
@@ -109,8 +109,8 @@ def test_sorting_is_numeric_with_missing_values_last(page):
         assert js(page, values) == expected
 
 
-def test_dialog_shows_the_picture_and_its_scores(page):
-    click(page, ".shot", 5)  # the first prompt's second picture of PPO: of the second training seed
+def test_dialog_shows_the_image_and_its_scores(page):
+    click(page, ".shot", 5)  # first prompt, second image of PPO, which is from the second training seed
     text = js(page, "document.getElementById('viewer').innerText")
     assert js(page, "document.getElementById('viewer').open")
     assert js(page, "document.getElementById('viewer-prompt').textContent") == "<script>alert(1)</script>first"
@@ -121,7 +121,7 @@ def test_dialog_shows_the_picture_and_its_scores(page):
     assert js(page, shown, 5)
     press(page, "ARROW_RIGHT")
     assert js(page, shown, 6) and "PPO 0" in js(page, "document.getElementById('viewer').innerText")
-    press(page, "ARROW_DOWN")  # eight pictures a prompt
+    press(page, "ARROW_DOWN")  # eight images per prompt
     assert js(page, shown, 14) and js(page, "document.getElementById('viewer-prompt').textContent").endswith("second")
     press(page, "ARROW_UP"), press(page, "ARROW_LEFT")
     assert js(page, shown, 5)
@@ -140,7 +140,7 @@ def test_category_filter(page):
     assert js(page, "document.getElementById('shown').textContent") == "3 of 6 prompts shown"
     assert js(page, "document.querySelector('.filter [aria-pressed=true]').dataset.category") == "counting"
     click(page, ".case:not([hidden]) .shot")
-    press(page, "ARROW_LEFT")  # goes round within what is shown
+    press(page, "ARROW_LEFT")  # wraps around within the shown prompts
     assert "counting" in js(page, "document.getElementById('viewer').innerText")
     press(page, "ESCAPE")
     click(page, '.filter [data-category=""]')

@@ -15,12 +15,12 @@ from noisear_rl.config import parse_config, to_mapping
 from noisear_rl.evaluation.results import load_results
 from noisear_rl.report import charts as figures
 from noisear_rl.report import page as report_page
-from noisear_rl.report.embed import encode_picture, fit_pictures
+from noisear_rl.report.embed import embed_file, fit_images
 from noisear_rl.report.page import command
 from noisear_rl.report.summary import table_rows, verdict
 from noisear_rl.samplers.by_name import SearchConfig
 
-# Right pictures of 4 samples, prompt by prompt; the prompts' names say in which order they must be shown.
+# Right images out of 4 samples, by prompt; the prompts are named after the order in which they must be shown.
 RIGHT = {"Gaussian": [4, 1, 1, 2, 1, 3], "PPO 0": [0, 2, 4, 4, 4, 1], "PPO 1": [0, 2, 4, 4, 4, 3]}
 PROMPTS = ["first", "third", "fifth", "fourth", "sixth", "second"]
 CATEGORIES = ["colors", "colors", "colors", "counting", "counting", "counting"]
@@ -32,7 +32,7 @@ def noisy(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def write_evaluation(folder: Path, *, images: bool = True, **changes) -> Path:
-    """A whole evaluation of 6 prompts, 4 samples and 3 methods in 2 groups; ``changes`` replace parts of it."""
+    """Writes an evaluation of 6 prompts, 4 samples and 3 methods in 2 groups; ``changes`` replace parts of it."""
     methods = {}
     for index, (name, counts) in enumerate(RIGHT.items()):
         exact = [[1.0] * count + [0.0] * (4 - count) for count in counts]
@@ -66,8 +66,7 @@ def write_evaluation(folder: Path, *, images: bool = True, **changes) -> Path:
         (folder / "images" / part["slug"]).mkdir(parents=True)
         for i in range(6):
             for j in range(4):
-                picture = noisy((8, 8), 100 * index + 10 * i + j)
-                picture.save(folder / "images" / part["slug"] / f"{i:05d}-{j:02d}.png")
+                noisy((8, 8), 100 * index + 10 * i + j).save(folder / "images" / part["slug"] / f"{i:05d}-{j:02d}.png")
     return folder
 
 
@@ -101,11 +100,11 @@ def shown_prompts(page: str) -> list[str]:
 
 def test_verdict_at_equal_cost(tmp_path):
     sentence = verdict_of(write_evaluation(tmp_path / "run"))
-    # 12 of 24 right against (15 + 17) / 2 of 24; both categories have as many prompts.
+    # 12 of 24 right against (15 + 17) / 2 of 24; both categories have the same number of prompts.
     assert sentence.startswith(
-        "PPO gets 66.7 % of the pictures right, 16.7 points more than Gaussian noise (95 % interval"
+        "PPO gets 66.7 % of the images right, 16.7 points more than Gaussian noise (95 % interval"
     )
-    assert sentence.endswith("not significant), at equal cost: 1 network evaluation a picture.")
+    assert sentence.endswith("not significant), at equal cost: 1 network evaluation per image.")
     assert sentence.count(". ") == 0  # one sentence
 
 
@@ -115,9 +114,9 @@ def test_verdict_names_significance_cost_and_the_best_at_equal_cost(tmp_path):
     search = {"group": "best of 4", "slug": "search", "nfe": 4.0, "kl_to_gaussian": None}
     search["scores"] = methods["PPO 0"]["scores"] | {"exact": [[1.0] * 4] * 5 + [[1.0, 1.0, 1.0, 0.0]]}
     sentence = verdict_of(write_evaluation(tmp_path / "run", methods=methods | {"s": methods["PPO 0"] | search}))
-    assert sentence.startswith("Best of 4 gets 95.8 % of the pictures right, 75.0 points more than Gaussian noise")
+    assert sentence.startswith("Best of 4 gets 95.8 % of the images right, 75.0 points more than Gaussian noise")
     assert re.search(r"\(95 % interval \+\d\d\.\d to \+\d\d\.\d, significant\), but not at equal cost", sentence)
-    assert "4 network evaluations a picture instead of 1; at equal cost the best is PPO, +45.8 points" in sentence
+    assert "4 network evaluations per image instead of 1; at equal cost the best is PPO, +45.8 points" in sentence
 
 
 def test_verdict_of_scores_losses_and_a_lone_baseline(tmp_path):
@@ -128,7 +127,7 @@ def test_verdict_of_scores_losses_and_a_lone_baseline(tmp_path):
     # Means over prompts and samples: 9.5 + 2.5 + 2.25 for Gaussian noise, 1.5 less for PPO.
     assert re.match(r"PPO scores 12\.8 on clip, 1\.5 less than Gaussian noise \(.*, significant\)", loss)
     alone = verdict_of(write_evaluation(tmp_path / "alone", methods={"Gaussian": methods["Gaussian"]}))
-    assert alone.startswith("Only Gaussian noise was evaluated: it gets 50.0 % of the pictures right")
+    assert alone.startswith("Only Gaussian noise was evaluated: it gets 50.0 % of the images right")
 
 
 def test_one_prompt_and_one_sample_have_no_interval(tmp_path):
@@ -137,7 +136,7 @@ def test_one_prompt_and_one_sample_have_no_interval(tmp_path):
         part["scores"] = {name: [values[1][1:2]] for name, values in part["scores"].items()}
         part["diversity"] = {}
     run = write_evaluation(tmp_path / "run", methods=methods, prompts=["only"], categories=["all"], samples=1)
-    assert "too few pictures to say whether by chance" in verdict_of(run)
+    assert "too few images to rule out chance" in verdict_of(run)
     page = report(run)
     assert "no interval" in page and not re.search(r"\bnan\b", re.sub(r'base64,[^"]*"', "", page))
 
@@ -153,24 +152,24 @@ def test_order_of_failures():
     assert report_page.failures_first(best, baseline).tolist() == [2, 3, 1, 0]
 
 
-def test_max_images_keeps_whole_prompts_that_fail_most(tmp_path):
+def test_max_images_keeps_complete_prompts_that_fail_most(tmp_path):
     run = write_evaluation(tmp_path / "run")
     page = report(run, options=("--max-images", "20"))
     assert shown_prompts(page) == ["first", "second"]
     assert len(re.findall(r'class="shot ', page)) == 16 and "2 of 6 prompts are shown" in page
     none = report(run, options=("--max-images", "1"))
-    assert shown_prompts(none) == [] and "No pictures are shown" in none
+    assert shown_prompts(none) == [] and "No images are shown" in none
 
 
-def test_pictures_of_a_cell_take_the_seeds_in_turn_and_skip_missing_files(tmp_path):
+def test_images_of_a_cell_alternate_between_seeds_and_skip_missing_files(tmp_path):
     run = write_evaluation(tmp_path / "run")
     for sample in (1, 2, 3):
         (run / f"images/gaussian/00000-0{sample}.png").unlink()
-    chosen = report_page.choose_pictures(load_results(run), [0], report_page.ReportConfig(images_per_cell=3))
+    chosen = report_page.choose_images(load_results(run), [0], report_page.ReportConfig(images_per_cell=3))
     assert [item[2:] for item in chosen] == [("Gaussian", 0), ("PPO 0", 0), ("PPO 1", 1), ("PPO 0", 2)]
 
 
-def test_badges_say_right_and_wrong_in_text(tmp_path):
+def test_badges_state_right_and_wrong_in_text(tmp_path):
     page = report(write_evaluation(tmp_path / "run"))
     shots = re.findall(r'class="shot (\w+)".*?alt="([^"]*)".*?class="badge"[^>]*>([^<]+)<', page)
     assert len(shots) == 48
@@ -215,13 +214,13 @@ def test_training_runs_alone(tmp_path):
     assert "<dialog" not in page and "<table" not in page
 
 
-def test_missing_parts_are_left_out_with_a_reason(tmp_path):
+def test_missing_parts_are_omitted_with_a_reason(tmp_path):
     methods = methods_of(write_evaluation(tmp_path / "first"))
     for part in methods.values():
         part |= {"diversity": {}, "noise_map": [], "radial_spectrum": []}
     run = write_evaluation(tmp_path / "run", images=False, methods=methods, categories=["all"] * 6)
     page = report(run)
-    reasons = ["No pictures are shown", "No training run was given", "has no categories", "Diversity was not measured"]
+    reasons = ["No images are shown", "No training run was given", "has no categories", "Diversity was not measured"]
     for reason in [*reasons, "measured no noise maps and no spectra"]:
         assert reason in page
     assert 'id="by-category"' not in page and 'class="filter"' not in page and ">Diversity<" not in page
@@ -244,7 +243,7 @@ def test_table_and_provenance(tmp_path):
     )
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_folders_that_are_not_runs_are_rejected(tmp_path):
     run = write_evaluation(tmp_path / "run", images=False)
     (tmp_path / "empty").mkdir()
     output = ["-o", str(tmp_path / "report.html")]
@@ -260,30 +259,30 @@ def test_what_is_no_run_is_refused(tmp_path):
     (broken / "metrics.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
         report_page.main([str(broken), *output])
-    whole = write_evaluation(tmp_path / "third")
-    (whole / "images/gaussian/00000-00.png").write_bytes(b"\x89PNG no picture")
-    with pytest.raises(ValueError, match=r"00000-00\.png is no whole picture"):
-        report_page.main([str(whole), *output])
+    damaged = write_evaluation(tmp_path / "third")
+    (damaged / "images/gaussian/00000-00.png").write_bytes(b"\x89PNG no image")
+    with pytest.raises(ValueError, match=r"00000-00\.png is not a complete image"):
+        report_page.main([str(damaged), *output])
     assert not (tmp_path / "report.html").exists()
 
 
-def test_small_pictures_are_kept_exactly_and_large_ones_fit(tmp_path):
+def test_small_images_are_kept_exactly_and_large_ones_fit(tmp_path):
     noisy((64, 48), 0).save(tmp_path / "small.png")
     noisy((300, 200), 1).save(tmp_path / "large.png")
-    small, large = fit_pictures([tmp_path / "small.png", tmp_path / "large.png"])
+    small, large = fit_images([tmp_path / "small.png", tmp_path / "large.png"])
     decoded = np.array(Image.open(BytesIO(base64.b64decode(small.uri.split(",")[1]))))
     np.testing.assert_array_equal(decoded, np.array(noisy((64, 48), 0)))
     assert (large.width, large.height) == (200, 300)  # never scaled up
-    tight = fit_pictures([tmp_path / "large.png"] * 4, budget=40_000)
-    assert sum(len(picture.uri) for picture in tight) <= 40_000 * 4 / 3
+    tight = fit_images([tmp_path / "large.png"] * 4, budget=40_000)
+    assert sum(len(image.uri) for image in tight) <= 40_000 * 4 / 3
     assert tight[0].height < 300 and tight[0].width / tight[0].height == pytest.approx(2 / 3, abs=0.02)
     with pytest.raises(ValueError, match="--max-images"):
-        fit_pictures([tmp_path / "large.png"] * 4, budget=400)
-    assert encode_picture(tmp_path / "large.png", 100, 80).height == 100
+        fit_images([tmp_path / "large.png"] * 4, budget=400)
+    assert embed_file(tmp_path / "large.png", 100, 80).height == 100
 
 
-def test_500_noisy_pictures_stay_below_15_megabytes(tmp_path):
-    """125 prompts x 2 methods x 2 samples of incompressible 512 x 512 noise; links keep making them quick."""
+def test_500_noisy_images_stay_below_15_megabytes(tmp_path):
+    """125 prompts x 2 methods x 2 samples of incompressible 512 x 512 noise; hard links keep the test fast."""
     methods = methods_of(write_evaluation(tmp_path / "first", images=False))
     scores = {"exact": [[1.0, 0.0]] * 125}
     two = {name: methods[name] | {"scores": scores, "diversity": {}} for name in ("Gaussian", "PPO 0")}
@@ -298,7 +297,7 @@ def test_500_noisy_pictures_stay_below_15_megabytes(tmp_path):
     page = report(run)
     assert page.count('class="shot ') == 500
     size = (tmp_path / "out/report.html").stat().st_size
-    assert 5e6 < size <= 15e6  # the room is used
+    assert 5e6 < size <= 15e6  # the budget is used
 
 
 def test_ticks_are_round_and_labels_do_not_overlap():
@@ -312,8 +311,8 @@ def test_ticks_are_round_and_labels_do_not_overlap():
 
 
 def test_noise_map_is_white_at_zero_and_diverges():
-    picture = figures.noise_map(np.array([[0.0, 1.0], [-1.0, 0.5]]), 1.0)
-    pixels = np.array(Image.open(BytesIO(base64.b64decode(picture.uri.split(",")[1]))).convert("RGB")).astype(int)
+    image = figures.noise_map(np.array([[0.0, 1.0], [-1.0, 0.5]]), 1.0)
+    pixels = np.array(Image.open(BytesIO(base64.b64decode(image.uri.split(",")[1]))).convert("RGB")).astype(int)
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert pixels[0, 1, 0] > pixels[0, 1, 2] + 100 and pixels[1, 0, 2] > pixels[1, 0, 0] + 100
     assert np.all(pixels[1, 1] > pixels[0, 1])  # half way to white
@@ -332,7 +331,7 @@ def test_curves_of_many_records_are_thinned_and_smoothed():
     assert figures.learning_chart([[{"step": 1, "loss": float("nan")}]], "loss", "Loss", 1) is None
 
 
-def test_the_command_gives_the_evaluations_options_back():
+def test_the_command_restores_the_options_of_the_evaluation():
     config = EvaluateConfig(
         methods=("PPO=runs/a,runs/b", "PPO+best-of-4"),
         num_prompts=7,

@@ -1,6 +1,6 @@
 "use strict";
 
-// Tables: a header sorts its column, first downwards for numbers; what has no value stays last.
+// Tables: a header sorts its column, numbers in descending order first; missing values stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -33,7 +33,7 @@ for (const filter of filters) {
   });
 }
 
-// One picture, large: arrows go to its neighbours, up and down to the same place of the next prompt, Escape closes.
+// Image viewer: left and right step to neighbours, up and down to the same place in another prompt, Escape closes.
 const viewer = document.getElementById("viewer");
 if (viewer) {
   const details = JSON.parse(document.getElementById("details").textContent);
