@@ -1,20 +1,21 @@
 # Needs Python >= 3.11, pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks
 
-.PHONY: help install demo test test-slow test-originals lint format clean
+.PHONY: help install demo test test-lowest test-slow test-originals lint format clean
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(VENV)/installed  ## Create .venv with the tested versions
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: install  ## Train a noise prior on the embedded denoiser and compare it with Gaussian noise (5 minutes)
@@ -22,6 +23,9 @@ demo: install  ## Train a noise prior on the embedded denoiser and compare it wi
 
 test: install  ## Run the test suite
 	$(RUN) -m pytest
+
+test-lowest:  ## Run the test suite with the lowest supported versions, in .venv-lowest; needs Python 3.11
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow
@@ -44,4 +48,4 @@ format: install  ## Format the code
 	$(VENV)/bin/ruff format $(CHECKED)
 
 clean:  ## Remove what can be made again
-	rm -rf $(VENV) .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
+	rm -rf .venv .venv-lowest .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
