@@ -1,4 +1,4 @@
-"""The pipeline classes of published models with tiny random weights, built without a download."""
+"""The pipeline classes of published models with tiny random weights; no download needed."""
 
 import torch
 from diffusers import (
@@ -35,7 +35,7 @@ SDXL_SCHEDULE |= {"num_train_timesteps": 1000, "timestep_spacing": "leading", "s
 
 
 def vae(latent_channels: int = 4, levels: int = 2, **options) -> AutoencoderKL:
-    """With two levels, images have twice the side of the latent."""
+    """An autoencoder; with two levels, images have twice the side of the latent."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -139,7 +139,7 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
         use_style_cond_and_image_meta_size=False,
     )
     return HunyuanDiTPipeline(
-        vae=vae(levels=4, scaling_factor=0.13025),  # the pipeline takes it for granted that it is 8x
+        vae=vae(levels=4, scaling_factor=0.13025),  # the pipeline assumes a factor of 8
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_encoder_2=encoder_2,
@@ -209,6 +209,6 @@ BUILDERS = {"sdxl": sdxl, "hunyuan-dit": hunyuan_dit, "pixart-sigma": pixart_sig
 
 
 def build(name: str):
-    """A pipeline by its preset's name; the same weights every time."""
+    """Builds a pipeline by preset name, with the same weights every time."""
     torch.manual_seed(0)
     return BUILDERS[name]()

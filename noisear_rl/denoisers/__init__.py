@@ -1,4 +1,4 @@
-"""Denoisers: frozen text-to-image diffusion models, and what the rest of the library may ask of them.
+"""Denoisers: frozen text-to-image diffusion models, and the interface that the rest of the library uses.
 
 Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 """
@@ -27,7 +27,7 @@ class Conditioning:
         prompts: ``B`` texts.
         policy_embeds: ``(B, L, D)`` float32; what the policy sees.
         policy_mask: ``(B, L)`` bool; true where a token is not padding.
-        inputs: Tensors ``(B, …)`` by the name of the pipeline's argument.
+        inputs: Tensors ``(B, …)`` by argument name of the pipeline's call.
     """
 
     prompts: list[str]
@@ -55,7 +55,7 @@ class Conditioning:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Joins along the batch."""
+        """Concatenates along the batch."""
         return cls(
             [prompt for part in parts for prompt in part.prompts],
             torch.cat([part.policy_embeds for part in parts]),
@@ -69,14 +69,14 @@ class Denoiser(Protocol):
     """A frozen text-to-image diffusion model.
 
     Attributes:
-        name: What :func:`load_denoiser` calls it.
-        revision: What its weights are called in records.
+        name: Name in :func:`load_denoiser` and in records.
+        revision: Revision of its weights, for records.
         latent_shape: ``(C, h, w)`` of its initial noise.
-        image_size: Height and width of its pictures in pixels.
+        image_size: Height and width of its images in pixels.
         text_shape: ``(L, D)`` of ``policy_embeds``.
-        patch_size: Patch side that cuts its noise into the paper's 16 patches.
+        patch_size: Patch side that splits its noise into the paper's 16 patches.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_scale: Classifier-free guidance scale; 1 means no guidance.
     """
 
     name: str
@@ -90,11 +90,11 @@ class Denoiser(Protocol):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations an image costs (guidance counts twice)."""
+        """Network evaluations per image (guidance counts twice)."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeds prompts; the same prompt is computed once."""
+        """Embeds prompts; each distinct prompt is computed once."""
         ...
 
     def denoise(
@@ -106,7 +106,7 @@ class Denoiser(Protocol):
     def denoise_with_latents(
         self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same images, and the clean latents ``(B, C, h, w)`` that they were decoded from."""
+        """Like :meth:`denoise`, but also returns the clean latents ``(B, C, h, w)`` of the images."""
         ...
 
     @property
@@ -115,7 +115,7 @@ class Denoiser(Protocol):
         ...
 
     def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The same images with gradients to the noise, not clamped to [0, 1]."""
+        """Like :meth:`denoise`, but differentiable with respect to the noise and not clamped to [0, 1]."""
         ...
 
     def predict_noise(
@@ -125,16 +125,16 @@ class Denoiser(Protocol):
         ...
 
     def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-        """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set."""
+        """A deterministic first-order scheduler on the model's own noise schedule, with its timesteps set."""
         ...
 
 
 def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str, Any]:
-    """What a policy must agree on with a denoiser, by the names of its configuration.
+    """The sizes that a policy must share with a denoiser, by field name of the policy's configuration.
 
     Args:
-        denoiser: Any.
-        patch_size: Patch side, where it matters: a sampler takes a policy of any.
+        denoiser: Any denoiser.
+        patch_size: Patch side to include; ``None`` leaves it out, as samplers accept policies with any patch size.
     """
     sizes: dict[str, Any] = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
     return sizes if patch_size is None else sizes | {"patch_size": patch_size}
@@ -145,17 +145,17 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
 
     Args:
         name: ``shapes`` and its one-step student ``shapes-turbo`` (embedded), ``sdxl``, ``dreamshaper``,
-            ``hunyuan-dit``, ``pixart-sigma``, ``sd3``, or a folder that holds a pipeline of one of these classes.
+            ``hunyuan-dit``, ``pixart-sigma``, ``sd3``, or a folder with a pipeline of one of these classes.
         **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``
             or ``own``), ``num_inference_steps``, ``guidance_scale``, ``patch_size``, ``device``, ``dtype``,
             ``micro_batch_size``, ``cache_dir``, ``cpu_offload``, ``vae_slicing``, ``vae_tiling``,
             ``attention_slicing``, ``compile``; see
-            :class:`~noisear_rl.denoisers.diffusion_pipeline.DiffusionPipelineDenoiser`. Texts are converted, so that
-            they may come from a command line.
+            :class:`~noisear_rl.denoisers.diffusion_pipeline.DiffusionPipelineDenoiser`. Strings are converted, so that
+            they can come from a command line.
 
     Raises:
         ValueError: If the name or an option is unknown, or an option does not convert.
-        FileNotFoundError: If the weights are not on this machine and cannot be fetched.
+        FileNotFoundError: If the weights are not on this machine and cannot be downloaded.
     """
     from noisear_rl.denoisers.presets import load_pipeline_denoiser
 

@@ -1,7 +1,7 @@
-"""A diffusers text-to-image pipeline as a :class:`~noisear_rl.denoisers.Denoiser`.
+"""Wraps a diffusers text-to-image pipeline as a :class:`~noisear_rl.denoisers.Denoiser`.
 
-The embedded ``shapes`` model and SDXL are the same class with other weights: the pipeline's own
-``encode_prompt`` and ``__call__`` do the work, so that our images are the pipeline's images.
+The embedded ``shapes`` model and SDXL use the same class with different weights: the pipeline's own
+``encode_prompt`` and ``__call__`` do the work, so that the images equal those of the bare pipeline.
 
 Shapes: ``B`` batch, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 """
@@ -27,7 +27,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is the accelerator, if there is one."""
+    """Resolves ``auto`` to the accelerator if there is one, otherwise to the CPU."""
     if str(device) != "auto":
         return torch.device(device)
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -35,7 +35,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is half precision where the device is fast at it.
+    """Resolves ``auto`` to half precision on devices that are fast at it, otherwise to float32.
 
     Raises:
         ValueError: If the dtype is unknown.
@@ -52,26 +52,26 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 class DiffusionPipelineDenoiser:
     """A frozen diffusers pipeline behind the :class:`~noisear_rl.denoisers.Denoiser` protocol.
 
-    On a CPU, reduced precision is autocast over float32 weights; elsewhere the weights themselves are cast.
-    Running out of memory halves ``micro_batch_size``, with a warning, and goes on with the same results.
+    On a CPU, reduced precision is autocast over float32 weights; on other devices the weights themselves are cast.
+    When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same.
 
     Args:
-        pipeline: Of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or derived from one.
-        name: How it is called in records.
-        revision: What its weights are called in records and in the cache of prompt embeddings.
+        pipeline: A pipeline of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or of a subclass.
+        name: Name in records.
+        revision: Revision of the weights in records and in the cache of prompt embeddings.
         patch_size: Patch side for policies; ``None`` for the one that gives 16 patches.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        device: Where it runs; ``auto`` for the accelerator, if there is one.
-        dtype: ``auto`` (half precision where the device is fast at it) or a torch dtype's name.
-        micro_batch_size: Images denoised at once.
-        cache_dir: Where prompt embeddings are kept from run to run: a folder, ``none``, or ``auto`` for
+        guidance_scale: Classifier-free guidance scale; 1 means no guidance.
+        device: Device to run on; ``auto`` for the accelerator if there is one.
+        dtype: ``auto`` (half precision on devices that are fast at it) or the name of a torch dtype.
+        micro_batch_size: Images per forward pass.
+        cache_dir: Where prompt embeddings are kept between runs: a folder, ``none``, or ``auto`` for
             ``~/.cache/noisear-rl`` if the text encoders are large.
-        cpu_offload: Keeps on the accelerator only what is running. Saves most memory; slower.
+        cpu_offload: Keeps only the running component on the accelerator. Saves the most memory; slower.
         vae_slicing: Decodes images one by one.
         vae_tiling: Decodes images in overlapping tiles, which changes them a little at the seams.
         attention_slicing: Computes attention in parts (UNets).
-        compile: Compiles the denoising network at its first use.
+        compile: Compiles the denoising network on first use.
 
     Raises:
         ValueError: If an argument is out of range or the pipeline's class is not supported.
@@ -106,7 +106,7 @@ class DiffusionPipelineDenoiser:
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "watermark", None) is not None:
-            pipeline.watermark = None  # images are scored as they were denoised
+            pipeline.watermark = None  # images are scored exactly as they were denoised
         modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         weights = self.dtype if self.device.type != "cpu" else torch.float32
         if any(module.dtype != weights for module in modules):
@@ -138,17 +138,17 @@ class DiffusionPipelineDenoiser:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations an image costs (guidance counts twice)."""
+        """Network evaluations per image (guidance counts twice)."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeds prompts; each distinct prompt is computed once and alone, so that batches do not matter.
+        """Embeds prompts; each distinct prompt is computed once and by itself, so that batches do not matter.
 
         Raises:
-            ValueError: If a prompt is empty, or there is none.
+            ValueError: If there is no prompt, or a prompt is empty.
         """
         return self._encoder.encode(prompts)
 
@@ -159,7 +159,7 @@ class DiffusionPipelineDenoiser:
         if not noise.is_floating_point():
             raise ValueError(f"expected floating-point noise, got {noise.dtype}")
         if not noise.isfinite().all():
-            raise ValueError("noise holds NaN or infinite values")
+            raise ValueError("noise contains NaN or infinite values")
 
     def denoise(
         self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
@@ -167,9 +167,9 @@ class DiffusionPipelineDenoiser:
         """Turns noise into images.
 
         Args:
-            noise: ``(B, C, h, w)``, unit variance, finite. Not changed.
+            noise: ``(B, C, h, w)``, unit variance, finite. Not modified.
             conditioning: Of the same ``B`` prompts.
-            seeds: One a sample, for schedulers that draw noise of their own.
+            seeds: One per sample, for schedulers that draw their own noise.
 
         Returns:
             ``(B, 3, H, W)`` float32 in [0, 1] on the pipeline's device.
@@ -183,7 +183,7 @@ class DiffusionPipelineDenoiser:
     def denoise_with_latents(
         self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like :meth:`denoise`; also returns the clean latents ``(B, C, h, w)`` that the images were decoded from."""
+        """Like :meth:`denoise`, but also returns the clean latents ``(B, C, h, w)`` of the images."""
         self._check(noise, conditioning)
         if not len(noise):
             return noise.new_zeros(0, 3, self.image_size, self.image_size), noise.new_zeros(0, *self.latent_shape)
@@ -215,7 +215,7 @@ class DiffusionPipelineDenoiser:
             ).images
 
     def _in_micro_batches(self, count: int, run: Callable[[slice], Any]) -> list[Any]:
-        """Results of ``run`` on successive slices, smaller ones after it ran out of memory."""
+        """Results of ``run`` on successive slices, which shrink when memory runs out."""
         results: list[Any] = []
         start = 0
         while start < count:
@@ -228,11 +228,15 @@ class DiffusionPipelineDenoiser:
                 if not isinstance(error, torch.OutOfMemoryError) and not any(s in str(error) for s in NO_MEMORY):
                     raise
                 if size == 1:
-                    error.add_note("One image at a time does not fit: try cpu_offload, vae_tiling or another dtype.")
+                    error.add_note(
+                        "A single image does not fit into memory: try cpu_offload, vae_tiling or another dtype."
+                    )
                     raise
-            # Out of the handler, so that the failed call's tensors are free.
+            # Outside the handler, so that the tensors of the failed call are freed.
             self.micro_batch_size = size // 2
-            warnings.warn(f"out of memory with {size} images at once: going on with {size // 2}", stacklevel=3)
+            warnings.warn(
+                f"out of memory with {size} images per forward pass; continuing with {size // 2}", stacklevel=3
+            )
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -240,9 +244,9 @@ class DiffusionPipelineDenoiser:
 
     @property
     def signal_level(self) -> float:
-        """``√ᾱ`` at the first timestep: how much of a clean latent the forward process leaves in the noise.
+        """``√ᾱ`` at the first timestep: the factor of the clean latent that the forward process leaves in the noise.
 
-        0 for flow matching, whose schedules begin in pure noise.
+        0 for flow matching, whose schedules start from pure noise.
         """
         scheduler = self.pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
@@ -251,9 +255,9 @@ class DiffusionPipelineDenoiser:
         return float(scheduler.alphas_cumprod[int(scheduler.timesteps[0])]) ** 0.5
 
     def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Like :meth:`denoise` with a deterministic scheduler, but gradients flow from images to noise.
+        """Like :meth:`denoise` with a deterministic scheduler, but differentiable with respect to the noise.
 
-        Values of pixels beyond [0, 1] are kept, so that their gradient does not vanish. Memory grows with
+        Pixel values outside [0, 1] are kept, so that their gradients do not vanish. Memory grows with
         ``B · num_inference_steps``.
         """
         self._check(noise, conditioning)
@@ -281,11 +285,11 @@ class DiffusionPipelineDenoiser:
             guidance_scale: At least 1; 1 is the conditional prediction.
 
         Returns:
-            ``(B, C, h, w)`` float32: ε, converted where the network predicts v, or the velocity ``ε - z0`` of a
+            ``(B, C, h, w)`` float32: ε, converted if the network predicts v, or the velocity ``ε - z0`` of a
             flow-matching model.
 
         Raises:
-            ValueError: If the latents do not fit, or the network predicts neither ε nor v nor a velocity.
+            ValueError: If the latents do not match, or the network predicts neither ε nor v nor a velocity.
         """
         self._check(latents, conditioning)
         if guidance_scale < 1:
@@ -293,7 +297,7 @@ class DiffusionPipelineDenoiser:
         scheduler = self.pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "flow")
         if kind not in ("epsilon", "v_prediction", "flow"):
-            raise ValueError(f"{self.name} predicts {kind!r}; pairs need ε, v or a velocity")
+            raise ValueError(f"{self.name} predicts {kind!r}; expected ε, v or a velocity")
 
         def run(rows: slice) -> torch.Tensor:
             probe = ProbeScheduler(scheduler.config, timestep)
@@ -309,12 +313,12 @@ class DiffusionPipelineDenoiser:
         return predicted
 
     def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-        """A deterministic first-order scheduler on the model's own noise schedule, its timesteps set.
+        """A deterministic first-order scheduler on the model's own noise schedule, with its timesteps set.
 
-        DDIM, with ε as its model output, or Euler for flow matching.
+        DDIM with ε-prediction, or Euler for flow matching.
 
         Raises:
-            ValueError: If the model's timesteps are those of a few-step student, which has no such schedule.
+            ValueError: If the model is a few-step student, whose timesteps allow no such schedule.
         """
         config = self.pipeline.scheduler.config
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -324,5 +328,5 @@ class DiffusionPipelineDenoiser:
         ddim = DDIMScheduler.from_config(config, prediction_type="epsilon", clip_sample=False, thresholding=False)
         ddim.set_timesteps(num_inference_steps)
         if int(ddim.timesteps.max()) >= ddim.config.num_train_timesteps:
-            raise ValueError(f"{self.name} was distilled to few steps; for a schedule of many, ask its teacher")
+            raise ValueError(f"{self.name} was distilled to few steps; for a longer schedule, ask its teacher")
         return ddim

@@ -1,7 +1,7 @@
-"""What differs between diffusers' text-to-image pipelines, and two ways to look into their loop from outside.
+"""The differences between diffusers' text-to-image pipelines, and two ways to look into their loop from outside.
 
-Everything else is the pipeline's own ``encode_prompt`` and ``__call__``. Another class that takes ``latents`` and
-prompt embeddings needs no more than an entry in :data:`INTERFACES`.
+Everything else is the pipeline's own ``encode_prompt`` and ``__call__``. To support another class that accepts
+``latents`` and prompt embeddings, add an entry to :data:`INTERFACES`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SECOND = tuple(f"{name}_2" for name in (*_EMBEDS, *_MASKS))
 
 @dataclass(frozen=True)
 class PipelineInterface:
-    """How one class of pipelines is talked to.
+    """How to call one class of pipelines.
 
     Attributes:
-        network: Name of the component that predicts: ``unet`` or ``transformer``.
-        text_width: Key of the network's config that holds the width of ``prompt_embeds``.
-        encodings: Calls of ``encode_prompt`` that make the conditioning: keyword arguments, and the names under which
-            ``__call__`` takes what is returned, in order.
-        tokens: Tokenizers whose tokens ``prompt_embeds`` has one after the other, with the length that each is padded
-            to; ``None`` for the tokenizer's own.
-        options: Further keyword arguments of ``__call__``.
+        network: Name of the denoising network: ``unet`` or ``transformer``.
+        text_width: Key in the network's config for the width of ``prompt_embeds``.
+        encodings: Calls of ``encode_prompt`` that compute the conditioning: keyword arguments, and the names of the
+            returned values as arguments of ``__call__``, in order.
+        tokens: Tokenizers whose tokens are concatenated in ``prompt_embeds``, with the length that each is padded to;
+            ``None`` for the tokenizer's own.
+        options: Additional keyword arguments of ``__call__``.
     """
 
     network: str
@@ -62,7 +62,7 @@ INTERFACES: dict[str, PipelineInterface] = {
         "caption_channels",
         (
             (
-                {"clean_caption": is_bs4_available() and is_ftfy_available()},  # as the pipeline's own call does
+                {"clean_caption": is_bs4_available() and is_ftfy_available()},  # like the pipeline's own call
                 ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
             ),
         ),
@@ -79,7 +79,7 @@ INTERFACES: dict[str, PipelineInterface] = {
 
 
 def interface_of(pipeline: Any) -> PipelineInterface:
-    """The interface of a pipeline's class, or of the first known class that it derives from.
+    """The interface of a pipeline's class, or of its nearest known base class.
 
     Raises:
         ValueError: If there is none.
@@ -91,14 +91,14 @@ def interface_of(pipeline: Any) -> PipelineInterface:
 
 
 class ProbeScheduler:
-    """A scheduler that takes no step and keeps the guided prediction that it was given.
+    """A scheduler that takes no step and records the guided prediction.
 
-    A pipeline that runs with it evaluates its network once, with all conditions that its class adds (sizes, rotary
-    embeddings, styles, learned variances dropped), so that none of this is written a second time here.
+    A pipeline that runs with it evaluates its network once, with all the conditions that its class adds (sizes, rotary
+    embeddings, styles) and without learned variances, so that none of this is duplicated here.
 
     Args:
-        config: Of the scheduler that it stands for.
-        timestep: Where to evaluate.
+        config: Configuration of the scheduler that it replaces.
+        timestep: Timestep to evaluate.
 
     Attributes:
         prediction: The guided prediction ``(B, C, h, w)``.
@@ -112,22 +112,22 @@ class ProbeScheduler:
         self.prediction = torch.empty(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
-        """Keeps the one timestep."""
+        """Keeps the single timestep."""
         self.timesteps = self.timesteps.to(device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Leaves the input alone."""
+        """Returns the input unchanged."""
         return sample
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> tuple:
-        """Keeps the prediction."""
+        """Records the prediction."""
         self.prediction = model_output
         return (sample,)
 
 
 @contextlib.contextmanager
 def scheduled_by(pipeline: Any, scheduler: Any) -> Iterator[None]:
-    """Runs a pipeline with another scheduler; its configuration does not notice."""
+    """Runs a pipeline with another scheduler, without changing the pipeline's configuration."""
     own = pipeline.scheduler
     object.__setattr__(pipeline, "scheduler", scheduler)
     try:
@@ -138,7 +138,7 @@ def scheduled_by(pipeline: Any, scheduler: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def last_latents(scheduler: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the latents of a scheduler's last step; not all pipelines have a callback."""
+    """Records the latents of a scheduler's last step, as not all pipelines have a callback."""
     own, found = scheduler.step, [torch.empty(0)]
 
     @functools.wraps(own)  # pipelines read the signature

@@ -1,4 +1,4 @@
-"""Denoisers by name: how published pipelines are set up, where their weights come from, and how they are loaded."""
+"""Denoisers by name: settings of published pipelines, where their weights come from, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, r
 from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 
-REACHABLE_WITHIN = 3.0  # seconds that the Hub has to answer
+REACHABLE_WITHIN = 3.0  # seconds to wait for an answer from the Hub
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a published pipeline is set up (NoiseAR, appendix E; others as their model cards say).
+    """Settings of a published pipeline (NoiseAR, appendix E; the others follow their model cards).
 
     Attributes:
         path: Folder or Hub id.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance.
-        revision: Commit on the Hub; ``None`` for the newest, which records then name.
+        guidance_scale: Classifier-free guidance scale.
+        revision: Commit on the Hub; ``None`` for the newest, whose commit goes into records.
         scheduler: ``dpm`` replaces the scheduler by DPMSolverMultistep, ``own`` keeps the pipeline's.
         variant: Which weight files to fetch for half precision; ``None`` for those without a variant.
-        pipeline: Class; a folder of this class is set up like this, too.
-        student: Folder of another UNet and scheduler for the same pipeline; ``None`` for its own.
+        pipeline: Pipeline class; folders with a pipeline of this class use the same settings.
+        student: Folder with another UNet and scheduler for the same pipeline; ``None`` for the pipeline's own.
     """
 
     path: str
@@ -101,7 +101,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
             pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"the weights of {name!r} in {folder} could not be loaded; are they whole, and safetensors? "
+                f"the weights of {name!r} in {folder} could not be loaded; are they complete, and safetensors? "
                 f"Cause: {str(error).splitlines()[0]}"
             ) from error
     if scheduler == "dpm":
@@ -120,19 +120,19 @@ def _preset_of(name: str) -> Preset:
     if like is None and cls in INTERFACES:
         return Preset(name, 50, 7.5)
     if like is None:
-        raise ValueError(f"{name} holds a {cls}; supported are {sorted(INTERFACES)}")
+        raise ValueError(f"{name} contains a {cls}; expected one of {sorted(INTERFACES)}")
     return Preset(name, like.num_inference_steps, like.guidance_scale, scheduler=like.scheduler)
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's table of contents."""
+    """The contents of a pipeline folder's ``model_index.json``."""
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no diffusers pipeline: it has no model_index.json")
+        raise FileNotFoundError(f"{folder} contains no diffusers pipeline: it has no model_index.json")
     return json.loads((folder / "model_index.json").read_text())
 
 
 def _converted(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in their own types, which texts are converted to.
+    """Converts options given as strings to their own types.
 
     Raises:
         ValueError: If an option is unknown or does not convert.
@@ -159,15 +159,15 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _local_folder(name: str, path: str, revision: str | None, variant: str | None) -> Path:
-    """The folder of a pipeline: as given, from the Hub's cache, or downloaded if the Hub can be reached.
+    """The folder of a pipeline: the given one, from the Hub's cache, or downloaded if the Hub can be reached.
 
     Raises:
-        FileNotFoundError: If there is none; says which command fetches it and where to put it.
+        FileNotFoundError: If there is none; the message says which command downloads it and where to put it.
     """
     if Path(path).is_dir():
         _index(Path(path))
         return Path(path)
-    if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # no Hub id looks like this
+    if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # not a Hub id
         raise FileNotFoundError(f"{path}: no such pipeline folder")
     download = {"revision": revision, "variant": variant, "use_safetensors": True}
     with _quiet(), contextlib.suppress(OSError, ValueError):
@@ -175,27 +175,27 @@ def _local_folder(name: str, path: str, revision: str | None, variant: str | Non
     try:
         HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
         return Path(DiffusionPipeline.download(path, **download))
-    except Exception as error:  # from a dozen libraries: unreachable, gated, renamed, no disk
+    except Exception as error:  # from many libraries: unreachable, gated, renamed, no disk space
         at = f" --revision {revision}" if revision else ""
         weights = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
         raise FileNotFoundError(
-            f"the weights of {name!r} ({path}) are not on this machine and could not be fetched. Where the Hub can be "
-            f"reached, run `hf download {path}{at} --include '*.json' '*.txt' '*.model' '{weights}'`, which fills "
-            f"{constants.HF_HUB_CACHE}; or put a copy of the pipeline into any folder and pass path=FOLDER. The "
-            "embedded denoisers 'shapes' and 'shapes-turbo' need none. "
+            f"the weights of {name!r} ({path}) are not on this machine and could not be fetched. With access to the "
+            f"Hub, run `hf download {path}{at} --include '*.json' '*.txt' '*.model' '{weights}'`, which fills "
+            f"{constants.HF_HUB_CACHE}; or copy the pipeline to any folder and pass path=FOLDER. The "
+            "embedded denoisers 'shapes' and 'shapes-turbo' need no download. "
             f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
 
 
 def _wants_fp16_files(folder: Path, dtype: torch.dtype | None) -> bool:
-    """Whether to load the fp16 files: for half precision where there are some, or if there are no others."""
+    """Whether to load the fp16 files: in half precision if there are any, or if there are no others."""
     files = [file.name for file in folder.glob("*/*.safetensors")]
     half = [name for name in files if ".fp16." in name]
     return bool(half) and (dtype in (torch.float16, torch.bfloat16) or len(half) == len(files))
 
 
 def _revision_of(folder: Path) -> str:
-    """The Hub's commit, or a digest of a folder's files (of large ones: size, beginning and end)."""
+    """The Hub's commit, or a digest of the folder's files (for large ones: size, beginning and end)."""
     if folder.parent.name == "snapshots":
         return folder.name
     digest = hashlib.sha256()
@@ -214,7 +214,7 @@ def _revision_of(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keeps the loading bars of diffusers and transformers out of other progress bars."""
+    """Hides the loading bars of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Prompts as a pipeline's own text encoders see them, computed once and kept in memory and, by option, on disk."""
+"""Encodes prompts with a pipeline's own text encoders; embeddings are cached in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from noisear_rl.denoisers import Conditioning
 from noisear_rl.denoisers.pipelines import PipelineInterface
 
 Tensors = dict[str, torch.Tensor]
-LARGE = 100_000_000  # parameters of the text encoders from which on embeddings are worth a disk cache
+LARGE = 100_000_000  # number of text-encoder parameters from which a disk cache pays off
 
 
 def default_cache_folder() -> Path:
@@ -30,9 +30,9 @@ class EmbeddingCache:
     """Tensors by prompt.
 
     Args:
-        folder: Of one model revision and dtype; ``None`` for memory alone. A damaged file counts as missing.
-        limit: Bytes to keep in memory; the least recently used go first.
-        device: Where tensors are returned.
+        folder: Folder for one model revision and dtype; ``None`` for memory only. Damaged files count as missing.
+        limit: Bytes to keep in memory; the least recently used entries are dropped first.
+        device: Device of the returned tensors.
     """
 
     def __init__(self, folder: Path | None, limit: int = 2**30, device: torch.device | str = "cpu"):
@@ -41,7 +41,7 @@ class EmbeddingCache:
         self._bytes = 0
 
     def file_of(self, prompt: str) -> Path:
-        """Where a prompt's tensors lie on disk."""
+        """The file of a prompt's tensors."""
         assert self.folder is not None
         digest = hashlib.sha256(prompt.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
@@ -61,7 +61,7 @@ class EmbeddingCache:
         return tensors
 
     def put(self, prompt: str, tensors: Tensors) -> None:
-        """Keeps a prompt's tensors; a disk that takes no more ends the disk cache with a warning."""
+        """Stores a prompt's tensors; if writing fails, the disk cache is disabled with a warning."""
         self._remember(prompt, tensors)
         if self.folder is None:
             return
@@ -88,14 +88,14 @@ def _size(tensors: Tensors) -> int:
 
 
 class PromptEncoder:
-    """A pipeline's ``encode_prompt``, each distinct prompt alone and once.
+    """Calls a pipeline's ``encode_prompt``, once and by itself for each distinct prompt.
 
     Args:
         pipeline: The pipeline.
-        interface: Of its class.
-        device: Where tensors are returned.
+        interface: Interface of its class.
+        device: Device of the returned tensors.
         cache_dir: Folder of the disk cache, ``none``, or ``auto`` for the default one if the encoders are large.
-        model: What the weights and their dtype are called in the disk cache.
+        model: Name of the weights and their dtype in the disk cache.
 
     Attributes:
         length: ``L`` of ``prompt_embeds``.
@@ -117,7 +117,7 @@ class PromptEncoder:
         """Embeds prompts.
 
         Raises:
-            ValueError: If a prompt is empty, or there is none.
+            ValueError: If there is no prompt, or a prompt is empty.
         """
         if not len(prompts):
             raise ValueError("no prompt to encode")
@@ -126,19 +126,19 @@ class PromptEncoder:
                 self._masks[prompt] = self._mask(prompt)
         rows = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
         inputs = {key: torch.cat([rows[prompt][key] for prompt in prompts]) for key in rows[prompts[0]]}
-        empty = self._embed("", negative=True)  # the same for every prompt, so that it is kept once
+        empty = self._embed("", negative=True)  # the same for every prompt, so it is cached once
         inputs |= {key: value.expand(len(prompts), *value.shape[1:]) for key, value in empty.items()}
         mask = torch.stack([self._masks[prompt] for prompt in prompts]).to(self.device)
         return Conditioning(list(prompts), inputs["prompt_embeds"].float(), mask, inputs)
 
     def _mask(self, prompt: str) -> torch.Tensor:
-        """Which of the tokens ``(L,)`` are not padding; warns where a tokenizer cannot say all of the prompt."""
+        """Which of the tokens ``(L,)`` are not padding; warns about truncated prompts and unknown words."""
         if not prompt.strip():
-            raise ValueError("empty prompt: say what the picture must show")
+            raise ValueError("empty prompt: describe what the image must show")
         masks = []
         for (name, _), length in zip(self.interface.tokens, self.lengths, strict=True):
             tokenizer = getattr(self.pipeline, name)
-            if tokenizer is None:  # an encoder that was left out
+            if tokenizer is None:  # an encoder that is not loaded
                 masks.append(torch.zeros(length, dtype=torch.bool))
                 continue
             ids = tokenizer(prompt).input_ids
@@ -146,13 +146,13 @@ class PromptEncoder:
                 warnings.warn(f"prompt of {len(ids)} tokens is cut to {length}: {prompt!r}", stacklevel=5)
             known = {tokenizer.bos_token_id, tokenizer.eos_token_id}
             if tokenizer.unk_token_id in ids and tokenizer.unk_token_id not in known:
-                warnings.warn(f"prompt holds words the text encoder does not know: {prompt!r}", stacklevel=5)
+                warnings.warn(f"prompt contains words the text encoder does not know: {prompt!r}", stacklevel=5)
             masks.append(torch.arange(length) < len(ids))
         return torch.cat(masks)
 
     @torch.no_grad()
     def _embed(self, prompt: str, negative: bool = False) -> Tensors:
-        """What the pipeline makes of a prompt, or as ``negative`` of no prompt: tensors ``(1, …)``."""
+        """The pipeline's tensors ``(1, …)`` for a prompt, or the negative ones if ``negative``."""
         found = self.cache.get(prompt)
         if found is None:
             found = {}

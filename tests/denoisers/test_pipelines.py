@@ -1,4 +1,4 @@
-"""Published pipeline classes with tiny random weights: the whole loop, the bare pipeline's images, and what fails."""
+"""Published pipeline classes with tiny random weights: the complete loop, the bare pipeline's images, errors."""
 
 import dataclasses
 import inspect
@@ -30,12 +30,12 @@ PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn"
 NAMES = tuple(tiny_pipelines.BUILDERS)
 IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
 SMALL = NoiseARConfig(d_model=32, d_ff=32, n_heads=4, n_layers=1, log_variance="shared")
-pytestmark = pytest.mark.filterwarnings("ignore:prompt holds words")
+pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every pipeline as a folder that ``from_pretrained`` reads."""
+    """A folder for ``from_pretrained`` for every pipeline."""
     root = tmp_path_factory.mktemp("pipelines")
     for name in NAMES:
         tiny_pipelines.build(name).save_pretrained(root / name)
@@ -49,7 +49,7 @@ def denoiser(request, folders):
 
 
 def test_images_are_the_bare_pipelines(denoiser, folders):
-    """The pipeline's own call with a prompt, and our encoding and denoising, from the same noise."""
+    """The pipeline's own call with a prompt equals our encoding and denoising from the same noise."""
     pipeline = DiffusionPipeline.from_pretrained(folders / denoiser.name)
     if PRESETS[denoiser.name].scheduler == "dpm":
         pipeline.scheduler = type(denoiser.pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -84,7 +84,7 @@ def test_batches_do_not_matter_and_inputs_stay(denoiser):
 
 
 def test_running_out_of_memory_halves_the_batch(denoiser, monkeypatch):
-    """As an allocator would: the network refuses more than two images at once (four with guidance)."""
+    """The network, like an allocator, rejects more than two images per pass (batches of four with guidance)."""
     noise, conditioning = standard_noise(range(5), denoiser.latent_shape), denoiser.encode([*PROMPTS, *PROMPTS[:2]])
     expected = denoiser.denoise(noise, conditioning)
     forward, refused = denoiser.network.forward, []
@@ -128,8 +128,8 @@ def test_bad_noise(denoiser):
         denoiser.encode([" "])
 
 
-def test_prediction_is_the_step_that_the_pipeline_takes(denoiser):
-    """One step of the pipeline with the first-order scheduler is one step from our prediction."""
+def test_prediction_is_linear_in_the_guidance(denoiser):
+    """Predictions along the first-order schedule are linear in the guidance and depend on it."""
     schedule = denoiser.first_order_schedule(4)
     noise, conditioning = standard_noise(range(3), denoiser.latent_shape), denoiser.encode(PROMPTS)
     time_ = float(schedule.timesteps[0])
@@ -139,7 +139,7 @@ def test_prediction_is_the_step_that_the_pipeline_takes(denoiser):
     assert not torch.allclose(low, high, atol=1e-4)
 
 
-def test_the_whole_loop(denoiser, tmp_path):
+def test_the_complete_loop(denoiser, tmp_path):
     """Encode, sample, pairs, one NLL step, collected rollouts, one DPO step, and evaluation."""
     name, path = denoiser.name, str(denoiser.pipeline.config._name_or_path)
     options = {"path": path, "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
@@ -177,7 +177,7 @@ def test_the_whole_loop(denoiser, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reinforcement_learning_through_the_environment(name, folders, tmp_path):
-    """PPO, rollouts and DPO by the environment's id, as with the published weights."""
+    """PPO, rollouts and DPO through the environment id, as with the published weights."""
     options = {"path": str(folders / name), "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
     shared = {"env_id": IDS[name], "denoiser_options": options, "reward": "brightness", "prompts": PROMPTS}
     sizes = {"prompts_per_update": 2, "samples_per_prompt": 4, "updates": 1, "policy": SMALL}
@@ -200,7 +200,7 @@ def write_prompts(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
-    """The shipped presets with another model path and sizes for a test: pairs, NLL, PPO, evaluation."""
+    """The shipped presets with a test model and tiny sizes: pairs, NLL, PPO, evaluation."""
     folder = name.replace("-", "_") if (ROOT / "configs" / name.replace("-", "_")).is_dir() else "sdxl"
     where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
     small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
@@ -230,8 +230,8 @@ def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
-def test_noise_has_unit_variance_whatever_the_scheduler_wants(scheduler):
-    """Euler schedulers scale it by ``init_noise_sigma``; with seeds, their own draws do not depend on the batch."""
+def test_noise_has_unit_variance_for_every_scheduler(scheduler):
+    """Euler schedulers scale it by ``init_noise_sigma``; with seeds, their draws do not depend on the batch."""
     pipeline = tiny_pipelines.build("sdxl")
     pipeline.scheduler = scheduler(**tiny_pipelines.SDXL_SCHEDULE)
     denoiser = DiffusionPipelineDenoiser(
@@ -264,8 +264,8 @@ def test_unknown_classes_are_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("shapes")])
-def test_missing_weights_say_what_to_fetch(name, tmp_path, monkeypatch):
-    """Without a network, quickly, in one message: which model, which command, which folder."""
+def test_missing_weights_say_what_to_download(name, tmp_path, monkeypatch):
+    """Without a network the error comes quickly and names the model, the command and the folder."""
     from huggingface_hub import HfApi, constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -287,7 +287,7 @@ def test_prompt_embeddings_are_kept_on_disk(folders, tmp_path):
     first = load_denoiser("sdxl", **options)
     expected = first.encode(PROMPTS)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == len(PROMPTS) + 1  # and the empty prompt
+    assert len(files) == len(PROMPTS) + 1  # including the empty prompt
     second = load_denoiser("sdxl", **options)
 
     def not_again(*arguments, **keywords):

@@ -32,7 +32,7 @@ def test_plain_diffusers_loads_it_and_makes_the_same_images(shapes):
 
 
 def test_a_pipeline_folder_is_a_denoiser(shapes):
-    """As a user's own SDXL: the scheduler, steps and guidance of the ``sdxl`` preset, and 16 patches."""
+    """Like a user-supplied SDXL: the scheduler, steps and guidance of the ``sdxl`` preset, and 16 patches."""
     folder = load_denoiser(str(ASSETS / "pipeline"), num_inference_steps=6, dtype="float32")
     assert folder.patch_size == 2 and folder.guidance_scale == 5.5
     assert type(folder.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
@@ -88,7 +88,7 @@ def test_gradients_flow_through_the_same_images(request, name):
     expected = denoiser.denoise(noise.detach(), conditioning, [0, 0])
     torch.testing.assert_close(images.detach().clamp(0, 1), expected, rtol=0, atol=5e-5)
 
-    # The directional derivative, by autograd and by differences.
+    # The directional derivative, by autograd and by finite differences.
     direction = standard_noise([3, 4], denoiser.latent_shape)
     weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) / images[0].numel() ** 0.5
     (gradient,) = torch.autograd.grad((images * weights).sum(), noise)
@@ -149,27 +149,27 @@ def test_bad_input(shapes, tmp_path):
     shutil.copytree(ASSETS / "pipeline", broken)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match="could not be loaded; are they whole"):
+    with pytest.raises(FileNotFoundError, match="could not be loaded; are they complete"):
         load_denoiser(str(broken))
 
 
-def test_judges_on_rendered_held_out_pictures():
+def test_judges_on_rendered_held_out_images():
     rng = np.random.default_rng(12345)
     captions = balanced_captions("held_out", 600)
-    pictures = render(sample_scenes(captions, rng), rng)
+    images = render(sample_scenes(captions, rng), rng)
     crowded = random_scenes(200, rng)
     crowds = render(crowded, rng)
     for name in ("train_detector", "held_out_detector"):
         judge = load_detector(ASSETS / name)
-        right = matches(judge.detect(pictures), CaptionTensors.from_captions(captions)).diagonal()
+        right = matches(judge.detect(images), CaptionTensors.from_captions(captions)).diagonal()
         assert right.float().mean() >= 0.99
         found = judge.detect(crowds)
         same = [sorted(found.describe(i)) == sorted(crowded.describe(i)) for i in range(200)]
         assert np.mean(same) >= 0.97
 
 
-def test_judges_on_hand_labelled_generated_pictures():
-    """Pictures of the denoiser, labelled by eye: what a person sees in them."""
+def test_judges_on_hand_labelled_generated_images():
+    """Images from the denoiser, labelled by eye with the objects that a person sees."""
     labels = json.loads((ASSETS / "hand_labels.json").read_text())
     denoiser = load_denoiser("shapes", dtype="float32", **labels["denoiser"])
     prompts, seeds = labels["prompts"], labels["seeds"]
@@ -183,7 +183,7 @@ def test_judges_on_hand_labelled_generated_pictures():
 
 
 def test_quality_on_held_out_captions():
-    """Gaussian noise is right often enough to be a model and wrong often enough to leave room."""
+    """Gaussian noise is right often enough for a useful model and wrong often enough to leave room for improvement."""
     denoiser, reward = load_denoiser("shapes"), load_reward("shapes-exact")
     captions = balanced_captions("held_out", 180)
     prompts = [caption.text for caption in captions]
@@ -192,7 +192,7 @@ def test_quality_on_held_out_captions():
     by_category = {name: scores[names == name].mean() for name in dict.fromkeys(names)}
     assert 0.45 <= np.mean(list(by_category.values())) <= 0.8
     assert by_category["single_object"] >= 0.8
-    assert min(by_category.values()) < 0.5  # room above
+    assert min(by_category.values()) < 0.5  # room for improvement
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_speed():
     noise = standard_noise(range(64), (4, 8, 8))
     denoiser.denoise(noise, conditioning)
     best = min(_timed(lambda: denoiser.denoise(noise, conditioning)) for _ in range(5))
-    assert 64 / best >= 50  # images a second; 100 and more on an idle machine
+    assert 64 / best >= 50  # images per second; 100 and more on an idle machine
 
 
 def _timed(call):

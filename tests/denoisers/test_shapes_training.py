@@ -34,9 +34,9 @@ def test_an_interrupted_stage_resumes_exactly(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_stage_runs_and_the_export_loads(tmp_path, monkeypatch):
-    """Fifty steps a stage: enough to prove that the parts fit together, not that they learn."""
+    """Fifty steps per stage: enough to show that the parts fit together, not that they learn."""
     monkeypatch.setattr(train, "STEPS", dict.fromkeys(train.STEPS, 50))
-    monkeypatch.setattr(train, "PICTURES", 256)
+    monkeypatch.setattr(train, "UNET_IMAGES", 256)
     train.main(["all", "--output-dir", str(tmp_path / "run"), "--assets", str(tmp_path / "assets")])
     denoiser = load_pipeline_denoiser(str(tmp_path / "assets/pipeline"), num_inference_steps=2)
     images = denoiser.denoise(torch.randn(1, 4, 8, 8), denoiser.encode(["a photo of a circle"]))

@@ -157,8 +157,8 @@ def test_preprocessing_of_hpsv2(original, name):
 
 
 def test_tokens_of_image_reward(original, tmp_path):
-    """Ids and masks are equal. Theirs also knows [DEC] and [ENC], which prompts do not contain, and turns a final capital
-    sigma into ς, where transformers 5 writes σ."""
+    """Ids and masks are equal. Theirs also knows [DEC] and [ENC], which prompts do not contain, and turns a final
+    capital sigma into ς, where transformers 5 writes σ."""
     ours = ImageReward(device="cpu")
     ours.tokenizer = BertTokenizer(vocab=str(originals.bert_vocabulary()))
     theirs = originals.image_reward(tmp_path, 1, 1).blip.tokenizer

@@ -1,6 +1,6 @@
-"""Sizes and classes of the embedded denoiser: SDXL's parts, small enough for two CPU cores.
+"""Sizes and classes of the embedded denoiser: SDXL's components, small enough for two CPU cores.
 
-Every builder returns an untrained module of the very class that SDXL uses.
+Every builder returns an untrained module of the class that SDXL uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT_TOKENS = 16
 TEXT_WIDTH = 128
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
-# SDXL's noise schedule; ``leading`` starts below the last training step, so the noise shows through.
+# SDXL's noise schedule; ``leading`` starts below the last training step, so that the noise shapes the image.
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -45,7 +45,7 @@ SCHEDULE = {
     "set_alpha_to_one": False,
 }
 
-# One step, at the timestep where the teacher's four begin, straight to the clean latent.
+# One step, from the timestep where the teacher's four start, directly to the clean latent.
 TURBO_SCHEDULE = SCHEDULE | {"steps_offset": 751, "set_alpha_to_one": True}
 
 
@@ -70,8 +70,8 @@ def build_unet(turbo: bool = False) -> UNet2DConditionModel:
     """Two levels as in SDXL: plain residual blocks at 8×8, attention to the text at 4×4.
 
     Args:
-        turbo: The smaller network of ``shapes-turbo``: no middle block, and a narrow embedding of the time,
-            which is always the same.
+        turbo: Build the smaller network of ``shapes-turbo``: no middle block, and a narrow time embedding, because
+            the timestep is always the same.
     """
     smaller = {"mid_block_type": None, "time_embedding_dim": 32} if turbo else {}
     return UNet2DConditionModel(
@@ -95,7 +95,7 @@ def build_unet(turbo: bool = False) -> UNet2DConditionModel:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that knows the caption words, one token each; other letters are ``UNKNOWN``."""
+    """A CLIP tokenizer with one token per caption word; other letters are ``UNKNOWN``."""
     vocab = {token: i for i, token in enumerate((START, END, UNKNOWN))}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
@@ -108,7 +108,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 class Tokenizer:
-    """Captions → token ids ``(B, L)``, as the pipeline's ``encode_prompt`` makes them."""
+    """Captions → token ids ``(B, L)``, as computed by the pipeline's ``encode_prompt``."""
 
     def __init__(self) -> None:
         self.tokenizer = build_tokenizer()
@@ -135,7 +135,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> dict:
 
 
 def build_clip() -> CLIPModel:
-    """Text and picture towers of width 128; 8×8 patches."""
+    """Text and image towers of width 128; 8×8 patches."""
     vision = CLIPVisionConfig(
         hidden_size=TEXT_WIDTH,
         intermediate_size=3 * TEXT_WIDTH,
@@ -152,7 +152,7 @@ def build_clip() -> CLIPModel:
 def load_clip(assets: Path = ASSETS) -> CLIPModel:
     """The trained CLIP in float32, frozen.
 
-    Its text tower is the pipeline's first text encoder and stored there alone; rounded to float16 like the rest.
+    Its text tower is the pipeline's first text encoder and stored only there; it is rounded to float16 like the rest.
     """
     clip = CLIPModel(CLIPConfig.from_pretrained(assets / "clip"))
     state = load_file(assets / "clip" / "model.safetensors")
@@ -163,7 +163,7 @@ def load_clip(assets: Path = ASSETS) -> CLIPModel:
 
 
 def build_text_encoders(clip: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Both text encoders of the pipeline, starting from CLIP's text tower."""
+    """Both text encoders of the pipeline, initialised from CLIP's text tower."""
     first = CLIPTextModel(clip.config.text_config)
     second = CLIPTextModelWithProjection(clip.config.text_config)
     tower = clip.text_model.state_dict()

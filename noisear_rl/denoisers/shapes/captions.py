@@ -1,6 +1,6 @@
 """Captions of the shapes world: six categories with GenEval's names, a fixed split, and a parser.
 
-Every caption says what a picture must show, and nothing else may be in it:
+A caption says exactly what an image must show; nothing else may appear in it:
 
 ==============  =====================================================  ==================
 category        example                                                objects
@@ -49,7 +49,7 @@ SPLIT_SEED = 20250601
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """One object that a caption asks for; ``color`` is ``None`` where any colour will do."""
+    """One object that a caption asks for; ``color`` is ``None`` if any colour will do."""
 
     shape: str
     color: str | None = None
@@ -65,8 +65,8 @@ class Caption:
     Attributes:
         text: The prompt.
         category: One of :data:`CATEGORIES`.
-        objects: What must be in the picture, in the order of the text.
-        relation: Where the first object lies as seen from the second, one of :data:`RELATIONS`.
+        objects: What the image must show, in the order of the text.
+        relation: Position of the first object relative to the second, one of :data:`RELATIONS`.
     """
 
     text: str
@@ -131,7 +131,7 @@ def captions_of(split: str, category: str | None = None) -> tuple[Caption, ...]:
         raise ValueError(f"unknown category {category!r}; expected one of {CATEGORIES}")
     if category is None:
         return tuple(c for name in CATEGORIES for c in captions_of(split, name))
-    # Coloured and plain captions of a category are split apart, so that both kinds occur on both sides.
+    # Coloured and plain captions of a category are split separately, so that both kinds occur on both sides.
     chosen: list[Caption] = []
     for colored in (False, True):
         pool = [c for c in all_captions() if c.category == category and bool(c.objects[0].color) == colored]
@@ -142,15 +142,15 @@ def captions_of(split: str, category: str | None = None) -> tuple[Caption, ...]:
 
 
 def balanced_captions(split: str, count: int, seed: int = 0) -> list[Caption]:
-    """Draws captions with equal shares of the six categories, plain and coloured ones alike.
+    """Draws captions in equal shares from the six categories, and from plain and coloured ones.
 
     Args:
         split: ``"train"`` or ``"held_out"``.
-        count: How many to draw. No caption comes twice before all of its kind have come once.
+        count: How many to draw. No caption is repeated before all captions of its kind have been drawn.
         seed: Seed of the draw.
 
     Returns:
-        ``count`` captions; the categories take turns.
+        ``count`` captions that cycle through the categories.
     """
     rng = random.Random(f"{seed}/{split}")
     kinds: dict[str, list[list[Caption]]] = {}
@@ -171,10 +171,10 @@ def balanced_captions(split: str, count: int, seed: int = 0) -> list[Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Finds the meaning of a prompt.
+    """Parses a prompt.
 
     Raises:
-        ValueError: If the prompt is not a caption of this world; names the nearest one.
+        ValueError: If the prompt is not a caption of this world; the message names the nearest one.
     """
     known = _by_text()
     normal = " ".join(text.lower().split()).rstrip(".")
@@ -219,7 +219,7 @@ def hard_negative(caption: Caption, rng: random.Random) -> Caption:
 
 @dataclass
 class CaptionTensors:
-    """Meanings of ``B`` captions as integers; ``-1`` stands for *no object* or *anything goes*.
+    """Meanings of ``B`` captions as integers; ``-1`` stands for *no object* or *any*.
 
     Attributes:
         shape: ``(B, K)`` indices into :data:`SHAPES`.

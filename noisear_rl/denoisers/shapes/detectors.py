@@ -1,11 +1,11 @@
-"""Two independent judges of shapes pictures: what objects does a picture hold, and where?
+"""Two independent judges of shapes images: which objects does an image contain, and where?
 
 :class:`CenterDetector` finds peaks of a centre heat map (Zhou et al. 2019, *Objects as Points*) with a
 strided residual network; rewards use it. :class:`CoreDetector` segments the cores of objects with a
 U-shaped network and counts connected components; only evaluation uses it. They share neither layers nor
-decoding nor seed, so an algorithm that exploits the first is caught by the second.
+decoding nor training seed, so that the second exposes an algorithm that exploits the first.
 
-Shapes: ``B`` pictures ``(B, 3, 64, 64)`` in [0, 1], ``G`` cells along a side of the output grid.
+Shapes: ``B`` images ``(B, 3, 64, 64)`` in [0, 1], ``G`` cells per side of the output grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_DETECTIONS = 6
 
 @dataclass
 class Candidates:
-    """Possible objects of ``B`` pictures, by falling confidence.
+    """Possible objects in ``B`` images, by decreasing confidence.
 
     Attributes:
         confidence: ``(B, M)`` in [0, 1].
@@ -61,21 +61,21 @@ class _Residual(nn.Module):
 
 
 class Detector(nn.Module):
-    """What both judges share: the channels of the output grid and the files they are stored in.
+    """Code shared by both judges: the channels of the output grid, the loss and the file format.
 
     ``forward`` returns logits ``(B, 1 + colours + shapes + 3, G, G)``: objectness, colour, shape, offset of
-    the centre from the cell's middle ``(x, y)`` in cells, radius in units of 10 pixels.
+    the object's centre from the cell's ``(x, y)`` in cells, radius in units of 10 pixels.
     """
 
     grid: int
     threshold = 0.5
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps pictures to the output grid."""
+        """Maps images to the output grid."""
         raise NotImplementedError
 
     def detect(self, images: torch.Tensor) -> Scenes:
-        """Finds the objects of each picture, at most ``MAX_DETECTIONS`` of them."""
+        """Finds at most ``MAX_DETECTIONS`` objects in each image."""
         raise NotImplementedError
 
     def split(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,13 +84,13 @@ class Detector(nn.Module):
         return object_logit[:, 0], color, shape, geometry
 
     def centers(self, geometry: torch.Tensor) -> torch.Tensor:
-        """Centres in pixels that every cell votes for: ``(B, 2, G, G)``."""
+        """Centres predicted by every cell, in pixels: ``(B, 2, G, G)``."""
         axis = torch.arange(self.grid, device=geometry.device) + 0.5
         x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
         return torch.stack([geometry[:, 0] + x, geometry[:, 1] + y], 1) * (IMAGE_SIZE / self.grid)
 
     def loss(self, grid: torch.Tensor, scenes: Scenes) -> torch.Tensor:
-        """Training loss of an output grid: objectness everywhere; the rest on the objects' cells."""
+        """Training loss of an output grid: objectness everywhere, the rest on the cells of objects."""
         objectness, color, shape, geometry = self.split(grid)
         cell = IMAGE_SIZE / self.grid
         axis = (torch.arange(self.grid) + 0.5) * cell
@@ -145,7 +145,7 @@ class CenterDetector(Detector):
         return torch.exp(-((distance / 5.0) ** 2)).amax(1)
 
     def candidates(self, images: torch.Tensor) -> Candidates:
-        """The strongest local peaks, whether or not they pass the threshold. Differentiable in the images."""
+        """The strongest local peaks, regardless of the threshold. Differentiable with respect to the images."""
         objectness, color, shape, geometry = self.split(self(images.float()))
         heat = objectness.sigmoid()
         peak = heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]
@@ -164,7 +164,7 @@ class CenterDetector(Detector):
         return self.decide(self.candidates(images))
 
     def decide(self, found: Candidates) -> Scenes:
-        """The candidates that pass the threshold, each as its likeliest shape and colour."""
+        """The candidates above the threshold, each with its most likely shape and colour."""
         absent = found.confidence <= self.threshold
         return Scenes(
             found.shape.argmax(-1).masked_fill(absent, -1),
@@ -218,7 +218,7 @@ class CoreDetector(Detector):
 
 
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
-    """Labels the 4-connected components of ``(B, G, G)`` masks 1, 2, … by falling size; 0 is background."""
+    """Labels the 4-connected components of ``(B, G, G)`` masks 1, 2, … by decreasing size; 0 is background."""
     b, g, _ = mask.shape
     label = torch.arange(1, g * g + 1).view(1, g, g).expand(b, g, g) * mask
     while True:
@@ -236,11 +236,11 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Loads a judge that :meth:`Detector.save` wrote, frozen and in eval mode.
+    """Loads a judge written by :meth:`Detector.save`, frozen and in eval mode.
 
     Raises:
-        FileNotFoundError: If the folder holds no judge.
-        ValueError: If the weights do not fit the architecture.
+        FileNotFoundError: If the folder contains no judge.
+        ValueError: If the weights do not match the architecture.
     """
     folder = Path(folder)
     classes = {cls.__name__: cls for cls in (CenterDetector, CoreDetector)}
@@ -252,5 +252,5 @@ def load_detector(folder: str | Path) -> Detector:
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit {name}: {error}") from error
+        raise ValueError(f"{folder}: the weights do not match {name}: {error}") from error
     return detector.eval().requires_grad_(False)

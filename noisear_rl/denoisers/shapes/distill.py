@@ -1,11 +1,11 @@
 """Distils ``shapes`` into ``shapes-turbo``: ``python -m noisear_rl.denoisers.shapes.distill``.
 
-With a deterministic sampler, steps and guidance together are one map from noise and caption to a latent. The
+With a deterministic sampler, steps and guidance together are a single map from noise and caption to a latent. The
 student regresses this map (Luhman & Luhman 2021, arXiv 2101.02388) and needs one network evaluation where its
-teacher needs eight, so that experiments on the noise run several times as fast. It starts from the teacher's
+teacher needs eight, so that experiments on the noise run several times faster. It starts from the teacher's
 weights, without the middle block and with the constant time embedding folded into biases.
 
-Training goes on from its newest checkpoint when started again.
+Training resumes from its latest checkpoint when started again.
 
 Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, latent ``(4, 8, 8)``.
 """
@@ -29,15 +29,15 @@ from noisear_rl.denoisers.shapes.captions import captions_of
 from noisear_rl.denoisers.shapes.train import autocast, draw_captions, fit, save_tensors
 from noisear_rl.gaussian import standard_noise
 
-SHARD = 4096  # targets in a file
+SHARD = 4096  # targets per file
 TEACHER_GUIDANCE = 3.0
-TIMESTEP = 751  # where the teacher's four steps begin
+TIMESTEP = 751  # where the teacher's four steps start
 
 
 def teacher_targets(
     teacher: DiffusionPipelineDenoiser, folder: Path, count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's latents ``(count, 4, 8, 8)`` for noise of seeds 0, 1, …, and caption indices ``(count,)``."""
+    """The teacher's latents ``(count, 4, 8, 8)`` for the noise of seeds 0, 1, …, and caption indices ``(count,)``."""
     index = {caption.text: i for i, caption in enumerate(captions_of("train"))}
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -66,7 +66,7 @@ def teacher_targets(
 
 @torch.no_grad()
 def inherit(student: UNet2DConditionModel, teacher: UNet2DConditionModel, added: dict[str, torch.Tensor]) -> None:
-    """Copies the teacher's weights; its time embedding, averaged over captions, becomes part of biases."""
+    """Copies the teacher's weights; its time embedding, averaged over captions, is folded into biases."""
     own, source = student.state_dict(), teacher.state_dict()
     student.load_state_dict({k: source[k] if k in source and source[k].shape == v.shape else v for k, v in own.items()})
     count = len(added["text_embeds"])
@@ -84,7 +84,7 @@ def inherit(student: UNet2DConditionModel, teacher: UNet2DConditionModel, added:
 def distil(
     teacher: DiffusionPipelineDenoiser, folder: Path, count: int, *, seed: int, save_every: int
 ) -> UNet2DConditionModel:
-    """Trains the student and returns it with averaged weights; the absolute error prefers sharp decisions."""
+    """Trains the student and returns it with averaged weights; the absolute error favours sharp decisions."""
     latents, captions = teacher_targets(teacher, folder / "turbo-targets", count, seed)
     conditioning = teacher.encode([caption.text for caption in captions_of("train")])
     text = conditioning.inputs["prompt_embeds"]  # (captions, L, D)
@@ -107,7 +107,7 @@ def distil(
         clean = (noise - (1 - alpha).sqrt() * predicted.float()) / alpha.sqrt()
         return F.smooth_l1_loss(clean, latents[rows].float(), beta=0.1)
 
-    # Stopped a third of the way through the learning rate's schedule: the averaged weights are good by then.
+    # Stopped a third of the way through the learning-rate schedule: the averaged weights are good by then.
     return fit(
         "turbo", student, step, folder=folder, learning_rate=1e-3, seed=seed, save_every=save_every, horizon=6000
     )
@@ -116,10 +116,12 @@ def distil(
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m noisear_rl.denoisers.shapes.distill", description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/shapes-turbo"), help="targets, checkpoints, logs")
-    parser.add_argument("--assets", type=Path, default=architecture.ASSETS, help="where the student is written")
-    parser.add_argument("--targets", type=int, default=81920, help=f"teacher's latents, in files of {SHARD}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/shapes-turbo"), help="folder for targets, checkpoints and logs"
+    )
+    parser.add_argument("--assets", type=Path, default=architecture.ASSETS, help="where to write the student")
+    parser.add_argument("--targets", type=int, default=81920, help=f"latents of the teacher, a multiple of {SHARD}")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     arguments = parser.parse_args(argv)
     teacher = load_pipeline_denoiser("shapes", guidance_scale=TEACHER_GUIDANCE)

@@ -1,4 +1,4 @@
-"""Writes the trained parts as a diffusers folder and judges, and the card's table of how they were trained."""
+"""Writes the trained components as a diffusers pipeline and judges, and the training table of the model card."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def export(
 ) -> None:
     """Writes ``assets/pipeline``, ``assets/clip``, both detectors and ``assets/training.md``.
 
-    Weights are float16, but for the text encoders.
+    Weights are float16, except for the text encoders.
 
     Args:
         assets: Target folder.
-        logs: Folder of the training's ``<stage>.jsonl`` files, for the card.
+        logs: Folder with the training logs ``<stage>.jsonl``, for the model card.
         vae: Trained autoencoder.
         clip: Trained CLIP; its text tower becomes the first text encoder.
         unet: Trained denoiser.
-        text_encoder_2: Trained with the denoiser.
-        train_detector: Judge for rewards.
+        text_encoder_2: Second text encoder, trained with the denoiser.
+        train_detector: Judge for the reward.
         held_out_detector: Judge for evaluation.
     """
     text_encoder, _ = architecture.build_text_encoders(clip)
@@ -49,7 +49,7 @@ def export(
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    # The text encoders stay float32: transformers loads what is stored, diffusers loads float32.
+    # The text encoders stay float32: transformers loads the stored dtype, diffusers loads float32.
     vae.half(), unet.half()
     pipeline.save_pretrained(assets / "pipeline", safe_serialization=True)
     # The text tower is the first text encoder, saved above; see architecture.load_clip.

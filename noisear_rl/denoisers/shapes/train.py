@@ -1,9 +1,9 @@
-"""Trains the embedded denoiser and its judges from nothing: ``python -m noisear_rl.denoisers.shapes.train``.
+"""Trains the embedded denoiser and its judges from scratch: ``python -m noisear_rl.denoisers.shapes.train``.
 
 Stages, in order: ``vae`` (8× autoencoder), ``clip`` (contrastive, with hard negatives; its text tower is the
 first text encoder), ``unet`` (denoiser and second text encoder, ε-prediction on SDXL's schedule), ``judges``
-(two detectors), ``export`` (a diffusers folder plus judges). Every stage saves a checkpoint each
-``--save-every`` steps and goes on from it when started again; step ``i`` draws the same data in every run.
+(two detectors), ``export`` (a diffusers pipeline and the judges). Every stage saves a checkpoint every
+``--save-every`` steps and resumes from it when started again; step ``i`` draws the same data in every run.
 
 Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, latent ``(4, 8, 8)``.
 """
@@ -41,8 +41,8 @@ from noisear_rl.denoisers.shapes.export import export
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
 
 STEPS = {"vae": 2400, "clip": 1600, "unet": 3000, "turbo": 2000, "train_detector": 1200, "held_out_detector": 800}
-PICTURES = 65536  # that the UNet learns from
-# How often each category of captions is drawn for the UNet: more often where more must be bound together.
+UNET_IMAGES = 65536  # training images of the UNet
+# How often each category of captions is drawn for the UNet: more often where more attributes must be bound.
 SHARES = {"single_object": 1, "colors": 1, "two_object": 2, "counting": 3, "position": 4, "color_attr": 4}
 
 Step = Callable[[int, np.random.Generator], torch.Tensor]
@@ -50,7 +50,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_tensors(state: dict, path: Path) -> None:
-    """``torch.save`` that leaves the old file or the whole new one."""
+    """``torch.save`` that leaves either the old file or the complete new one."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -71,14 +71,14 @@ def fit(
 
     Args:
         name: Key of :data:`STEPS`; also the checkpoint's file name.
-        model: What is trained.
+        model: Model to train.
         step: ``(i, rng) → loss`` of step ``i``.
-        folder: Where the checkpoint and the log lie.
-        learning_rate: Peak of the one-cycle schedule of AdamW.
-        seed: Step ``i`` draws from ``(seed, name, i)`` alone.
+        folder: Folder of the checkpoint and the log.
+        learning_rate: Peak of AdamW's one-cycle schedule.
+        seed: Training seed; step ``i`` draws only from ``(seed, name, i)``.
         save_every: Steps between checkpoints.
         ema_decay: Limit of the weight average's decay.
-        horizon: Length of the learning rate's schedule, if training stops before its end.
+        horizon: Length of the learning-rate schedule in steps, if training stops before its end.
     """
     steps, path, log = STEPS[name], folder / f"{name}.pt", folder / f"{name}.jsonl"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -131,7 +131,7 @@ def autocast() -> torch.autocast:
 
 
 def train_vae(**options) -> AutoencoderKL:
-    """Autoencoder: squared and absolute error of the picture plus a slight KL to the unit Gaussian."""
+    """Trains the autoencoder: squared and absolute error of the image plus a small KL to the unit Gaussian."""
     vae = architecture.build_vae()
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
@@ -155,7 +155,7 @@ def train_vae(**options) -> AutoencoderKL:
 
 
 def train_clip(**options) -> CLIPModel:
-    """Contrastive training; every caption comes with a hard negative, and true pairs are never negatives."""
+    """Trains CLIP contrastively; every caption comes with a hard negative, and true pairs are never negatives."""
     clip, tokenize = architecture.build_clip(), architecture.Tokenizer()
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
@@ -178,7 +178,7 @@ def train_clip(**options) -> CLIPModel:
 
 
 def draw_captions(rng: np.random.Generator, count: int) -> list[Caption]:
-    """Draws training captions by :data:`SHARES`; plain and coloured ones come equally often."""
+    """Draws training captions by :data:`SHARES`; plain and coloured ones are equally likely."""
     weights = np.array([SHARES[category] for category in CATEGORIES], dtype=float)
     chosen = []
     for category in rng.choice(len(CATEGORIES), size=count, p=weights / weights.sum()):
@@ -190,7 +190,7 @@ def draw_captions(rng: np.random.Generator, count: int) -> list[Caption]:
 
 
 def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes ``PICTURES`` pictures once: normalised latents ``(PICTURES, 4, 8, 8)`` and caption indices."""
+    """Encodes ``UNET_IMAGES`` images once: normalised latents ``(UNET_IMAGES, 4, 8, 8)`` and caption indices."""
     path = folder / "latents.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -199,7 +199,7 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Te
     index = {caption.text: i for i, caption in enumerate(captions)}
     mean, std = (torch.tensor(getattr(vae.config, key)).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
     rng, latents, indices = np.random.default_rng([seed, 1]), [], []
-    for _ in tqdm(range(PICTURES // 256), desc="latents", mininterval=5):
+    for _ in tqdm(range(UNET_IMAGES // 256), desc="latents", mininterval=5):
         chosen = draw_captions(rng, 256)
         images = render(sample_scenes(chosen, rng), rng) * 2 - 1
         with torch.inference_mode(), autocast():
@@ -211,9 +211,9 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Te
 
 
 def train_unet(vae: AutoencoderKL, clip: CLIPModel, **options) -> nn.ModuleDict:
-    """Denoiser and second text encoder, ε-prediction, a tenth of the captions dropped to zeros as SDXL's are.
+    """Trains denoiser and second text encoder on ε-prediction; a tenth of the captions become zeros, as in SDXL.
 
-    The squared error is weighted by ``min(sqrt(1 + 1/SNR), 5)``, since layout is decided where noise is strong.
+    The squared error is weighted by ``min(sqrt(1 + 1/SNR), 5)``, because layout is decided at high noise levels.
     """
     tokenize = architecture.Tokenizer()
     latents, indices = latent_shards(vae, options["folder"], options["seed"])
@@ -245,7 +245,7 @@ def train_unet(vae: AutoencoderKL, clip: CLIPModel, **options) -> nn.ModuleDict:
 
 
 def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options) -> Detector:
-    """Detector on random scenes: half of the pictures pass the autoencoder, all get noise."""
+    """Trains a detector on random scenes; half of the images pass through the autoencoder, all get noise."""
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
         scenes = random_scenes(64, rng)
@@ -262,7 +262,7 @@ def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options) ->
 
 
 def stages(arguments: argparse.Namespace) -> Iterator[str]:
-    """Runs the asked stages one after the other, loading what earlier ones made."""
+    """Runs the requested stages in order, loading the results of earlier ones, and yields their names."""
     options = {"folder": arguments.output_dir, "seed": arguments.seed, "save_every": arguments.save_every}
     last = {"vae": 0, "clip": 1, "unet": 2, "judges": 3, "export": 4, "all": 4}[arguments.stage]
     torch.manual_seed(arguments.seed)
@@ -293,9 +293,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m noisear_rl.denoisers.shapes.train", description=__doc__)
     parser.add_argument("stage", choices=("vae", "clip", "unet", "judges", "export", "all"), help="last stage to run")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/shapes-denoiser"), help="checkpoints, logs")
-    parser.add_argument("--assets", type=Path, default=architecture.ASSETS, help="where export writes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/shapes-denoiser"), help="folder for checkpoints and logs"
+    )
+    parser.add_argument("--assets", type=Path, default=architecture.ASSETS, help="output folder of the export stage")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     arguments = parser.parse_args(argv)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

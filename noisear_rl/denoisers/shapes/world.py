@@ -1,7 +1,7 @@
-"""The shapes world: what is in a picture, how it is drawn, and when it shows what a caption says.
+"""The shapes world: the contents of an image, how it is drawn, and when it matches a caption.
 
-Shapes of tensors: ``B`` pictures, ``M`` object slots, pictures are ``(B, 3, 64, 64)`` in [0, 1].
-Coordinates are pixels, x to the right and y down, ``(x, y)`` of an object's centre.
+Shapes of tensors: ``B`` images, ``M`` object slots, images are ``(B, 3, 64, 64)`` in [0, 1].
+Coordinates are pixels, x to the right and y down; ``(x, y)`` is an object's centre.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DIRECTIONS = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
 
 @dataclass
 class Scenes:
-    """What ``B`` pictures hold, as drawn or as detected; empty slots have shape and colour ``-1``.
+    """The contents of ``B`` images, as drawn or as detected; empty slots have shape and colour ``-1``.
 
     Attributes:
         shape: ``(B, M)`` indices into ``SHAPES``.
@@ -58,16 +58,16 @@ class Scenes:
         return (self.shape >= 0).sum(-1)
 
     def describe(self, i: int) -> list[str]:
-        """Names the objects of picture ``i``, for people."""
+        """Names of the objects in image ``i``, for people."""
         pairs = zip(self.color[i].tolist(), self.shape[i].tolist(), strict=True)
         return [f"{COLORS[c]} {SHAPES[s]}" for c, s in pairs if s >= 0]
 
 
 def sample_scenes(captions: list[Caption], rng: np.random.Generator) -> Scenes:
-    """Draws a random scene that fits each caption exactly.
+    """Draws a random scene that matches each caption exactly.
 
-    Colours that a caption leaves open are uniform, radii uniform in :data:`RADIUS`, positions uniform
-    under a minimal gap. A stated relation holds within 30 degrees, with room to spare for the judges.
+    Colours that a caption leaves open are uniform, radii are uniform in :data:`RADIUS`, and positions are
+    uniform with a minimal gap. A stated relation holds within 30 degrees, which leaves a margin for the judges.
     """
     n = len(captions)
     shape, color = np.full((n, MAX_OBJECTS), -1), np.full((n, MAX_OBJECTS), -1)
@@ -87,9 +87,9 @@ def sample_scenes(captions: list[Caption], rng: np.random.Generator) -> Scenes:
 
 
 def random_scenes(count: int, rng: np.random.Generator) -> Scenes:
-    """Draws scenes of 0 to 4 arbitrary objects that may touch, of more sizes than captions ask for.
+    """Draws scenes of 0 to 4 arbitrary objects that may touch, in a wider range of sizes than for captions.
 
-    The judges learn from these, so that they also see what generated pictures get wrong.
+    The judges are trained on these, so that they also see the kinds of errors in generated images.
     """
     m = 4
     shape, color = rng.integers(len(SHAPES), size=(count, m)), rng.integers(len(COLORS), size=(count, m))
@@ -124,7 +124,7 @@ def _place(
         if k <= 1:
             return center, radius
         if relation:
-            # The second object follows from the first: a direction and a distance.
+            # Place the second object relative to the first: a direction and a distance.
             dx, dy = DIRECTIONS[RELATIONS.index(relation)].numpy()
             angle = math.atan2(dy, dx) + rng.uniform(-math.pi / 6, math.pi / 6)
             distance = reach.sum() + gap + rng.uniform(0, 20)
@@ -138,7 +138,7 @@ def _place(
 
 
 def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Distance in pixels from an object's outline, negative inside; ``x, y`` relative to its centre."""
+    """Distance in pixels from an object's outline, negative inside; ``x, y`` are relative to its centre."""
     name = SHAPES[shape]
     if name == "circle":
         return (x * x + y * y).sqrt() - radius
@@ -154,7 +154,7 @@ def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor, radius: torch.
 
 
 def coverage(scenes: Scenes, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """How much of each pixel each object covers: ``(B, M, size, size)`` in [0, 1], anti-aliased."""
+    """The fraction of each pixel that each object covers: ``(B, M, size, size)`` in [0, 1], anti-aliased."""
     axis = torch.arange(size) + 0.5
     x = axis.view(1, 1, 1, -1) - scenes.center[..., 0, None, None]  # (B, M, 1, W)
     y = axis.view(1, 1, -1, 1) - scenes.center[..., 1, None, None]  # (B, M, H, 1)
@@ -170,9 +170,9 @@ def coverage(scenes: Scenes, size: int = IMAGE_SIZE) -> torch.Tensor:
 
 
 def render(scenes: Scenes, rng: np.random.Generator) -> torch.Tensor:
-    """Draws pictures ``(B, 3, 64, 64)`` in [0, 1].
+    """Draws images ``(B, 3, 64, 64)`` in [0, 1].
 
-    The background is a grey of 0.85 to 1.0; colours are jittered by up to 0.05 a channel.
+    The background is a grey of 0.85 to 1.0; colours are jittered by up to 0.05 per channel.
     """
     b, m = scenes.shape.shape
     background = torch.from_numpy(rng.uniform(0.85, 1.0, size=(b, 1, 1, 1))).float()
@@ -190,8 +190,8 @@ def render(scenes: Scenes, rng: np.random.Generator) -> torch.Tensor:
 def relation_margin(first: torch.Tensor, second: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """How well each relation holds, by GenEval's rule: ``(..., 4)`` in [-1, 1], true above 0.5.
 
-    GenEval shortens the offset of the centres by a tenth of the summed sizes, normalises it, and calls a
-    direction true where its component exceeds 0.5 (within 60 degrees).
+    GenEval shortens the offset between the centres by a tenth of the summed sizes, normalises it, and calls a
+    direction true if its component exceeds 0.5 (within 60 degrees).
 
     Args:
         first: ``(..., 2)`` centre of the first object.
@@ -206,10 +206,10 @@ def relation_margin(first: torch.Tensor, second: torch.Tensor, sizes: torch.Tens
 
 
 def matches(scenes: Scenes, captions: CaptionTensors) -> torch.Tensor:
-    """Whether picture ``i`` shows exactly what caption ``j`` says: ``(B, J)`` bool.
+    """Whether image ``i`` shows exactly what caption ``j`` says: ``(B, J)`` bool.
 
-    Exactly: the stated number of objects and no other, every shape and stated colour right, and the
-    relation true. Objects may come in any order.
+    Exactly means the stated number of objects, every shape and stated colour right, and the relation
+    true. The objects may be in any order.
     """
     wanted = (captions.shape >= 0).sum(-1)  # (J,)
     right_count = scenes.count[:, None] == wanted[None]  # (B, J)
@@ -217,7 +217,7 @@ def matches(scenes: Scenes, captions: CaptionTensors) -> torch.Tensor:
     shape, color = scenes.shape.gather(1, order), scenes.color.gather(1, order)
     center = scenes.center.gather(1, order[..., None].expand(-1, -1, 2))
     diameter = 2 * scenes.radius.gather(1, order)
-    # fits[b, j, m, k]: object m of picture b is what slot k of caption j asks for.
+    # fits[b, j, m, k]: object m of image b is what slot k of caption j asks for.
     fits = (shape[:, None, :, None] == captions.shape[None, :, None, :]) & (
         (captions.color[None, :, None, :] < 0) | (color[:, None, :, None] == captions.color[None, :, None, :])
     )
