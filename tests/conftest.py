@@ -23,7 +23,7 @@ def turbo():
 
 
 def random_policy(seed: int = 0, scale: float = 0.08, **options) -> NoiseARPolicy:
-    """A policy far from N(0, I): all matrices random."""
+    """A policy far from N(0, I): every weight matrix is random."""
     torch.manual_seed(seed)
     policy = NoiseARPolicy(NoiseARConfig(**options)).eval()
     for parameter in policy.parameters():
@@ -34,7 +34,7 @@ def random_policy(seed: int = 0, scale: float = 0.08, **options) -> NoiseARPolic
 
 @pytest.fixture(scope="session")
 def random_pipeline() -> StableDiffusionXLPipeline:
-    """SDXL's class with random weights; nothing of it is trained."""
+    """A small SDXL pipeline with random weights."""
     torch.manual_seed(0)
     first, second = architecture.build_text_encoders(architecture.build_clip())
     tokenizer = architecture.build_tokenizer()

@@ -1,4 +1,4 @@
-"""A denoiser that does nothing, and rewards with known optima: what algorithms must solve before diffusion."""
+"""An identity denoiser and rewards with known optima: problems that algorithms must solve before diffusion."""
 
 import gymnasium
 import torch
@@ -10,7 +10,7 @@ PROMPTS = ("up", "down")
 
 
 class NoDenoiser:
-    """Shows the noise itself as the picture, so that a reward is a known function of the noise."""
+    """Returns the noise itself as the image, so that a reward is a known function of the noise."""
 
     name, num_inference_steps, guidance_scale, nfe = "none", 1, 1.0, 1
     text_shape = (2, 8)
@@ -31,7 +31,7 @@ class NoDenoiser:
 
 
 def projections(images):
-    """Unit-variance projection of the upper and of the lower patch: ``(B, 2)``."""
+    """Unit-variance projections of the upper and the lower patch, ``(B, 2)``."""
     return images[:, 0].unflatten(1, (2, -1)).sum((2, 3)) / (images[0, 0].numel() / 2) ** 0.5
 
 
@@ -45,7 +45,7 @@ class Target:
 
 
 class Echo:
-    """The lower projection should be twice the upper one: -5 for Gaussian noise, -1 at best, which needs memory."""
+    """The lower projection should be twice the upper one: -5 for Gaussian noise, -1 at best. Needs memory."""
 
     name, statistics, gaussian, best = "echo", (0.0, 1.0), -5.0, -1.0
 
@@ -65,7 +65,7 @@ class Obey:
 
 
 def register(reward, latent_shape=(1, 8, 4), patch_size=4, prompts=PROMPTS):
-    """Registers an environment of two patches and returns its id."""
+    """Registers an environment with two patches and returns its id."""
     name = f"{type(reward).__name__}{latent_shape[1]}-v0"
     gymnasium.registry.pop(name, None)
     kwargs = {

@@ -52,7 +52,7 @@ def test_make_by_module_prefix_and_spec_serialises():
     assert episode(env, 3)[1] == episode(again, 3)[1]
 
 
-def test_registering_loads_no_heavy_library():
+def test_registering_imports_no_heavy_library():
     code = "import noisear_rl, sys; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -49,7 +49,7 @@ def test_temperature_scales_the_standard_deviation():
     assert torch.equal(a.mean, b.mean)
 
 
-def test_a_patch_depends_on_those_before_it_alone():
+def test_a_patch_depends_only_on_earlier_patches():
     policy = random_policy()
     patches = standard_noise(range(8), (16, 16))
     changed = patches.clone()
@@ -144,11 +144,11 @@ def test_bad_files(tmp_path):
     policy = random_policy()
     policy.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    complete = weights.read_bytes()
+    weights.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(ValueError, match="truncated"):
         load_policy(tmp_path)
-    weights.write_bytes(whole)
+    weights.write_bytes(complete)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"paper"', '"released"'))
     with pytest.raises(ValueError, match="not the weights of a policy with"):
@@ -161,7 +161,7 @@ def test_bad_files(tmp_path):
         load_policy(tmp_path / "none")
 
 
-def test_dropout_is_active_in_train_mode_only():
+def test_dropout_is_active_only_in_train_mode():
     policy = random_policy(dropout=0.5)
     patches = standard_noise(range(8), (16, 16))
     assert torch.equal(policy.log_prob(patches, TEXT), policy.log_prob(patches, TEXT))

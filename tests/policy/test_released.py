@@ -1,4 +1,4 @@
-"""The authors' released network, computed again from the description of its state dict."""
+"""The authors' released network against an independent computation from the description of its state dict."""
 
 import math
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_published_size_with_adapter():
 
 
 def write_state(path, layers=1, text_dim=64, head_blocks=0):
-    """A state dict as the authors' own module makes one: their names and shapes, random values."""
+    """Saves a state dict in the layout of the authors' module, with random values."""
     d, hidden, elements, patches = 64, 96, 16, 16
     generator = torch.Generator().manual_seed(layers + head_blocks)
     shapes = {"latent_patch_encoder.0": (elements // 2, elements), "latent_patch_encoder.2": (d, elements // 2)}
@@ -178,7 +178,7 @@ def write_state(path, layers=1, text_dim=64, head_blocks=0):
 
 
 @pytest.mark.parametrize(("layers", "text_dim", "head_blocks"), [(1, 64, 0), (1, 48, 0), (2, 64, 1), (3, 48, 2)])
-def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head_blocks):
+def test_a_pth_file_in_the_authors_layout_loads(tmp_path, layers, text_dim, head_blocks):
     state = write_state(tmp_path / "model.pth", layers, text_dim, head_blocks)
     policy = load_released(tmp_path / "model.pth", n_heads=1)
     assert not policy.training and policy.config.temperature == 0.5 and policy.config.latent_shape == (4, 8, 8)
@@ -189,7 +189,7 @@ def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head
     std = 0.5 * torch.exp(0.5 * log_variance.clamp(-20, 10))
     torch.testing.assert_close(gaussian.stddev, std, rtol=1e-5, atol=1e-6)
 
-    # Samples, with the same draws, patch by patch over the whole prefix as the authors do.
+    # Sampling with the same draws, patch by patch over the complete prefix as the authors do.
     draws = standard_noise([5, 6, 7], (4, 8, 8)).reshape(3, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 16)
     expected = torch.zeros(3, 16, 16)
     for i in range(16):
@@ -197,17 +197,17 @@ def test_a_pth_file_of_the_authors_layout_loads(tmp_path, layers, text_dim, head
         expected[:, i] = mean[:, i] + 0.5 * torch.exp(0.5 * log_variance[:, i].clamp(-20, 10)) * draws[:, i]
     sample = policy.sample(text, seeds=[5, 6, 7])
     torch.testing.assert_close(sample.patches, expected, rtol=1e-4, atol=1e-4)
-    latents = expected.reshape(3, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 4, 8, 8)  # channels lie first
+    latents = expected.reshape(3, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 4, 8, 8)  # channels first
     torch.testing.assert_close(policy.noise(sample), latents, rtol=1e-4, atol=1e-4)
 
-    assert load_policy(tmp_path / "model.pth").config == policy.config  # every command takes the file itself
+    assert load_policy(tmp_path / "model.pth").config == policy.config  # every command accepts the file
     policy.save_pretrained(tmp_path / "converted")
     again = load_policy(tmp_path / "converted")
     assert again.config == policy.config
     torch.testing.assert_close(again.log_prob(patches, text), policy.log_prob(patches, text), rtol=0, atol=0)
 
 
-def test_files_that_are_not_theirs_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     class Malicious:
         def __reduce__(self):
             return (Path(tmp_path / "touched").touch, ())
