@@ -95,7 +95,7 @@ class DiffusionPipelineDenoiser:
         vae_tiling: bool = False,
         attention_slicing: bool = False,
         compile: bool = False,
-    ):
+    ) -> None:
         self.interface = interface_of(pipeline)
         if num_inference_steps < 1 or micro_batch_size < 1 or guidance_scale < 1:
             raise ValueError("num_inference_steps, micro_batch_size and guidance_scale must be at least 1")
@@ -199,7 +199,9 @@ class DiffusionPipelineDenoiser:
         images, latents = zip(*self._in_micro_batches(len(noise), run), strict=True)
         return torch.cat(images).clone(), torch.cat(latents).clone()
 
-    def _call(self, call: Callable, noise: torch.Tensor, conditioning: Conditioning, **options: Any) -> torch.Tensor:
+    def _call(
+        self, call: Callable[..., Any], noise: torch.Tensor, conditioning: Conditioning, **options: Any
+    ) -> torch.Tensor:
         """The pipeline's own loop, from noise to images."""
         defaults = {
             "num_inference_steps": self.num_inference_steps,

@@ -107,7 +107,7 @@ class ProbeScheduler:
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], timestep: float):
+    def __init__(self, config: Mapping[str, Any], timestep: float) -> None:
         self.config, self.timesteps = config, torch.tensor([timestep])
         self.prediction = torch.empty(0)
 
@@ -119,7 +119,9 @@ class ProbeScheduler:
         """Returns the input unchanged."""
         return sample
 
-    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> tuple:
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor]:
         """Records the prediction."""
         self.prediction = model_output
         return (sample,)

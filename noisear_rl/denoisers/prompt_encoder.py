@@ -35,7 +35,7 @@ class EmbeddingCache:
         device: Device of the returned tensors.
     """
 
-    def __init__(self, folder: Path | None, limit: int = 2**30, device: torch.device | str = "cpu"):
+    def __init__(self, folder: Path | None, limit: int = 2**30, device: torch.device | str = "cpu") -> None:
         self.folder, self.limit, self.device = folder, limit, device
         self._memory: OrderedDict[str, Tensors] = OrderedDict()
         self._bytes = 0
@@ -101,7 +101,9 @@ class PromptEncoder:
         length: ``L`` of ``prompt_embeds``.
     """
 
-    def __init__(self, pipeline: Any, interface: PipelineInterface, device: torch.device, cache_dir: str, model: str):
+    def __init__(
+        self, pipeline: Any, interface: PipelineInterface, device: torch.device, cache_dir: str, model: str
+    ) -> None:
         self.pipeline, self.interface, self.device = pipeline, interface, device
         self.lengths = [size or getattr(pipeline, name).model_max_length for name, size in interface.tokens]
         self.length = sum(self.lengths)

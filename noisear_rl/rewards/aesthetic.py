@@ -50,7 +50,7 @@ class Aesthetic(CLIPReward):
     head_source = ""
     make_head = staticmethod(linear_head)
 
-    def __init__(self, weights: str | Path | None = None, *, head: str | Path | None = None, **options: Any):
+    def __init__(self, weights: str | Path | None = None, *, head: str | Path | None = None, **options: Any) -> None:
         super().__init__(weights, **options)
         self.head_weights = head
         self.head: Any = None

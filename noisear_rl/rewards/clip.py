@@ -110,7 +110,7 @@ class CLIPScore(CLIPReward):
     preprocessing = Preprocess("torchvision")
     cleans = True
 
-    def __init__(self, *args: Any, rescale: str = "hessel", **options: Any):
+    def __init__(self, *args: Any, rescale: str = "hessel", **options: Any) -> None:
         if rescale not in RESCALINGS:
             raise ValueError(f"unknown rescale {rescale!r}; expected one of {RESCALINGS}")
         super().__init__(*args, **options)

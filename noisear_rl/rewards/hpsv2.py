@@ -59,7 +59,7 @@ class HPSv2(CLIPReward):
     preprocessing = Preprocess("float")
     cleans = True
 
-    def __init__(self, *args: Any, antialias: bool = True, **options: Any):
+    def __init__(self, *args: Any, antialias: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
         self.preprocessing = replace(self.preprocessing, antialias=antialias)  # type: ignore[misc]
 

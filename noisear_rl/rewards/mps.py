@@ -60,7 +60,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 class CrossLayer(nn.Module):
     """Image tokens attend to the prompt, then to each other; keys and values have a single head."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         inner = 4 * width
         self.heads = width // HEAD_WIDTH
@@ -94,7 +94,7 @@ class CrossLayer(nn.Module):
 class MPSNetwork(nn.Module):
     """A CLIP with cross-attention layers on top."""
 
-    def __init__(self, architecture: dict[str, Any], layers: int):
+    def __init__(self, architecture: dict[str, Any], layers: int) -> None:
         from transformers import CLIPConfig, CLIPModel
 
         super().__init__()
@@ -139,7 +139,7 @@ class MPS(CLIPReward):
         threshold: float = 0.3,
         batch_coupled: bool = False,
         **options: Any,
-    ):
+    ) -> None:
         if not condition.strip() or not 0 <= threshold < 1:
             raise ValueError(f"expected a condition and a threshold in [0, 1), got {condition!r} and {threshold}")
         super().__init__(*args, **options)

@@ -42,7 +42,7 @@ class PackageReward:
         FileNotFoundError: If the interpreter does not exist.
     """
 
-    def __init__(self, name: str, python: str | Path | None = None, device: str | None = None):
+    def __init__(self, name: str, python: str | Path | None = None, device: str | None = None) -> None:
         if name not in PACKAGES:
             raise ValueError(f"no package computes {name!r}; backend 'package' supports {sorted(PACKAGES)}")
         if python is None or not Path(python).is_file():

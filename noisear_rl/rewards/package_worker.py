@@ -6,17 +6,20 @@ Reads one JSON object per line, ``{"files": [...], "prompts": [...]}``, and answ
 nothing from this library, and no other packages than the scorer's own and Pillow.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 
 sys.path.pop(0)  # this folder, whose clip.py would hide the package of that name
 
 from PIL import Image
 
 
-def image_reward(device):
+def image_reward(device: str) -> Callable[[Image.Image, str], float]:
     """The scorer of ``image-reward``: (PIL image, prompt) → score."""
     import ImageReward
 
@@ -24,7 +27,7 @@ def image_reward(device):
     return lambda image, prompt: model.score(prompt, image)
 
 
-def hpsv2(version):
+def hpsv2(version: str) -> Callable[[Image.Image, str], float]:
     """The scorer of ``hpsv2``; the package reads its checkpoint on every call.
 
     Its wheel lacks CLIP's byte pairs, which are copied from ``openai-clip`` to where the package looks for them.
@@ -38,7 +41,7 @@ def hpsv2(version):
     return lambda image, prompt: float(package.score(image, prompt, hps_version=version)[0])
 
 
-def main(name, device=""):
+def main(name: str, device: str = "") -> None:
     """Answers requests until the input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # packages print
     score = image_reward(device) if name == "image-reward" else hpsv2("v2.1" if name == "hpsv2.1" else "v2.0")

@@ -54,7 +54,7 @@ class PretrainedReward(ABC):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 32,
         preprocess: str = "exact",
-    ):
+    ) -> None:
         if preprocess not in MODES:
             raise ValueError(f"unknown preprocess {preprocess!r}; expected one of {MODES}")
         self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -57,7 +57,7 @@ class RewardConfig:
 class FunctionReward:
     """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
 
-    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]):
+    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]) -> None:
         self.name, self.function = name, function
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

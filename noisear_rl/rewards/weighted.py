@@ -51,7 +51,7 @@ class WeightedReward:
         rewards: Sequence[tuple[Reward, float]],
         normalize: str = "none",
         statistics: Mapping[str, Sequence[float]] | None = None,
-    ):
+    ) -> None:
         names = [reward.name for reward, _ in rewards]
         if not rewards or len(set(names)) != len(names):
             raise ValueError(f"expected at least one scorer and unique names, got {names}")

@@ -55,7 +55,7 @@ def _download(address: str) -> Path:
 class _Inert:
     """Stands in for the classes and functions of a pickle: keeps their attributes and runs nothing."""
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:

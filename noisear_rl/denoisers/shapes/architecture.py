@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -119,7 +120,7 @@ class Tokenizer:
         ).input_ids
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> dict:
+def _text_config(tokenizer: CLIPTokenizer) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,

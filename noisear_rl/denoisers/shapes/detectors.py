@@ -45,7 +45,7 @@ class Candidates:
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int, dilation: int = 1):
+    def __init__(self, width: int, dilation: int = 1) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.GroupNorm(8, width),
@@ -126,7 +126,7 @@ class CenterDetector(Detector):
 
     grid = 16
 
-    def __init__(self, width: int = 48):
+    def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(3, width // 2, 4, stride=2, padding=1),
@@ -180,7 +180,7 @@ class CoreDetector(Detector):
     grid = 32
     min_cells = 4
 
-    def __init__(self, width: int = 24):
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 5, stride=2, padding=2), _Residual(width))
         self.down1 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), _Residual(2 * width))

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -49,7 +49,15 @@ Step = Callable[[int, np.random.Generator], torch.Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_tensors(state: dict, path: Path) -> None:
+class FitOptions(TypedDict):
+    """Arguments of :func:`fit` that all stages share."""
+
+    folder: Path
+    seed: int
+    save_every: int
+
+
+def save_tensors(state: dict[str, Any], path: Path) -> None:
     """``torch.save`` that leaves either the old file or the complete new one."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -130,7 +138,7 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def train_vae(**options) -> AutoencoderKL:
+def train_vae(**options: Unpack[FitOptions]) -> AutoencoderKL:
     """Trains the autoencoder: squared and absolute error of the image plus a small KL to the unit Gaussian."""
     vae = architecture.build_vae()
 
@@ -154,7 +162,7 @@ def train_vae(**options) -> AutoencoderKL:
     return vae
 
 
-def train_clip(**options) -> CLIPModel:
+def train_clip(**options: Unpack[FitOptions]) -> CLIPModel:
     """Trains CLIP contrastively; every caption comes with a hard negative, and true pairs are never negatives."""
     clip, tokenize = architecture.build_clip(), architecture.Tokenizer()
 
@@ -210,7 +218,7 @@ def latent_shards(vae: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Te
     return saved["latents"].float(), saved["captions"]
 
 
-def train_unet(vae: AutoencoderKL, clip: CLIPModel, **options) -> nn.ModuleDict:
+def train_unet(vae: AutoencoderKL, clip: CLIPModel, **options: Unpack[FitOptions]) -> nn.ModuleDict:
     """Trains denoiser and second text encoder on ε-prediction; a tenth of the captions become zeros, as in SDXL.
 
     The squared error is weighted by ``min(sqrt(1 + 1/SNR), 5)``, because layout is decided at high noise levels.
@@ -244,7 +252,7 @@ def train_unet(vae: AutoencoderKL, clip: CLIPModel, **options) -> nn.ModuleDict:
     return fit("unet", model, step, learning_rate=1.5e-3, horizon=5000, **options)
 
 
-def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options) -> Detector:
+def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options: Unpack[FitOptions]) -> Detector:
     """Trains a detector on random scenes; half of the images pass through the autoencoder, all get noise."""
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
@@ -263,7 +271,7 @@ def train_judge(name: str, detector: Detector, vae: AutoencoderKL, **options) ->
 
 def stages(arguments: argparse.Namespace) -> Iterator[str]:
     """Runs the requested stages in order, loading the results of earlier ones, and yields their names."""
-    options = {"folder": arguments.output_dir, "seed": arguments.seed, "save_every": arguments.save_every}
+    options = FitOptions(folder=arguments.output_dir, seed=arguments.seed, save_every=arguments.save_every)
     last = {"vae": 0, "clip": 1, "unet": 2, "judges": 3, "export": 4, "all": 4}[arguments.stage]
     torch.manual_seed(arguments.seed)
     vae = train_vae(**options)
