@@ -30,6 +30,7 @@ from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.samplers.base import resolve_denoising_seeds
 
 PairKind = Literal["weak_to_strong", "signal_leak"]
 PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
@@ -182,7 +183,8 @@ def _weak_to_strong(
     ).cpu()
     if reward is None:
         return [(target, torch.ones(len(target), dtype=torch.bool))]
-    before, after = (reward.score(denoiser.denoise(x, conditioning, seeds), prompts) for x in (noise, target))
+    own = resolve_denoising_seeds(seeds)  # the same for both, so that only the noise differs
+    before, after = (reward.score(denoiser.denoise(x, conditioning, own), prompts) for x in (noise, target))
     return [(target, (after > before).cpu())]
 
 

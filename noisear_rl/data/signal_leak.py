@@ -19,6 +19,7 @@ from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.rewards import WeightedReward
+from noisear_rl.samplers.base import resolve_denoising_seeds
 
 
 def signal_leak(
@@ -40,7 +41,7 @@ def signal_leak(
         policy: Draws the first noise; ``None`` for Gaussian noise.
         reward: Decides which images are good.
         prompts: ``B`` prompts.
-        seeds: ``B`` seeds of the noise.
+        seeds: ``B`` seeds of the noise; denoising seeds are derived from them, the same in every round.
         min_reward: Minimum score of a good image.
         signal_strength: Factor on the layout's share; 1 is the share that the denoiser saw in training.
         noise_scale: Standard deviation of the noise added to a leak.
@@ -63,7 +64,7 @@ def signal_leak(
         fresh = standard_noise(own, denoiser.latent_shape)
         first = fresh if policy is None else policy.noise(policy.sample(text, mask, seeds=own)).cpu()
         noise = torch.where(good[:, None, None, None], mean + noise_scale * fresh, first)
-        images, latents = denoiser.denoise_with_latents(noise, conditioning, seeds)
+        images, latents = denoiser.denoise_with_latents(noise, conditioning, resolve_denoising_seeds(seeds))
         kept = (reward.score(images, prompts) >= min_reward).cpu()
         target = level * latents.cpu()
         found.append((target, kept))

@@ -25,6 +25,7 @@ __all__ = [
     "check_choice",
     "check_seeds",
     "derived_seeds",
+    "resolve_denoising_seeds",
 ]
 
 
@@ -33,10 +34,11 @@ class Samples:
     """The result of a sampler.
 
     Attributes:
-        noise: ``(B, C, h, w)`` float32, the noise that was denoised.
+        noise: ``(B, C, h, w)`` float32, the noise that was denoised. Samplers never clip it, whereas the environments
+            clip every action at ±10 (:data:`~noisear_rl.envs.noise_task.ACTION_BOUND`).
         images: ``(B, 3, H, W)`` float32 in [0, 1].
         nfe: Network evaluations of the denoiser per image, including those spent on a choice or a search.
-        kl_to_gaussian: ``(B,)`` closed-form KL of the noise's distribution to N(0, I) in nats, along the drawn noise;
+        kl_to_gaussian: ``(B,)`` closed-form KL of the noise's distribution to N(0, I) in nats, along ``noise``;
             ``None`` if the noise has no known density.
     """
 
@@ -57,8 +59,9 @@ class Sampler(Protocol):
         Args:
             prompts: ``B`` prompts.
             seeds: ``B`` seeds; a sample depends only on its own prompt and seed.
-            denoising_seeds: ``B`` seeds of the noise that the denoiser itself draws; ``None`` for ``seeds``. A choice
-                among noises keeps them fixed, so that candidates differ only in their noise.
+            denoising_seeds: ``B`` seeds of the noise that the denoiser itself draws; ``None`` to derive them from
+                ``seeds`` (:func:`resolve_denoising_seeds`). A choice among noises keeps them fixed, so that candidates
+                differ only in their noise.
 
         Raises:
             ValueError: If the numbers of seeds and prompts differ.
@@ -67,9 +70,18 @@ class Sampler(Protocol):
 
 
 def derived_seeds(seeds: Sequence[int], *index: int) -> list[int]:
-    """Derives one seed in [0, 2⁶³) per seed, independent across seeds and indices (which count from 1)."""
+    """Derives one seed in [0, 2⁶³) per seed, independent across seeds and indices (candidates count from 1)."""
     words = [np.random.SeedSequence([int(seed), *index]).generate_state(1, np.uint64)[0] for seed in seeds]
     return [int(word >> 1) for word in words]
+
+
+def resolve_denoising_seeds(seeds: Sequence[int], denoising_seeds: Sequence[int] | None = None) -> Sequence[int]:
+    """The given denoising seeds, or by default one derived from each noise seed.
+
+    With the noise's own seed, the first draw of a stochastic scheduler would equal the initial noise. The index is 0,
+    which no candidate has.
+    """
+    return derived_seeds(seeds, 0) if denoising_seeds is None else denoising_seeds
 
 
 @dataclass

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from noisear_rl.rewards.weighted import WeightedReward
-from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice, derived_seeds
+from noisear_rl.samplers.base import (
+    Incumbent,
+    Sampler,
+    Samples,
+    check_choice,
+    derived_seeds,
+    resolve_denoising_seeds,
+)
 
 
 class BestOf:
@@ -36,7 +43,7 @@ class BestOf:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`; ``kl_to_gaussian`` is ``None`` if ``count`` exceeds 1."""
-        denoising_seeds = seeds if denoising_seeds is None else denoising_seeds
+        denoising_seeds = resolve_denoising_seeds(seeds, denoising_seeds)
         first = self.sampler(prompts, seeds, denoising_seeds=denoising_seeds)
         if self.count == 1:
             return first

@@ -15,7 +15,14 @@ import torch
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import WeightedReward
-from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice, derived_seeds
+from noisear_rl.samplers.base import (
+    Incumbent,
+    Sampler,
+    Samples,
+    check_choice,
+    derived_seeds,
+    resolve_denoising_seeds,
+)
 
 
 class ZerothOrderSearch:
@@ -70,7 +77,7 @@ class ZerothOrderSearch:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`; ``kl_to_gaussian`` is ``None``."""
-        denoising_seeds = seeds if denoising_seeds is None else denoising_seeds
+        denoising_seeds = resolve_denoising_seeds(seeds, denoising_seeds)
         first = self.start(prompts, seeds, denoising_seeds=denoising_seeds)
         conditioning = self.denoiser.encode(prompts)
         best = Incumbent(first.noise, first.images, self.reward.score(first.images, prompts))

@@ -9,7 +9,7 @@ import torch
 from noisear_rl.denoisers import Denoiser, policy_sizes
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy.model import NoiseARPolicy
-from noisear_rl.samplers.base import Sampler, Samples, check_seeds
+from noisear_rl.samplers.base import Sampler, Samples, check_seeds, resolve_denoising_seeds
 
 GAUSSIAN = "Gaussian"
 
@@ -37,13 +37,16 @@ class GaussianSampler:
         """See :class:`Sampler`."""
         check_seeds(prompts, seeds)
         noise = standard_noise(seeds, self.denoiser.latent_shape)
-        own = seeds if denoising_seeds is None else denoising_seeds
+        own = resolve_denoising_seeds(seeds, denoising_seeds)
         images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
         return Samples(noise, images, self.denoiser.nfe, torch.zeros(len(noise)))
 
 
 class PolicySampler:
     """Noise from a policy; an untrained policy draws the same noise as :class:`GaussianSampler`.
+
+    The noise is not clipped: outliers beyond ±10, which the environments clip, are denoised as they are, and
+    ``kl_to_gaussian`` refers to them.
 
     Args:
         denoiser: Frozen diffusion model.
@@ -68,5 +71,5 @@ class PolicySampler:
         policy = self.policy.to(text.device)
         sample = policy.sample(text, mask, seeds=seeds)
         noise = policy.noise(sample)
-        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
+        images = self.denoiser.denoise(noise, conditioning, resolve_denoising_seeds(seeds, denoising_seeds))
         return Samples(noise, images, self.denoiser.nfe, policy.kl_divergence(sample.patches, text, mask).sum(1))

@@ -75,7 +75,7 @@ def test_an_image_follows_from_its_prompt_and_seed_alone(turbo, match, name):
         alone = sampler(PROMPTS[i : i + 1], SEEDS[i : i + 1])
         torch.testing.assert_close(alone.noise[0], batch.noise[i], rtol=0, atol=tolerance)
         torch.testing.assert_close(alone.images[0], batch.images[i], rtol=0, atol=tolerance)
-    again = turbo.denoise(batch.noise, turbo.encode(PROMPTS), SEEDS)
+    again = turbo.denoise(batch.noise, turbo.encode(PROMPTS))
     torch.testing.assert_close(batch.images, again, rtol=0, atol=5e-5)
     if name in ("gaussian", "policy"):
         assert batch.kl_to_gaussian.shape == (3,)
@@ -121,7 +121,7 @@ def test_best_of_chooses_the_best_of_its_candidates(turbo, match):
 
 
 def test_derived_seeds_differ_by_seed_and_index():
-    indices = [(1,), (2,), (1, 1), (1, 2), (2, 1)]
+    indices = [(0,), (1,), (2,), (1, 1), (1, 2), (2, 1)]
     drawn = [seed for index in indices for seed in derived_seeds([0, 1, 2, 2**40], *index)]
     assert len(set(drawn)) == len(drawn) and min(drawn) >= 0 and max(drawn) < 2**63
     assert derived_seeds([2], 1) == derived_seeds([1, 2], 1)[1:]
@@ -136,7 +136,9 @@ def test_candidates_differ_by_their_noise_alone():
     for sampler in (BestOf(plain, 4, reward), BestOf(search, 2, reward)):
         samples = sampler(prompts, seeds)
         assert not torch.equal(samples.noise, plain(prompts, seeds).noise)
-        torch.testing.assert_close(samples.images, samples.noise.expand(-1, 3, -1, -1) + denoiser.own(seeds))
+        torch.testing.assert_close(
+            samples.images, samples.noise.expand(-1, 3, -1, -1) + denoiser.own(derived_seeds(seeds, 0))
+        )
 
 
 def counted(denoiser, sampler):

@@ -8,7 +8,7 @@ import torch
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.base import Samples, check_seeds
+from noisear_rl.samplers.base import Samples, check_seeds, resolve_denoising_seeds
 from noisear_rl.samplers.npnet.network import NPNet
 
 
@@ -36,5 +36,5 @@ class NPNetSampler:
         conditioning = self.denoiser.encode(prompts)
         text = conditioning.policy_embeds
         noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)
-        images = self.denoiser.denoise(noise, conditioning, seeds if denoising_seeds is None else denoising_seeds)
+        images = self.denoiser.denoise(noise, conditioning, resolve_denoising_seeds(seeds, denoising_seeds))
         return Samples(noise, images, self.denoiser.nfe, None)
