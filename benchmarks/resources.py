@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from noisear_rl.algos.dpo import DPOConfig
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.config import load_yaml
+from noisear_rl.data.pairs import PairsConfig
+from noisear_rl.data.weak_to_strong import network_evaluations
 from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
@@ -61,7 +63,8 @@ GIB, KIB = 2**30, 2**10
 REFERENCE_PARAMETERS = 113.3e6  # of the authors' network for SDXL
 PAPER_IMAGE, PAPER_NOISE = 2600e9, 23.12e9  # the paper's Table 3, which calls them FLOPs
 PAIRS, PROMPT_BYTES, BATCH, REPEATS = 100_000, 60, 2, 5
-Text = dict[str, torch.Tensor]
+Architecture = Literal["paper", "released"]
+Task = Literal["train", "sample"]
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -96,10 +99,18 @@ def denoiser_cost(name: str) -> tuple[int, dict[str, int]]:
     return parameters_of(module), flops(lambda: network.evaluate(module, meta(1, *network.latent_shape), meta(1), text))
 
 
-def policy_config(network: Network, architecture: str) -> NoiseARConfig:
+def policy_config(network: Network, architecture: Architecture) -> NoiseARConfig:
     """Returns a policy of the size of the paper."""
-    sizes = {"d_model": 2048, "d_ff": 4096, "n_heads": 1, "n_layers": 1, "architecture": architecture}
-    return NoiseARConfig(network.latent_shape, 32, network.conditioning["prompt_embeds"][1], **sizes)
+    return NoiseARConfig(
+        latent_shape=network.latent_shape,
+        patch_size=32,
+        text_dim=network.conditioning["prompt_embeds"][1],
+        d_model=2048,
+        d_ff=4096,
+        n_heads=1,
+        n_layers=1,
+        architecture=architecture,
+    )
 
 
 def batch_of(policy: NoiseARPolicy, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,7 +180,7 @@ def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> di
     }
 
 
-def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
+def policy_cost(name: str, architecture: Architecture = "paper") -> dict[str, float]:
     """Returns parameters, FLOPs per sample and training memory in GiB with the presets of ``configs/``."""
     network = NETWORKS[name]
     tokens, config = network.conditioning["prompt_embeds"][0], policy_config(network, architecture)
@@ -192,7 +203,7 @@ def policy_cost(name: str, architecture: str = "paper") -> dict[str, float]:
     }
 
 
-def measure(what: str) -> dict[str, float]:
+def measure(task: Task) -> dict[str, float]:
     """Measures median seconds and peak memory of this process for training or sampling with the authors' network."""
     policy = NoiseARPolicy(policy_config(SDXL, "released"))
     check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
@@ -204,18 +215,21 @@ def measure(what: str) -> dict[str, float]:
         nll_of(policy.train(), patches, text, mask).backward()
         optimizer.step()
 
-    calls = {"train": train, "sample": lambda: policy.eval().sample(text, mask, seeds=range(BATCH))}
+    calls: dict[Task, Callable[[], Any]] = {
+        "train": train,
+        "sample": lambda: policy.eval().sample(text, mask, seeds=range(BATCH)),
+    }
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        calls[what]()
+        calls[task]()
         seconds.append(time.perf_counter() - began)
     status = Path("/proc/self/status").read_text()  # Linux only; getrusage would include the memory of the parent
     peak = int(status.split("VmHWM:")[1].split()[0]) * KIB / GIB
     return {"seconds": float(np.median(seconds)), "GiB": peak}
 
 
-def table(title: str, *rows: tuple) -> str:
+def table(title: str, *rows: tuple[Any, ...]) -> str:
     """Formats a Markdown table: a sentence, then the header and the rows."""
     lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in rows]
     return "\n".join([title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
@@ -255,8 +269,11 @@ def policies() -> str:
 def pairs() -> str:
     sizes = {title: PAIRS * (2 * int(np.prod(n.latent_shape)) + PROMPT_BYTES) / GIB for title, n in DISTINCT.items()}
     disk = ", ".join(f"{size:.1f} GiB ({title})" for title, size in sizes.items())
+    config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
+    count = network_evaluations(config.strong_guidance, config.weak_guidance, config.rounds)
     return (
-        f"{PAIRS:,} weak-to-strong pairs: {4 * PAIRS:,} evaluations, two guided predictions per pair. On disk: {disk}."
+        f"{PAIRS:,} weak-to-strong pairs: {count * PAIRS:,} evaluations, {count} per pair, as guidance 1 needs no "
+        f"unconditional prediction. On disk: {disk}."
     )
 
 

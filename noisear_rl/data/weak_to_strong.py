@@ -74,6 +74,11 @@ def inversion_coefficients(
     )
 
 
+def network_evaluations(strong_guidance: float = 5.5, weak_guidance: float = 1.0, rounds: int = 1) -> int:
+    """Network evaluations per pair: guidance above 1 needs an unconditional prediction, too."""
+    return rounds * sum(2 if guidance > 1 else 1 for guidance in (strong_guidance, weak_guidance))
+
+
 def weak_to_strong(
     denoiser: Denoiser,
     noise: torch.Tensor,
@@ -85,7 +90,7 @@ def weak_to_strong(
     inversion: InversionMode = "exact",
     rounds: int = 1,
 ) -> torch.Tensor:
-    """Computes the target noise of a pair, with two guided predictions per round.
+    """Computes the target noise of a pair, with two predictions per round (:func:`network_evaluations`).
 
     Args:
         denoiser: Any denoiser.

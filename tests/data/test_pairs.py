@@ -8,10 +8,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
-from noisear_rl.data.weak_to_strong import inversion_coefficients, weak_to_strong
+from noisear_rl.data.weak_to_strong import inversion_coefficients, network_evaluations, weak_to_strong
 from noisear_rl.denoisers.shapes.architecture import SCHEDULE
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
+from noisear_rl.samplers.base import derived_seeds
 from tests.conftest import random_policy
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
@@ -69,6 +70,20 @@ def test_equals_a_ddim_step_and_its_exact_inverse(random_denoiser, steps):
     torch.testing.assert_close(target, closed, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("strong", "weak", "rounds", "count"), [(5.5, 1.0, 1, 3), (5.5, 1.5, 1, 4), (5.5, 1.0, 2, 6)])
+def test_network_evaluations_are_counted(random_denoiser, strong, weak, rounds, count):
+    """Guidance 1 needs no unconditional prediction."""
+    rows = []
+    hook = random_denoiser.network.register_forward_hook(lambda module, inputs, outputs: rows.append(len(outputs[0])))
+    try:
+        conditioning, noise = random_denoiser.encode(PROMPTS), standard_noise(range(3), (4, 8, 8))
+        options = {"strong_guidance": strong, "weak_guidance": weak, "rounds": rounds}
+        weak_to_strong(random_denoiser, noise, conditioning, **options)
+    finally:
+        hook.remove()
+    assert sum(rows) / len(PROMPTS) == count == network_evaluations(strong, weak, rounds)
+
+
 def config(folder, **options):
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -104,10 +119,29 @@ def test_two_processes_write_the_same(tmp_path):
     np.testing.assert_allclose(np.array(one["target"][:]), np.array(two["target"][:]), atol=2e-3)
 
 
-def test_filter_keeps_what_the_reward_prefers(tmp_path, shapes):
-    options = {"filter_reward": "shapes-match", "num_inference_steps": 10}
-    kept = build_pairs(config(tmp_path, **options), shapes)
-    assert 0 < len(kept) < 10
+def prompts_and_seeds(count, seed=5):
+    """Those of the pairs of :func:`config`."""
+    return [PROMPTS[i % 3] for i in range(count)], list(range(seed, seed + count))
+
+
+def test_filter_keeps_what_the_reward_prefers(tmp_path, shapes, monkeypatch):
+    """Exactly the pairs whose target's image scores higher; neither image is denoised with the noise's own seed."""
+    denoise, given = shapes.denoise, []
+    options = {"filter_reward": "shapes-match", "num_inference_steps": 10, "pairs": 6, "seed": 19}
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "denoise", lambda noise, text, seeds: given.extend(seeds) or denoise(noise, text, seeds))
+        kept = build_pairs(config(tmp_path, **options), shapes)
+    prompts, seeds = prompts_and_seeds(6, seed=19)
+    conditioning, noise = shapes.encode(prompts), standard_noise(seeds, (4, 8, 8))
+    target = weak_to_strong(shapes, noise, conditioning, num_inference_steps=10)
+    images = shapes.denoise(torch.cat([noise, target]), shapes.encode(prompts * 2))
+    before, after = load_reward("shapes-match").score(images, prompts * 2).chunk(2)
+    assert (after - before).abs().min() > 1e-3  # no pair is decided by rounding
+    preferred = (after > before).nonzero()[:, 0].tolist()
+    assert 0 < len(preferred) < 6
+    assert (kept["seed"][:], kept["prompt"][:]) == ([seeds[i] for i in preferred], [prompts[i] for i in preferred])
+    np.testing.assert_allclose(np.array(kept["target"][:]), target[preferred].flatten(1), atol=2e-3)
+    assert sorted(given) == sorted(derived_seeds(seeds, 0) * 2)
 
 
 def leak(folder, **options):
@@ -116,15 +150,16 @@ def leak(folder, **options):
 
 def test_signal_leak_is_the_forward_processes_mean_of_good_images(tmp_path, turbo):
     kept = build_pairs(leak(tmp_path), turbo)
-    assert 0 < len(kept) < 10
     assert json.loads((tmp_path / "manifest.json").read_text())["noise_scale"] == 0.8
-    row = kept[0]
-    conditioning = turbo.encode([row["prompt"]])
-    images, latents = turbo.denoise_with_latents(standard_noise([row["seed"]], (4, 8, 8)), conditioning)
-    assert load_reward("shapes-match").score(images, [row["prompt"]]) >= 0.5
+    prompts, seeds = prompts_and_seeds(10)
+    images, latents = turbo.denoise_with_latents(standard_noise(seeds, (4, 8, 8)), turbo.encode(prompts))
+    scores = load_reward("shapes-match").score(images, prompts)
+    assert (scores - 0.5).abs().min() > 1e-4  # no image is decided by rounding
+    good = (scores >= 0.5).nonzero()[:, 0].tolist()
+    assert 0 < len(good) < 10 and kept["seed"][:] == [seeds[i] for i in good]
     scheduler = turbo.pipeline.scheduler
     level = 1.5 * scheduler.alphas_cumprod[scheduler.timesteps[0]].sqrt()
-    np.testing.assert_allclose((level * latents).flatten(), row["target"], atol=2e-3)
+    np.testing.assert_allclose((level * latents[good]).flatten(1), np.array(kept["target"][:]), atol=2e-3)
 
 
 def test_later_rounds_start_from_the_leak_and_are_good_more_often(tmp_path, turbo):
