@@ -198,7 +198,7 @@ def join(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], s
     write_atomically(config.output_dir / "results.json", json.dumps(record))
 
 
-def _rounded(values: torch.Tensor) -> list:
+def _rounded(values: torch.Tensor) -> list[Any]:
     return np.round(values.double().cpu().numpy(), 6).tolist()
 
 

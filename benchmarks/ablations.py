@@ -115,9 +115,10 @@ def main() -> None:
     captions = balanced_captions("held_out", CAPTIONS)
     prompts, categories = [c.text for c in captions], [c.category for c in captions]
     names = list(dict.fromkeys(name for settings in GROUPS.values() for name in settings))
-    policies = {f"{name} {seed}": policy_of(name, seed) for name in names for seed in SEEDS}
+    policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
+    policies |= {f"{name} {seed}": policy_of(name, seed) for name in names for seed in SEEDS}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward("shapes-exact")
-    results = evaluate(denoiser, reward, {GAUSSIAN: None} | policies, prompts, SAMPLES, seed=2_000_000)
+    results = evaluate(denoiser, reward, policies, prompts, SAMPLES, seed=2_000_000)
     scores = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     pooled = {name: np.mean([scores[f"{name} {seed}"] for seed in SEEDS], axis=0) for name in names}
     lines = [

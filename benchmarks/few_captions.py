@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +33,7 @@ from noisear_rl.evaluation.intervals import bootstrap
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
-from noisear_rl.policy import NoiseARConfig, load_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
@@ -41,10 +43,13 @@ from noisear_rl.samplers import GAUSSIAN
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
 RUNS, RESULTS = Path("runs/few_captions"), Path(__file__).parent / "results"
 CATEGORIES = ("counting", "position", "color_attr")
-ALGORITHMS = {"reinforce": (reinforce.train, reinforce.ReinforceConfig), "ppo": (ppo.train, ppo.PPOConfig)}
+ALGORITHMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "reinforce": (reinforce.train, reinforce.ReinforceConfig),
+    "ppo": (ppo.train, ppo.PPOConfig),
+}
 TITLES = {"reinforce": "REINFORCE", "ppo": "PPO"}
 COLORS = {"reinforce": "#2166ac", "ppo": "#b2182b"}
-SHARED = {
+SHARED: dict[str, Any] = {
     "env_id": "NoiseAR-ShapesTurbo-v0",
     "prompts_per_update": 16,
     "samples_per_prompt": 64,
@@ -119,12 +124,11 @@ def main() -> None:
 
     captions = CAPTIONS.read_text().splitlines()
     categories = categories_of(captions)
-    policies = {f"{a} {s}": load_policy(folder_of(a, s)) for a in ALGORITHMS for s in SEEDS}
+    policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
+    policies |= {f"{a} {s}": load_policy(folder_of(a, s)) for a in ALGORITHMS for s in SEEDS}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward(SCORERS)
     with torch.no_grad():
-        results = evaluate(
-            denoiser, reward, {GAUSSIAN: None} | policies, captions, SAMPLES, seed=1_000_000, keep_images=8
-        )
+        results = evaluate(denoiser, reward, policies, captions, SAMPLES, seed=1_000_000, keep_images=8)
     gaussian = results[GAUSSIAN]
     embed = ShapesClip().embed
     spread = {name: diversity(result.images, embed).mean() for name, result in results.items()}
@@ -156,8 +160,9 @@ def main() -> None:
         for algorithm in ALGORITHMS
         for checkpoint in sorted((folder_of(algorithm, 0) / "checkpoints").glob("step-*"))
     }
-    methods = {f"{algorithm} {step}": load_policy(path) for (algorithm, step), path in checkpoints.items()}
-    found = evaluate(denoiser, reward, {GAUSSIAN: None} | methods, captions, 16, seed=1_000_000, keep_images=8)
+    methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
+    methods |= {f"{algorithm} {step}": load_policy(path) for (algorithm, step), path in checkpoints.items()}
+    found = evaluate(denoiser, reward, methods, captions, 16, seed=1_000_000, keep_images=8)
     unit = diversity(found[GAUSSIAN].images, embed).mean()
     for algorithm, step in checkpoints:
         result = found[f"{algorithm} {step}"]

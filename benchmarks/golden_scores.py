@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,8 @@ from PIL import Image
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.denoisers.shapes.world import render, sample_scenes
 from noisear_rl.images import to_uint8
-from noisear_rl.rewards.package import PACKAGES
+from noisear_rl.rewards.package import PACKAGES, PackageReward
+from noisear_rl.rewards.pretrained import PretrainedReward
 from noisear_rl.rewards.registry import make_reward
 
 GOLDEN = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -47,6 +49,12 @@ def published_images(folder: Path) -> tuple[list[Image.Image], list[str]]:
     return [Image.open(folder / name) for name in GOLDEN["images"]], [GOLDEN["prompt"]] * len(GOLDEN["images"])
 
 
+def scores_of(scorer: str, images: list[Image.Image], prompts: list[str], **options: Any) -> list[float]:
+    """Scores PIL images with one scorer."""
+    reward = cast(PretrainedReward | PackageReward, make_reward(scorer, **options))
+    return reward.score(images, prompts).tolist()
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,12 +72,11 @@ def main() -> None:
     worst = 0
     for scorer in arguments.scorers:
         golden = GOLDEN["scores"][scorer]
-        ours = make_reward(scorer, **arguments.options.get(scorer, {})).score(images, prompts)
+        ours = scores_of(scorer, images, prompts, **arguments.options.get(scorer, {}))
         package = None
         if arguments.package_python and scorer in PACKAGES:
-            package = make_reward(scorer, backend="package", python=arguments.package_python)
-            package = package.score(images, prompts).tolist()
-        for i, (name, score) in enumerate(zip(names, ours.tolist(), strict=True)):
+            package = scores_of(scorer, images, prompts, backend="package", python=arguments.package_python)
+        for i, (name, score) in enumerate(zip(names, ours, strict=True)):
             printed = golden["values"][i] if i < len(golden["values"]) else None
             expected = [value for value in (printed, package[i] if package else None) if value is not None]
             off = max((abs(score - value) for value in expected), default=0.0)

@@ -204,9 +204,9 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
             behind = estimate(bars[method].mean(1, keepdims=True) - four.mean(1, keepdims=True))
             lines += ["", f"{TITLES[method].removeprefix('… then ')} against best of 4, paired: {signed(behind)}."]
     if "dpo" in shown:
-        records = [read_records(folder_of("dpo", seed))[-1]["eval/rewards/accuracies"] * 100 for seed in SEEDS]
+        accuracies = [read_records(folder_of("dpo", seed))[-1]["eval/rewards/accuracies"] * 100 for seed in SEEDS]
         count = len(load_rollouts(folder_of("rollouts", 0)).dataset)
-        accuracy = ", ".join(f"{record:.1f}" for record in records)
+        accuracy = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
         lines += ["", f"DPO: {count:,} rollouts; accuracy on pairs of held-out prompts in %, by seed: {accuracy}."]
     if along:
         lines += [
@@ -216,10 +216,10 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
             "| training images | right | KL | diversity |",
             "|---" * 4 + "|",
         ]
-        records = {record["step"]: record["charts/images"] for record in read_records(folder_of("ppo", 0))}
+        images_at = {record["step"]: record["charts/images"] for record in read_records(folder_of("ppo", 0))}
         rows = []
         for name in [name for name in ("shared 0", *along) if name in results]:
-            images = images_of("shared", 0) + (0 if name == "shared 0" else int(records[int(name.split("-")[1])]))
+            images = images_of("shared", 0) + (0 if name == "shared 0" else int(images_at[int(name.split("-")[1])]))
             right, kl, ratio = estimate(exact[name]), results[name].kl_to_gaussian, spread[name] / spread[GAUSSIAN]
             rows.append((images, right.mean, kl, ratio))
             lines.append(f"| {images:,} | {right} | {kl:.0f} | {ratio:.2f} |")

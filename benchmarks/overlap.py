@@ -46,12 +46,11 @@ def overlapped(
         score: The ``score`` method of a scorer.
         device: Device of the scorer.
     """
-    cuda = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def work(images: torch.Tensor, prompts: list[str], ready: torch.cuda.Event | None) -> torch.Tensor:
-        with torch.no_grad(), torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
-            if ready is not None:
+        with torch.no_grad(), torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            if stream is not None and ready is not None:
                 ready.wait(stream)  # the images must be complete
                 images.record_stream(stream)
             return score(images, prompts).cpu()
@@ -59,7 +58,7 @@ def overlapped(
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[torch.Tensor] | None = None
         for images, prompts in batches:
-            ready = torch.cuda.current_stream(images.device).record_event() if cuda and images.is_cuda else None
+            ready = torch.cuda.current_stream(images.device).record_event() if stream and images.is_cuda else None
             last, waiting = waiting, pool.submit(work, images, prompts, ready)
             if last is not None:
                 yield last.result()

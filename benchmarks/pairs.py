@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.data.weak_to_strong import inversion_coefficients, weak_to_strong
+from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap
@@ -23,7 +24,7 @@ from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
 
 # (schedule length, strong guidance, rounds, inversion)
-SETTINGS = (
+SETTINGS: tuple[tuple[int, float, int, InversionMode], ...] = (
     (50, 5.5, 1, "exact"),
     (50, 5.5, 4, "exact"),
     (50, 5.5, 4, "compat"),
@@ -44,7 +45,8 @@ def main() -> None:
     noise = standard_noise(range(len(prompts)), denoiser.latent_shape)
     conditioning = denoiser.encode(prompts)
 
-    def exact(latents: torch.Tensor):
+    def exact(latents: torch.Tensor) -> np.ndarray:
+        """Scores ``(CAPTIONS, SAMPLES)`` in %."""
         return reward.score(denoiser.denoise(latents, conditioning), prompts).view(CAPTIONS, SAMPLES).numpy() * 100
 
     start = exact(noise)
@@ -57,8 +59,15 @@ def main() -> None:
         f"| Gaussian | | | | | 0 | {bootstrap(start, categories)} | |",
     ]
     for steps, strong, rounds, inversion in tqdm(SETTINGS, desc="settings"):
-        options = {"num_inference_steps": steps, "rounds": rounds, "inversion": inversion}
-        target = weak_to_strong(denoiser, noise, conditioning, strong_guidance=strong, **options)
+        target = weak_to_strong(
+            denoiser,
+            noise,
+            conditioning,
+            num_inference_steps=steps,
+            strong_guidance=strong,
+            rounds=rounds,
+            inversion=inversion,
+        )
         scores = exact(target)
         k = inversion_coefficients(denoiser.first_order_schedule(steps), inversion).k
         shift = (target - noise).square().mean().sqrt()

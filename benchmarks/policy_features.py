@@ -11,13 +11,15 @@ vector per caption, the bound for a policy that shares nothing between captions.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from noisear_rl.demo import HARD_CAPTIONS
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers import Conditioning, load_denoiser
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import group_advantages, reinforce_loss
@@ -26,7 +28,8 @@ from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 
 UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
 FULL_PREFIX = 10.0  # undoes the small initialisation of the patch encoder
-VARIANTS = {
+Positions = Literal["learned", "sinusoidal"]
+VARIANTS: dict[str, tuple[Positions, float]] = {
     "learned positions, small prefix (default)": ("learned", 1.0),
     "sinusoidal positions, small prefix": ("sinusoidal", 1.0),
     "learned positions, full-size prefix": ("learned", FULL_PREFIX),
@@ -59,12 +62,16 @@ def tabular(seed: int, groups: torch.Tensor) -> tuple[float, float]:
     return (means * signal(seed)).sum(1).mean().item(), 0.5 * means.square().sum(1).mean().item()
 
 
-def network(positions: str, prefix: float, seed: int, groups: torch.Tensor, conditioning) -> tuple[float, float]:
+def network(
+    positions: Positions, prefix: float, seed: int, groups: torch.Tensor, conditioning: Conditioning
+) -> tuple[float, float]:
     """Returns progress along the signal and KL in nats for a policy network."""
     torch.manual_seed(seed)
     policy = NoiseARPolicy(NoiseARConfig(log_variance="fixed", positions=positions)).eval()
+    encoder = policy.network.latent_patch_encoder
+    assert isinstance(encoder, nn.Linear)
     with torch.no_grad():
-        policy.network.latent_patch_encoder.weight.mul_(prefix)
+        encoder.weight.mul_(prefix)
     text, mask = conditioning.policy_embeds, conditioning.policy_mask
     for update in range(UPDATES):
         first = 1_000_000 * seed + 1000 * update

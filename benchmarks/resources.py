@@ -279,20 +279,20 @@ def pairs() -> str:
 
 def measured() -> str:
     rows = []
-    for what, title in (("train", f"an NLL step with Adam, batch {BATCH}"), ("sample", f"{BATCH} noises")):
-        command = [sys.executable, __file__, "--measure", what]
+    for task, title in (("train", f"an NLL step with Adam, batch {BATCH}"), ("sample", f"{BATCH} noises")):
+        command = [sys.executable, __file__, "--measure", task]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         rows.append((title, f"{found['seconds']:.2f}", f"{found['GiB']:.2f} GiB"))
     title = "Measured: the authors' network at full size, float32, on a CPU."
-    return table(title, ("what", "seconds", "peak memory of the process"), *rows)
+    return table(title, ("task", "seconds", "peak memory of the process"), *rows)
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", choices=("train", "sample"), help="measure one task in this process and stop")
-    if (what := parser.parse_args().measure) is not None:
-        print(json.dumps(measure(what)))
+    if (task := parser.parse_args().measure) is not None:
+        print(json.dumps(measure(task)))
         return
     page = [denoisers(), policies(), pairs(), measured(), f"Command: `python benchmarks/resources.py`. {provenance()}"]
     text = "\n\n".join(page) + "\n"

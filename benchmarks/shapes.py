@@ -128,7 +128,8 @@ def page(results: Results, command: str) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Paired comparisons at equal cost:", ""]
     for one, other in (("PPO", "REINFORCE"), ("PPO", "DPO"), ("PPO", "NPNet"), ("PPO + best of 4", "best of 4")):
-        difference = paired_difference(*(100 * results.pooled(group, judge) for group in (one, other)), categories)
+        scores, baseline_scores = (100 * results.pooled(group, judge) for group in (one, other))
+        difference = paired_difference(scores, baseline_scores, categories)
         lines.append(f"- {one} against {other}: {difference.text(1, '+')}{significance_mark(difference)}")
     order = list(dict.fromkeys(categories))
     lines += ["", "By category:", "", "| method | " + " | ".join(order) + " |", "|---" * (len(order) + 1) + "|"]

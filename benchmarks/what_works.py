@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import held_out  # in this folder
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ from noisear_rl.evaluation.intervals import bootstrap
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
-from noisear_rl.policy import NoiseARConfig, load_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
@@ -64,7 +64,7 @@ class Variant:
     setting: str
     options: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
-    algorithm: str = "reinforce"
+    algorithm: Literal["reinforce", "ppo"] = "reinforce"
 
 
 VARIANTS = {
@@ -147,9 +147,10 @@ def curves(path: Path, gaussian: float) -> None:
 def report() -> None:
     """Evaluates every run with the held-out detector and writes the table."""
     categories = categories_of(PROMPTS)
-    policies = {f"{name} {seed}": load_policy(folder_of(name, seed)) for name in VARIANTS for seed in SEEDS}
+    policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
+    policies |= {f"{name} {seed}": load_policy(folder_of(name, seed)) for name in VARIANTS for seed in SEEDS}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward({"shapes-exact": 1.0, "shapes-match": 1.0})
-    results = evaluate(denoiser, reward, {GAUSSIAN: None} | policies, PROMPTS, SAMPLES, seed=1_000_000)
+    results = evaluate(denoiser, reward, policies, PROMPTS, SAMPLES, seed=1_000_000)
     exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     estimate = lambda scores: bootstrap(scores, categories, resample="noise")
     stacked = {name: np.stack([exact[f"{name} {seed}"] for seed in SEEDS]) for name in VARIANTS}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ def table(
     return "\n".join(lines)
 
 
-def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict:
+def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict[str, Any]:
     """Returns everything but the images as plain values for JSON."""
     methods = {}
     for name, result in results.items():

@@ -145,14 +145,16 @@ def choose_images(results: Results, order: Sequence[int], config: ReportConfig) 
     return chosen
 
 
-def failure_cases(results: Results, best: str, config: ReportConfig) -> tuple[list[dict], list[dict]]:
+def failure_cases(
+    results: Results, best: str, config: ReportConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns prompts in the order of :func:`failures_first` with their images, and the dialog text of each image."""
     binary, groups, judge, seed = is_binary(results), results.groups, results.judge, results.config.get("seed")
     order = failures_first(results.pooled(best, judge), results.pooled(next(iter(groups)), judge)).tolist()
     chosen = choose_images(results, order, config)
     images = fit_images([results.image_path(method, prompt, j) for prompt, _, method, j in chosen])
-    details: list[dict] = []
-    shots: dict[tuple[int, str], list[dict]] = {}
+    details: list[dict[str, Any]] = []
+    shots: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for index, (prompt, group, method, sample) in enumerate(chosen):
         scores = {name: float(values[prompt, sample]) for name, values in results.methods[method].scores.items()}
         kind = ("right" if scores[judge] > 0.5 else "wrong") if binary else "score"
