@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, constants
 
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, resolve_device, resolve_dtype
 from noisear_rl.denoisers.pipelines import INTERFACES
+from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 
 REACHABLE_WITHIN = 3.0  # seconds to wait for an answer from the Hub
@@ -94,7 +94,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     parts: dict[str, Any] = {} if device.type == "cpu" else {"torch_dtype": dtype}
     if _wants_fp16_files(folder, parts.get("torch_dtype")):
         parts["variant"] = "fp16"
-    with _quiet():
+    with quietly():
         try:
             if preset.student is not None:
                 parts["unet"] = UNet2DConditionModel.from_pretrained(preset.student, subfolder="unet")
@@ -171,11 +171,12 @@ def _local_folder(name: str, path: str, revision: str | None, variant: str | Non
     if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # not a Hub id
         raise FileNotFoundError(f"{path}: no such pipeline folder")
     download = {"revision": revision, "variant": variant, "use_safetensors": True}
-    with _quiet(), contextlib.suppress(OSError, ValueError):
+    with quietly(), contextlib.suppress(OSError, ValueError):
         return Path(DiffusionPipeline.download(path, local_files_only=True, **download))
     try:
         HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
-        return Path(DiffusionPipeline.download(path, **download))
+        with quietly(progress_bars=True):
+            return Path(DiffusionPipeline.download(path, **download))
     except Exception as error:  # from many libraries: unreachable, gated, renamed, no disk space
         at = f" --revision {revision}" if revision else ""
         weights = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
@@ -211,18 +212,3 @@ def _revision_of(folder: Path) -> str:
                 stream.seek(-(2**20), 2)
                 digest.update(stream.read())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the loading bars of diffusers and transformers."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()

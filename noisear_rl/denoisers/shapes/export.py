@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
+from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.detectors import Detector
 
@@ -36,6 +37,9 @@ def export(
         train_detector: Judge for the reward.
         held_out_detector: Judge for evaluation.
     """
+    with quietly():
+        from diffusers import StableDiffusionXLPipeline
+
     text_encoder, _ = architecture.build_text_encoders(clip)
     tokenizer = architecture.build_tokenizer()
     pipeline = StableDiffusionXLPipeline(
