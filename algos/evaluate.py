@@ -34,11 +34,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config, to_mapping
+from noisear_rl.config import check_choices, parse_config, to_mapping
 from noisear_rl.denoisers import EMBEDDED, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.evaluation.compare import finite_components
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
+from noisear_rl.evaluation.intervals import Resample
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
@@ -77,7 +78,7 @@ class EvaluateConfig:
     """Settings of `search-N` and `reno-N`."""
     temperature: float | None = None
     """Factor on the standard deviation of policies; unset for their own."""
-    resample: str = "prompts"
+    resample: Resample = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     seed: int = 1_000_000
     """First seed of the noises; training uses other seeds."""
@@ -212,6 +213,7 @@ def run(config: EvaluateConfig) -> str:
     Raises:
         ValueError: If an option is invalid, a scorer fails, or the folder holds an evaluation with other settings.
     """
+    check_choices(config, "evaluate")
     if min(config.samples, config.batch_size) < 1:
         raise ValueError("samples and batch_size must be at least 1")
     state = PartialState()

@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from noisear_rl import demo
-from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.intervals import Resample, bootstrap
 from noisear_rl.files import write_atomically
 from noisear_rl.prompts import categories_of
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results"
+PARTS: tuple[tuple[str, str, Resample], ...] = (
+    ("trained", "Trained captions", "noise"),
+    ("held_out", "Held-out captions", "prompts"),
+)
 
 
 def main() -> None:
@@ -35,10 +39,7 @@ def main() -> None:
         "(intervals over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: mean over "
         "training seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
     ]
-    for key, title, resample in (
-        ("trained", "Trained captions", "noise"),
-        ("held_out", "Held-out captions", "prompts"),
-    ):
+    for key, title, resample in PARTS:
         lines += [
             "",
             f"## {title}",

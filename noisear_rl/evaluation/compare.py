@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.intervals import Resample, bootstrap
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.rewards import WeightedReward
 from noisear_rl.samplers import Sampler, as_sampler
@@ -152,7 +152,7 @@ def table(
     categories: Sequence[str],
     *,
     scorer: str = "shapes-exact",
-    resample: str = "prompts",
+    resample: Resample = "prompts",
     scale: float = 100.0,
 ) -> str:
     """Formats a Markdown table: one row per method, one column per category, their mean, and the paired gain.

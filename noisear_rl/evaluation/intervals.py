@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
-RESAMPLE = ("prompts", "noise")
+Resample = Literal["prompts", "noise"]
 Z = 1.959964  # the 97.5 % quantile of N(0, 1)
 MAX_ACCELERATION = 0.2  # beyond this, the skewness of a small sample is a guess
 
@@ -100,7 +101,7 @@ def category_mean(scores: np.ndarray, categories: Sequence[str]) -> float:
 
 
 def bootstrap(
-    scores: np.ndarray, categories: Sequence[str], *, resample: str = "prompts", draws: int = 2000, seed: int = 0
+    scores: np.ndarray, categories: Sequence[str], *, resample: Resample = "prompts", draws: int = 2000, seed: int = 0
 ) -> Estimate:
     """Estimates the mean over categories of ``(P, S)`` scores with a 95 % bootstrap interval.
 
@@ -135,7 +136,7 @@ def paired_difference(
     baseline: np.ndarray,
     categories: Sequence[str],
     *,
-    resample: str = "prompts",
+    resample: Resample = "prompts",
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
@@ -157,11 +158,11 @@ def paired_difference(
 
 
 def bootstrap_many(
-    scores: np.ndarray, categories: Sequence[str], *, resample: str = "prompts", draws: int = 2000, seed: int = 0
+    scores: np.ndarray, categories: Sequence[str], *, resample: Resample = "prompts", draws: int = 2000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Applies :func:`bootstrap` to ``(R, P, S)`` scores with shared draws: means, lower and upper bounds ``(R,)``."""
-    if resample not in RESAMPLE:
-        raise ValueError(f"unknown resample {resample!r}; expected one of {RESAMPLE}")
+    if resample not in get_args(Resample):
+        raise ValueError(f"unknown resample {resample!r}; expected one of {get_args(Resample)}")
     if scores.ndim != 3 or scores.shape[1] != len(categories) or not scores.size:
         raise ValueError(f"expected scores ({len(categories)}, S), one row per category name, got {scores.shape[1:]}")
     if not np.isfinite(scores).all():

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from noisear_rl.config import parse_config
-from noisear_rl.evaluation.intervals import preference_probability, win_rate
+from noisear_rl.evaluation.intervals import Resample, preference_probability, win_rate
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import (
     DATASET,
@@ -30,6 +30,7 @@ from noisear_rl.evaluation.tables import (
     METHOD,
     PREFERENCES,
     Column,
+    Format,
     Row,
     compared,
     describe,
@@ -70,9 +71,9 @@ class TableConfig:
     Without folders, tables 1 to 4 show only the published numbers."""
     table: Literal["results", "1", "2", "3", "4"] = "results"
     """Our own layout, or a table of the paper: 1 and 2 for scores, 3 for cost, 4 for ablations."""
-    format: Literal["markdown", "latex", "csv"] = "markdown"
+    format: Format = "markdown"
     """Output format."""
-    resample: str = "prompts"
+    resample: Resample = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; unset to print the table."""
@@ -112,7 +113,7 @@ def paper_notes(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
     return [PUBLISHED + found, *dict.fromkeys(NOTES[kind] for kind in shown if kind in NOTES)]
 
 
-def score_table(runs: Sequence[Results], table: str) -> tuple[list[Row], list[str]]:
+def score_table(runs: Sequence[Results], table: Literal["1", "2"]) -> tuple[list[Row], list[str]]:
     """Returns rows and notes of tables 1 and 2: dataset × denoiser × method."""
     rows: list[Row] = []
     for row in published("tables.csv"):
@@ -148,7 +149,7 @@ def cost_table(runs: Sequence[Results]) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
-def ablation_table(ablations: Sequence[str], resample: str) -> tuple[list[Row], list[str]]:
+def ablation_table(ablations: Sequence[str], resample: Resample) -> tuple[list[Row], list[str]]:
     """Returns rows and notes of table 4: the published ablations, then ours, each given as NAME=VALUE:FOLDER."""
     names, table = ("clipscore_pct", "imagereward_x100"), published("ablations.csv")
     rows: list[Row] = []

@@ -17,9 +17,17 @@ from typing import Literal
 import numpy as np
 
 from noisear_rl.evaluation import intervals as statistics
-from noisear_rl.evaluation.intervals import Estimate, category_mean, number, preference_probability, win_rate
+from noisear_rl.evaluation.intervals import (
+    Estimate,
+    Resample,
+    category_mean,
+    number,
+    preference_probability,
+    win_rate,
+)
 from noisear_rl.evaluation.results import Results, load_results
 
+Format = Literal["markdown", "latex", "csv"]
 PREFERENCES = ("pickscore", "mps", "shapes-clip")  # scores whose softmax over two images is a preference
 TIMES_100 = ("hpsv2", "hpsv2.1", "image-reward", "clip-score")  # printed times 100, as in the paper
 ENDINGS = {"estimate": ("", " low", " high"), "gain": ("", " low", " high", " excludes 0")}  # suffixes of CSV titles
@@ -70,7 +78,7 @@ def latex_cell(cell: Cell, column: Column) -> str:
     return re.sub(r"-(?=\d)", "$-$", text).replace("*", "$^{*}$").replace("–", "--")
 
 
-def render(rows: Sequence[Row], notes: Sequence[str], form: str) -> str:
+def render(rows: Sequence[Row], notes: Sequence[str], form: Format) -> str:
     """Formats a table with the columns of all rows, in order of appearance; CSV omits the notes."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     titles = [column.title for column in columns]
@@ -133,7 +141,7 @@ def scale_of(results: Results, scorer: str) -> tuple[float, str]:
     return (100.0, " (%)") if scorer == results.judge and share else (1.0, "")
 
 
-def judged(results: Results, group: str, titles: tuple[str, str], resample: str) -> Row:
+def judged(results: Results, group: str, titles: tuple[str, str], resample: Resample) -> Row:
     """Returns the mean of the judge and the gain over the baseline, under ``titles``; the baseline has no gain."""
     factor, categories = scale_of(results, results.judge)[0], results.categories
     scores, start = factor * results.pooled(group, results.judge), results.methods[results.baseline]
@@ -149,7 +157,7 @@ def describe(results: Results) -> str:
     return f"{results.prompt_set}: {size}, {judge}, baseline {results.baseline}"
 
 
-def results_row(results: Results, group: str, resample: str) -> Row:
+def results_row(results: Results, group: str, resample: Resample) -> Row:
     """Returns the row of a group in our own layout."""
     members, start = [results.methods[name] for name in results.groups[group]], results.methods[results.baseline]
     (judge, *others), categories = scorers(results), results.categories
@@ -181,7 +189,7 @@ def results_row(results: Results, group: str, resample: str) -> Row:
     return row
 
 
-def results_table(runs: Sequence[Results], resample: str) -> tuple[list[Row], list[str]]:
+def results_table(runs: Sequence[Results], resample: Resample) -> tuple[list[Row], list[str]]:
     """Returns rows and notes of our own layout: one row per group of every evaluation."""
     rows = [results_row(results, group, resample) for results in runs for group in results.groups]
     if len(runs) == 1:  # the note states both

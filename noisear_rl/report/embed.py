@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,12 +28,12 @@ class EmbeddedImage:
     height: int
 
 
-def embed_image(image: Image.Image, kind: str, **options: object) -> EmbeddedImage:
-    """Encodes an image in a format of Pillow, with the options of that format."""
+def embed_image(image: Image.Image, encoding: Literal["PNG", "WEBP"], **options: Any) -> EmbeddedImage:
+    """Encodes an image with Pillow; ``options`` are those of the encoding."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, encoding, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return EmbeddedImage(f"data:image/{kind.lower()};base64,{data}", *image.size)
+    return EmbeddedImage(f"data:image/{encoding.lower()};base64,{data}", *image.size)
 
 
 def embed_file(path: Path, side: int, quality: int) -> EmbeddedImage:

@@ -151,6 +151,9 @@ def test_bad_methods(policies, tmp_path):
         run(replace(SMALL, methods=("best-of-2",), scorers=("shapes-match", "shapes-exact"), output_dir=tmp_path))
     with pytest.raises(ValueError, match="at least 1"):
         run(replace(SMALL, samples=0, output_dir=tmp_path))
+    with pytest.raises(ValueError, match=r"resample must be one of .*, not 'seeds'"):
+        run(replace(SMALL, resample="seeds", output_dir=tmp_path))
+    assert not list(tmp_path.iterdir())  # options are checked before any work
 
 
 def test_prompt_files_and_reward_files(tmp_path, capsys):

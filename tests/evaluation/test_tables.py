@@ -239,7 +239,7 @@ def test_output_file(shapes, tmp_path, capsys):
     assert path.read_text() == run(capsys, shapes, "--format", "csv")
 
 
-def test_invalid_folders_and_options(shapes, tmp_path):
+def test_invalid_folders_and_options(shapes, tmp_path, capsys):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "results.json").write_text('{"version": 1, "methods": {')
     lacking = {"Gaussian": method("Gaussian", {"shapes-exact": BASE}), "PPO": method("PPO", {"shapes-match": BASE})}
@@ -254,7 +254,13 @@ def test_invalid_folders_and_options(shapes, tmp_path):
         ([str(tmp_path / "short")], ValueError, r"expected \(4, 2\) scores of 'Gaussian'"),
         ([str(tmp_path / "empty")], ValueError, "expected methods"),
         ([shapes, "--table", "4"], ValueError, "NAME=VALUE:FOLDER"),
-        ([shapes, "--resample", "seeds"], ValueError, "unknown resample"),
     ):
         with pytest.raises(error, match=message):
             paper_tables.main(arguments)
+    with pytest.raises(ValueError, match="unknown resample 'seeds'"):
+        paper_tables.make_table(paper_tables.TableConfig(runs=(shapes,), resample="seeds"))
+    for option in ("--resample", "--format", "--table"):
+        with pytest.raises(SystemExit):
+            paper_tables.main([shapes, option, "seeds"])
+        error = capsys.readouterr().err
+        assert "invalid choice 'seeds'" in error and option in error
