@@ -8,39 +8,67 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from noisear_rl import cli
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl import sample as sampling
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.images import to_uint8
 from tests.conftest import random_policy
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
 OPTIONS = ["--denoiser", "shapes-turbo", "--denoiser-options", "dtype", "float32"]
 
 
-@pytest.fixture
-def policy_folder(tmp_path):
-    random_policy().save_pretrained(tmp_path / "policy")
-    return tmp_path / "policy"
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    random_policy().save_pretrained(folder)
+    return folder
 
 
-def test_side_by_side(tmp_path, policy_folder, capsys):
-    out = tmp_path / "out"
+def test_side_by_side(tmp_path, policy_folder, turbo, capsys, monkeypatch):
+    """Files and grid hold the samplers' noises and images: prompts and methods by row, seeds by column."""
+    figures, save = [], sampling.save_figure
+    monkeypatch.setattr(sampling, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
+    out, seeds = tmp_path / "out", [3, 4]
     cli.main(
         ["sample", *PROMPTS, "--policy", str(policy_folder), "--seeds", "3", "4", "--output-dir", str(out), *OPTIONS]
     )
     assert str(out / "comparison.png") in capsys.readouterr().out
-    assert Image.open(out / "comparison.png").size[0] > 100
-    assert len(list(out.glob("?-*-?.png"))) == 8
-    noise = load_file(out / "noise.safetensors")
-    assert torch.equal(noise["gaussian"], standard_noise([3, 4, 3, 4], (4, 8, 8)))
-    denoiser = load_denoiser("shapes-turbo", dtype="float32")
-    text = denoiser.encode([PROMPTS[1]])
-    policy = random_policy()
-    expected = policy.noise(policy.sample(text.policy_embeds, text.policy_mask, seeds=[3]))
-    torch.testing.assert_close(noise["policy"][2:3], expected, rtol=1e-4, atol=1e-5)
-    images = denoiser.denoise(noise["policy"][2:3], text)
-    drawn = np.asarray(Image.open(out / "1-policy-3.png")) / 255
-    np.testing.assert_allclose(drawn, images[0].permute(1, 2, 0), atol=0.01)
+    noise, policy = load_file(out / "noise.safetensors"), random_policy()
+    text = turbo.encode([prompt for prompt in PROMPTS for _ in seeds])
+    assert torch.equal(noise["gaussian"], standard_noise(seeds * 2, (4, 8, 8)))
+    expected = policy.noise(policy.sample(text.policy_embeds, text.policy_mask, seeds=seeds * 2))
+    torch.testing.assert_close(noise["policy"], expected, rtol=1e-4, atol=1e-5)
+
+    methods = ("gaussian", "policy")
+    names = [f"{prompt}-{method}-{seed}.png" for prompt in (0, 1) for method in methods for seed in seeds]
+    assert sorted(path.name for path in out.glob("*.png")) == sorted([*names, "comparison.png"])
+    files = {name: np.asarray(Image.open(out / name)).astype(int) for name in names}
+    for method in methods:
+        images = turbo.denoise(noise[method], text)
+        drawn = [files[f"{prompt}-{method}-{seed}.png"] for prompt in (0, 1) for seed in seeds]
+        for image, pixels in zip(images, drawn, strict=True):
+            assert np.abs(to_uint8(image).astype(int) - pixels).max() <= 1  # up to rounding
+    assert len({pixels.tobytes() for pixels in files.values()}) == 8
+
+    (figure,) = figures
+    assert len(figure.axes) == 8
+    for name, cell in zip(names, figure.axes, strict=True):  # row by row
+        np.testing.assert_array_equal(cell.get_images()[0].get_array(), files[name])
+    titles = [cell.get_title(loc="left") for cell in figure.axes]
+    assert titles[::2] == [f"{name}: {prompt}" for prompt in PROMPTS for name in ("Gaussian", "policy")]
+    shown = np.asarray(Image.open(out / "comparison.png").convert("RGB"))
+    assert shown.shape[:2] == tuple(round(120 * inches) for inches in figure.get_size_inches()[::-1])
+    for cell in figure.axes:  # the file shows the image of each cell; other images differ by more than 20
+        drawn, image = cell_pixels(cell, shown), Image.fromarray(cell.get_images()[0].get_array())
+        resized = np.asarray(image.resize(drawn.shape[1::-1], Image.Resampling.NEAREST))
+        assert np.abs(drawn.astype(int) - resized).mean() < 8
+
+
+def cell_pixels(cell, shown):
+    """The part of a saved figure ``(H, W, 3)`` that one cell covers."""
+    left, bottom, right, top = (round(x) for x in cell.get_window_extent().extents)
+    return shown[len(shown) - top : len(shown) - bottom, left:right]
 
 
 def test_temperature_and_rejected_arguments(tmp_path, policy_folder):
