@@ -12,7 +12,7 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -22,6 +22,7 @@ from noisear_rl.denoisers.pipelines import ProbeScheduler, interface_of, last_la
 from noisear_rl.denoisers.prompt_encoder import PromptEncoder
 
 LATENT_STATISTICS = ("latents_mean", "latents_std")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -34,7 +35,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Resolves ``auto`` to half precision on devices that are fast at it, otherwise to float32.
 
     Raises:
@@ -87,7 +88,7 @@ class DiffusionPipelineDenoiser:
         num_inference_steps: int = 50,
         guidance_scale: float = 5.5,
         device: str | torch.device = "auto",
-        dtype: str = "auto",
+        dtype: Dtype = "auto",
         micro_batch_size: int = 64,
         cache_dir: str = "auto",
         cpu_offload: bool = False,

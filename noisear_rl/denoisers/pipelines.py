@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
@@ -35,7 +35,7 @@ class PipelineInterface:
         options: Additional keyword arguments of ``__call__``.
     """
 
-    network: str
+    network: Literal["unet", "transformer"]
     text_width: str
     encodings: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
     tokens: tuple[tuple[str, int | None], ...] = (("tokenizer", None),)

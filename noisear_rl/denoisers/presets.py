@@ -8,7 +8,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -19,6 +19,7 @@ from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 
+Scheduler = Literal["dpm", "own"]
 REACHABLE_WITHIN = 3.0  # seconds to wait for an answer from the Hub
 
 
@@ -41,7 +42,7 @@ class Preset:
     num_inference_steps: int
     guidance_scale: float
     revision: str | None = None
-    scheduler: str = "dpm"
+    scheduler: Scheduler = "dpm"
     variant: str | None = None
     pipeline: str | None = None
     student: str | None = None
@@ -86,7 +87,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     path = options.pop("path", preset.path)
     revision = options.pop("revision", preset.revision if path == preset.path else None)
     scheduler = options.pop("scheduler", preset.scheduler)
-    if scheduler not in ("dpm", "own"):
+    if scheduler not in get_args(Scheduler):
         raise ValueError(f"scheduler must be 'dpm' or 'own', not {scheduler!r}")
     device = resolve_device(options.get("device", "auto"))
     dtype = resolve_dtype(options.get("dtype", "auto"), device)

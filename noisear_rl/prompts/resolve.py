@@ -55,7 +55,7 @@ def resolve_prompts(
     if not isinstance(prompts, str):
         found = _as_they_are(prompts, count)
     elif embedded and prompts in (*SPLITS, *BALANCED):
-        split = prompts.removesuffix("-balanced")
+        split = next(split for split in SPLITS if prompts.removesuffix("-balanced") == split)
         number = count or (BALANCED_COUNT if prompts in BALANCED else None)
         captions = balanced_captions(split, number) if number else captions_of(split)
         return PromptSet(f"shapes-{split}", [c.text for c in captions], [c.category for c in captions])

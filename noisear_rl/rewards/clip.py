@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ VIT_H_14: dict[str, Any] = {
         "hidden_act": "gelu",
     },
 }
-RESCALINGS = ("hessel", "cosine")
+Rescaling = Literal["hessel", "cosine"]
 
 
 class CLIPReward(PretrainedReward):
@@ -110,9 +110,9 @@ class CLIPScore(CLIPReward):
     preprocessing = Preprocess("torchvision")
     cleans = True
 
-    def __init__(self, *args: Any, rescale: str = "hessel", **options: Any) -> None:
-        if rescale not in RESCALINGS:
-            raise ValueError(f"unknown rescale {rescale!r}; expected one of {RESCALINGS}")
+    def __init__(self, *args: Any, rescale: Rescaling = "hessel", **options: Any) -> None:
+        if rescale not in get_args(Rescaling):
+            raise ValueError(f"unknown rescale {rescale!r}; expected one of {get_args(Rescaling)}")
         super().__init__(*args, **options)
         self.rescale = rescale
 

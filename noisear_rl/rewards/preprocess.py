@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from PIL import Image
 
 from noisear_rl.images import to_tensor, to_uint8
 
-ORDERS = ("torchvision", "transformers", "float")
+Order = Literal["torchvision", "transformers", "float"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Preprocess:
       rounded to 8 bits (HPSv2). Only this one supports ``antialias=False``: PIL always smooths.
     """
 
-    order: str
+    order: Order
     size: int = 224
     antialias: bool = True
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from noisear_rl.rewards.preprocess import Preprocess
 from noisear_rl.rewards.weights import find_weights, load_weights, read_state_dict
 
 TEXTS_KEPT = 2048
-MODES = ("exact", "tensor")
+Mode = Literal["exact", "tensor"]
 
 
 class PretrainedReward(ABC):
@@ -51,12 +51,12 @@ class PretrainedReward(ABC):
         *,
         tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] | torch.dtype = "float32",
         batch_size: int = 32,
-        preprocess: str = "exact",
+        preprocess: Mode = "exact",
     ) -> None:
-        if preprocess not in MODES:
-            raise ValueError(f"unknown preprocess {preprocess!r}; expected one of {MODES}")
+        if preprocess not in get_args(Mode):
+            raise ValueError(f"unknown preprocess {preprocess!r}; expected one of {get_args(Mode)}")
         self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"unknown dtype {dtype!r}; expected float32, bfloat16 or float16")

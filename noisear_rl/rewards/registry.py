@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from noisear_rl.rewards.weighted import Reward, WeightedReward
+from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward
 
-BACKENDS = ("native", "package")
+Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"
 PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from any folder: configs/rewards/paper.yaml
 REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transformers
@@ -48,7 +48,7 @@ class RewardConfig:
     """
 
     weights: dict[str, float]
-    normalize: str = "none"
+    normalize: Normalization = "none"
     statistics: dict[str, list[float]] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class FunctionReward:
 
 def load_reward(
     spec: str | Mapping[str, float] | RewardConfig,
-    normalize: str | None = None,
+    normalize: Normalization | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> WeightedReward:
     """Builds a reward.
@@ -109,15 +109,15 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
     return RewardConfig({spec: 1.0})
 
 
-def make_reward(name: str, backend: str = "native", **options: Any) -> Reward:
+def make_reward(name: str, backend: Backend = "native", **options: Any) -> Reward:
     """Builds one scorer by name; see :func:`load_reward`.
 
     Raises:
         ValueError: If the name, the backend or an option is unknown.
         FileNotFoundError: If a user-supplied file is missing.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; expected one of {BACKENDS}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; expected one of {get_args(Backend)}")
     if ".py" in name:
         return _from_file(name, options)
     if backend == "package":

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
-NORMALIZATIONS = ("none", "running", "fixed")
+Normalization = Literal["none", "running", "fixed"]
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ class WeightedReward:
     def __init__(
         self,
         rewards: Sequence[tuple[Reward, float]],
-        normalize: str = "none",
+        normalize: Normalization = "none",
         statistics: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         names = [reward.name for reward, _ in rewards]
@@ -57,8 +57,8 @@ class WeightedReward:
             raise ValueError(f"expected at least one scorer and unique names, got {names}")
         if not all(math.isfinite(weight) for _, weight in rewards):
             raise ValueError("reward weights must be finite")
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"unknown normalize {normalize!r}; expected one of {NORMALIZATIONS}")
+        if normalize not in get_args(Normalization):
+            raise ValueError(f"unknown normalize {normalize!r}; expected one of {get_args(Normalization)}")
         self.rewards, self.normalize = list(rewards), normalize
         self.name = "+".join(names)
         self.statistics: dict[str, tuple[float, float]] = {}

@@ -107,6 +107,9 @@ def test_reward_files(tmp_path):
     path.write_text("weigths: {brightness: 1.0}\n")
     with pytest.raises(ValueError, match="unknown key 'weigths'; did you mean 'weights'"):
         load_reward(str(path))
+    path.write_text("weights: {brightness: 1.0}\nnormalize: standard\n")
+    with pytest.raises(ValueError, match=r"normalize .*'standard'"):
+        load_reward(str(path))
     path.write_text("normalize: none\n")
     with pytest.raises(ValueError, match="expected weights by scorer"):
         load_reward(str(path))

@@ -25,6 +25,7 @@ import itertools
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 import torch
 
@@ -42,7 +43,8 @@ CATEGORIES: tuple[str, ...] = (
 COUNTS: dict[str, int] = {"two": 2, "three": 3}
 MAX_OBJECTS = 3
 PREFIX = "a photo of "
-SPLITS: tuple[str, ...] = ("train", "held_out")
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 20250601
 
@@ -112,7 +114,7 @@ def _by_meaning() -> dict[tuple[tuple[ObjectSpec, ...], str | None], Caption]:
 
 
 @cache
-def captions_of(split: str, category: str | None = None) -> tuple[Caption, ...]:
+def captions_of(split: Split, category: str | None = None) -> tuple[Caption, ...]:
     """The captions of one side of the fixed split.
 
     A fifth of every category (at least one caption), drawn with a fixed seed, is held out. Every word
@@ -141,7 +143,7 @@ def captions_of(split: str, category: str | None = None) -> tuple[Caption, ...]:
     return tuple(chosen)
 
 
-def balanced_captions(split: str, count: int, seed: int = 0) -> list[Caption]:
+def balanced_captions(split: Split, count: int, seed: int = 0) -> list[Caption]:
     """Draws captions in equal shares from the six categories, and from plain and coloured ones.
 
     Args:
