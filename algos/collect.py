@@ -28,6 +28,7 @@ from noisear_rl.envs import make_vector_env
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
 from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -83,7 +84,7 @@ def collect(config: CollectConfig) -> None:
 
     # Prompts and manifest.
     prompts = list(dict.fromkeys(task.prompts))
-    order = np.random.default_rng([config.seed, 0]).permutation(len(prompts))
+    order = stream_rng(config.seed, Stream.COLLECTED_PROMPTS).permutation(len(prompts))
     prompts = [prompts[i] for i in order[: config.num_prompts]]
     manifest = rollout_manifest(task) | {
         "seed": config.seed,
@@ -113,10 +114,10 @@ def collect(config: CollectConfig) -> None:
         padded = repeated + repeated[:1] * (batch - len(repeated))  # the last shard may be short
 
         # Rollout. Noise is rounded to float16 first, so that the same noise is denoised, scored and stored.
-        rng = np.random.default_rng([config.seed, 1, shard])
+        rng = stream_rng(config.seed, Stream.COLLECTED_NOISE, shard)
         seeds, denoise_seeds = rng.integers(2**62, size=batch), rng.integers(2**31, size=batch)
         if config.same_noise:
-            own = np.random.default_rng([config.seed, 2]).integers(2**62, size=k)
+            own = stream_rng(config.seed, Stream.SHARED_NOISE).integers(2**62, size=k)
             seeds = np.tile(own, config.prompts_per_shard)  # in the order of `repeated`
         observation, _ = envs.reset(seed=denoise_seeds.tolist(), options={"prompts": padded})
         text = torch.from_numpy(observation["text"]).to(state.device)  # (B, L, D)

@@ -35,6 +35,7 @@ from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import Counters, Run
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -132,7 +133,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
 
     @torch.no_grad()
     def held_out_losses() -> dict[str, float]:
-        rng, sums = np.random.default_rng(config.seed), np.zeros(4)
+        rng, sums = stream_rng(config.seed, Stream.HELD_OUT_NOISE), np.zeros(4)
         for rows in np.array_split(held_out_rows, -(-len(held_out_rows) // 256)):
             noise, target, text = batch(rows, rng)
             golden = npnet(noise, text)
@@ -149,11 +150,11 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     for update in bar:
         # Every epoch has its own order; an update and its noise depend only on (seed, update).
         epoch, index = divmod(update, updates_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(train_rows)
+        order = stream_rng(config.seed, Stream.BATCH_ORDER, epoch).permutation(train_rows)
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
 
         # Loss and step.
-        noise, target, text = batch(rows, np.random.default_rng([config.seed, 1, update]))
+        noise, target, text = batch(rows, stream_rng(config.seed, Stream.REPARAMETERIZATION, update))
         loss = F.mse_loss(npnet(noise, text), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

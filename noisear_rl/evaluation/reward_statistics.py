@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import tyro
 import yaml
 
@@ -25,6 +24,7 @@ from noisear_rl.files import write_atomically
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.rewards import RewardConfig, load_reward, reward_config
 from noisear_rl.samplers import GAUSSIAN
+from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
@@ -61,7 +61,7 @@ def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> Reward
     reward = load_reward(dataclasses.replace(asked, normalize="none"))
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     prompts = list(dict.fromkeys(resolve_prompts(config.prompts, denoiser.name).prompts))
-    order = np.random.default_rng([config.seed, 0]).permutation(len(prompts))[: config.num_prompts]
+    order = stream_rng(config.seed, Stream.COLLECTED_PROMPTS).permutation(len(prompts))[: config.num_prompts]
     chosen = [prompts[i] for i in order]
     results = evaluate(
         denoiser,
