@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -113,22 +113,22 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     drawn = sampler(texts, seeds)
     seconds = time.perf_counter() - began
     for i, image in enumerate(drawn.images):
-        path = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(image)).save(path.with_suffix(".tmp"), format="PNG")
-        path.with_suffix(".tmp").replace(path)
-    noise = drawn.noise.double().cpu()
-    facts = {
+        file = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(to_uint8(image)).save(file.with_suffix(".tmp"), format="PNG")
+        file.with_suffix(".tmp").replace(file)
+    noise = drawn.noise.double().cpu()  # (B, C, h, w)
+    statistics = {
         "sums": torch.stack([noise.sum(), noise.square().sum(), torch.tensor(float(noise.numel()))]).double(),
         "map": noise.mean(1).sum(0),  # (h, w)
         "spectrum": radial_spectrum(noise) * len(noise),
         "cost": torch.tensor([drawn.nfe * len(noise), seconds], dtype=torch.float64),
     }
     if drawn.kl_to_gaussian is not None:
-        facts["kl"] = drawn.kl_to_gaussian.double().sum()[None].cpu()
-    file = _file(config, "noise", method, rows, "safetensors")
+        statistics["kl"] = drawn.kl_to_gaussian.double().sum()[None].cpu()
+    file = _shard_file(config, "noise", method, rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in facts.items()}, file.with_suffix(".tmp"))
+    save_file({name: value.contiguous() for name, value in statistics.items()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
 
 
@@ -136,52 +136,49 @@ def score_shard(
     config: EvaluateConfig, reward: WeightedReward, prompts: Sequence[str], rows: range, method: Method
 ) -> None:
     """Scores the images of some prompts as stored on disk, and measures how much the images of a prompt differ."""
-    count = config.samples
-    texts = [prompts[row] for row in rows for _ in range(count)]
-    files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(count)]
-    images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])
+    samples = config.samples
+    texts = [prompts[row] for row in rows for _ in range(samples)]
+    files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
+    images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])  # (B, 3, H, W)
     components = finite_components(reward, images, texts, method.name)
-    record = {"scores": {name: _rounded(values.reshape(-1, count)) for name, values in components.items()}}
-    record["diversity"] = _spread(reward, images.unflatten(0, (-1, count))) if count > 1 else {}
-    write_atomically(_file(config, "scores", method, rows, "json"), json.dumps(record))
+    record = {"scores": {name: _rounded(values.reshape(-1, samples)) for name, values in components.items()}}
+    record["diversity"] = diversities(reward, images.unflatten(0, (-1, samples))) if samples > 1 else {}
+    write_atomically(_shard_file(config, "scores", method, rows), json.dumps(record))
 
 
-def _spread(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
+def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
     """Returns the mean pairwise distance of each prompt's images ``(P, S, 3, H, W)``, by scorer that measures one."""
-    spread = {}
+    found = {}
     for scorer, _ in reward.rewards:
         if embed := getattr(scorer, "embed", None):
-            spread[scorer.name] = _rounded(torch.from_numpy(diversity(images, embed)))
+            found[scorer.name] = _rounded(torch.from_numpy(diversity(images, embed)))
         if isinstance(scorer, ShapesExact):
-            spread["layout"] = [round(layout_diversity(scorer.detector.detect(part)), 6) for part in images]
-    return spread
+            found["layout"] = [round(layout_diversity(scorer.detector.detect(part)), 6) for part in images]
+    return found
 
 
-def join(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
+def join_shards(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
     """Joins the shards into ``results.json`` and ``timing.json``."""
-    found, timing, images = {}, {}, len(chosen) * config.samples
+    results, seconds_per_image, num_images = {}, {}, len(chosen) * config.samples
     for method in methods:
-        scores = [json.loads(_file(config, "scores", method, rows, "json").read_text()) for rows in shards]
-        noise = [load_file(_file(config, "noise", method, rows, "safetensors")) for rows in shards]
-        total = {name: torch.stack([part[name] for part in noise]).sum(0) for name in noise[0]}
+        parts = [json.loads(_shard_file(config, "scores", method, rows).read_text()) for rows in shards]
+        statistics = [load_file(_shard_file(config, "noise", method, rows)) for rows in shards]
+        total = {name: torch.stack([part[name] for part in statistics]).sum(0) for name in statistics[0]}
         mean, square = (total["sums"][:2] / total["sums"][2]).tolist()
-        merge = lambda kind, scores=scores: {
-            name: [value for part in scores for value in part[kind][name]] for name in scores[0][kind]
-        }
-        found[method.name] = {
+        results[method.name] = {
             "group": method.group,
             "slug": method.slug,
             "trained": method.trained,
-            "scores": merge("scores"),
-            "nfe": round(total["cost"][0].item() / images, 6),
-            "kl_to_gaussian": round(total["kl"].item() / images, 6) if "kl" in total else None,
+            "scores": _concatenated([part["scores"] for part in parts]),
+            "nfe": round(total["cost"][0].item() / num_images, 6),
+            "kl_to_gaussian": round(total["kl"].item() / num_images, 6) if "kl" in total else None,
             "noise_mean": round(mean, 6),
             "noise_std": round((square - mean**2) ** 0.5, 6),
-            "radial_spectrum": _rounded(total["spectrum"] / images),
-            "noise_map": _rounded(total["map"] / images),
-            "diversity": merge("diversity"),
+            "radial_spectrum": _rounded(total["spectrum"] / num_images),
+            "noise_map": _rounded(total["map"] / num_images),
+            "diversity": _concatenated([part["diversity"] for part in parts]),
         }
-        timing[method.name] = total["cost"][1].item() / images
+        seconds_per_image[method.name] = total["cost"][1].item() / num_images
     options = {key: value for key, value in to_mapping(config).items() if key not in ("output_dir", "denoiser_options")}
     record = {
         "version": VERSION,
@@ -193,9 +190,9 @@ def join(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], s
         "categories": chosen.categories,
         "samples": config.samples,
         "judge": next(iter(scorers_of(config).weights)),
-        "methods": found,
+        "methods": results,
     }
-    write_atomically(config.output_dir / "timing.json", json.dumps(timing, indent=1))
+    write_atomically(config.output_dir / "timing.json", json.dumps(seconds_per_image, indent=1))
     write_atomically(config.output_dir / "results.json", json.dumps(record))
 
 
@@ -203,8 +200,13 @@ def _rounded(values: torch.Tensor) -> list[Any]:
     return np.round(values.double().cpu().numpy(), 6).tolist()
 
 
-def _file(config: EvaluateConfig, kind: str, method: Method, rows: range, suffix: str) -> Path:
-    return config.output_dir / kind / method.slug / f"{rows[0]:05d}.{suffix}"
+def _concatenated(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+def _shard_file(config: EvaluateConfig, stage: Literal["noise", "scores"], method: Method, rows: range) -> Path:
+    suffix = "safetensors" if stage == "noise" else "json"
+    return config.output_dir / stage / method.slug / f"{rows[0]:05d}.{suffix}"
 
 
 def run(config: EvaluateConfig) -> str:
@@ -244,20 +246,19 @@ def run(config: EvaluateConfig) -> str:
             check_manifest(config.output_dir / "noise" / method.slug, {"method": method.name, "is": method.identity})
     state.wait_for_everyone()
 
-    step = max(1, config.batch_size // config.samples)
-    shards = [range(start, min(start + step, len(chosen))) for start in range(0, len(chosen), step)]
+    shard_size = max(1, config.batch_size // config.samples)  # prompts per shard
+    shards = [range(start, min(start + shard_size, len(chosen))) for start in range(0, len(chosen), shard_size)]
     work = [(method, rows) for method in methods for rows in shards][state.process_index :: state.num_processes]
-    images = [len(rows) * config.samples for _, rows in work]
-    show: dict[str, Any] = {"unit": "image", "total": sum(images), "disable": not state.is_main_process}
+    counts = [len(rows) * config.samples for _, rows in work]
+    progress: dict[str, Any] = {"unit": "image", "total": sum(counts), "disable": not state.is_main_process}
 
     # Images.
-    sampler, made = None, None
-    with tqdm(desc="pictures", **show) as bar:
-        for (method, rows), count in zip(work, images, strict=True):
-            if not _file(config, "noise", method, rows, "safetensors").exists():
-                if made is not method:
-                    sampler, made = method.make(), method
-                assert sampler is not None
+    sampler, sampled_method = None, None
+    with tqdm(desc="pictures", **progress) as bar:
+        for (method, rows), count in zip(work, counts, strict=True):
+            if not _shard_file(config, "noise", method, rows).exists():
+                if sampler is None or sampled_method is not method:
+                    sampler, sampled_method = method.make(), method
                 draw_shard(config, chosen.prompts, rows, method, sampler)
             bar.update(count)
     del sampler, denoiser  # frees memory for the scorers
@@ -265,9 +266,9 @@ def run(config: EvaluateConfig) -> str:
 
     # Scores, once all images exist.
     reward = load_reward(scorers)
-    with tqdm(desc="scores", **show) as bar:
-        for (method, rows), count in zip(work, images, strict=True):
-            if not _file(config, "scores", method, rows, "json").exists():
+    with tqdm(desc="scores", **progress) as bar:
+        for (method, rows), count in zip(work, counts, strict=True):
+            if not _shard_file(config, "scores", method, rows).exists():
                 score_shard(config, reward, chosen.prompts, rows, method)
             bar.update(count)
     state.wait_for_everyone()
@@ -275,7 +276,7 @@ def run(config: EvaluateConfig) -> str:
     # Results.
     if not state.is_main_process:
         return ""
-    join(config, chosen, methods, shards)
+    join_shards(config, chosen, methods, shards)
     text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
     write_atomically(config.output_dir / "table.md", text + "\n")
     return text

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from noisear_rl.algos import evaluate
 from noisear_rl.algos.evaluate import EvaluateConfig, main, prompt_set, run
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.evaluation.results import load_results
@@ -22,6 +23,35 @@ from tests.conftest import random_policy
 
 ROOT = Path(__file__).parents[2]
 SMALL = EvaluateConfig(denoiser="shapes-turbo", num_prompts=7, samples=3, batch_size=6)
+IMAGES, SHARDS = 7 * 3, 4  # per method
+PROVENANCE = {"commit": "abc1234", "torch": "2", "device": "cpu", "threads": 1}
+# Lets a number of files of a kind be written, then kills the process before it renames the temporary file of the next.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+pattern, left, replace = sys.argv[1], int(sys.argv[2]), Path.replace
+
+def replace_or_die(self, target):
+    global left
+    if Path(target).match(pattern):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+    return replace(self, target)
+
+Path.replace = replace_or_die
+from noisear_rl.algos.evaluate import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_provenance():
+    """Fixes the provenance: the commit may change while the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "provenance", lambda: PROVENANCE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -33,35 +63,29 @@ def policies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(policies, tmp_path_factory):
-    """Four methods, one of two training seeds; ``(config, folder)``."""
+def finished(policies, tmp_path_factory):
+    """A finished evaluation of Gaussian noise and four methods, two of them with two training seeds."""
     methods = ("best-of-2", f"mine={policies[0]},{policies[1]}", "mine+search-2", "reno-2")
-    config = replace(SMALL, methods=methods, output_dir=tmp_path_factory.mktemp("whole"))
+    config = replace(SMALL, methods=methods, output_dir=tmp_path_factory.mktemp("finished"))
     run(config)
     return config
 
 
-def files(folder):
+def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("results.json", "table.md")}
 
 
-def command(config):
-    script = "import sys; from noisear_rl.algos.evaluate import main; main(sys.argv[1:])"
+def times(files: Sequence[Path]) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def arguments(config: EvaluateConfig) -> list[str]:
     options = ["--denoiser", config.denoiser, "--num-prompts", "7", "--samples", "3", "--batch-size", "6"]
-    return [
-        sys.executable,
-        "-c",
-        script,
-        "--methods",
-        *config.methods,
-        *options,
-        "--output-dir",
-        str(config.output_dir),
-    ]
+    return ["--methods", *config.methods, *options, "--output-dir", str(config.output_dir)]
 
 
-def test_results_hold_every_image_once(whole):
-    results = load_results(whole.output_dir)
+def test_results_hold_every_image_once(finished):
+    results = load_results(finished.output_dir)
     assert results.groups == {
         "Gaussian": ["Gaussian"],
         "best of 2": ["best of 2"],
@@ -73,6 +97,9 @@ def test_results_hold_every_image_once(whole):
         assert method.scores["shapes-exact"].shape == (7, 3)  # 7 is not a multiple of the 2 prompts per shard
         assert method.diversity["layout"].shape == method.diversity["shapes-clip"].shape == (7,)
         assert {Image.open(results.image_path(name, p, s)).size for p in range(7) for s in range(3)} == {(64, 64)}
+    images = list((finished.output_dir / "images").rglob("*"))
+    assert sum(file.is_file() for file in images) == len(results.methods) * IMAGES  # and no temporary files
+    assert results.provenance == PROVENANCE
     nfe = {name: method.nfe for name, method in results.methods.items()}
     assert [nfe[name] for name in ("Gaussian", "best of 2", "mine 0", "mine + search 2 1", "reno 2")] == [1, 2, 1, 2, 2]
     gaussian, mine = results.methods["Gaussian"], results.methods["mine 1"]
@@ -85,50 +112,51 @@ def test_results_hold_every_image_once(whole):
     assert set(results.seconds_per_image()) == set(results.methods)
 
 
-def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
-    """Killed without warning while it draws, and again while it scores; then finished in one process."""
-    config, rng = replace(whole, output_dir=tmp_path), np.random.default_rng()
-    for kind, pattern in (("noise", "*.safetensors"), ("scores", "*.json")):
-        after = int(rng.integers(1, 20))
-        process = subprocess.Popen(command(config), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            if len([f for f in (tmp_path / kind).rglob(pattern) if f.name != "manifest.json"]) >= after:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            time.sleep(0.01)
-        assert process.returncode == -signal.SIGKILL, after
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
+    """Killed while it draws the images of a shard, again while it writes scores, then finished in this process."""
+    config, methods = replace(finished, output_dir=tmp_path), len(load_results(finished.output_dir).methods)
+    kinds = ("images/*/*.png", "noise/*/*.safetensors", "scores/*/*.json")
+    for pattern, left, expected in (
+        (kinds[0], 25, (IMAGES + 4, SHARDS, 0)),  # one method and 4 of the 6 images of a shard, which is drawn again
+        (kinds[2], 10, (methods * IMAGES, methods * SHARDS, 10)),
+    ):
+        command = [sys.executable, "-c", KILLED, pattern, str(left), *arguments(config)]
+        process = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert tuple(len(list(tmp_path.glob(kind))) for kind in kinds) == expected
         assert not (tmp_path / "results.json").exists()
+    before = times([file for kind in kinds for file in tmp_path.glob(kind)])
     run(config)
-    assert files(tmp_path) == files(whole.output_dir)
+    assert times(list(before)) == before  # what was finished is not repeated
+    assert contents(tmp_path) == contents(finished.output_dir)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(whole, tmp_path):
+def test_two_processes_equal_one(finished, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    options = command(replace(whole, output_dir=tmp_path))[3:]
-    subprocess.run(
-        [*launch, ROOT / "algos/evaluate.py", *options], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    ours, theirs = (json.loads(content["results.json"]) for content in (files(tmp_path), files(whole.output_dir)))
-    for record in (ours, theirs):
+    command = [*launch, ROOT / "algos/evaluate.py", *arguments(replace(finished, output_dir=tmp_path))]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    two, one = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished.output_dir))
+    for record in (two, one):
         record.pop("provenance")
-    assert ours == theirs
+    assert two == one
 
 
-def test_methods_can_be_added(whole, tmp_path, policies):
-    config = replace(whole, methods=("best-of-2",), output_dir=tmp_path)
+def test_methods_can_be_added(finished, tmp_path, policies):
+    config = replace(finished, methods=("best-of-2",), output_dir=tmp_path)
     run(config)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
-    run(replace(config, methods=whole.methods))
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
-    assert files(tmp_path) == files(whole.output_dir)
+    before = times(list(tmp_path.glob("images/*/*.png")))
+    assert len(before) == 2 * IMAGES
+    run(replace(config, methods=finished.methods))
+    assert times(list(before)) == before
+    assert contents(tmp_path) == contents(finished.output_dir)
 
 
-def test_other_settings_are_rejected(whole):
+def test_other_settings_are_rejected(finished):
     with pytest.raises(ValueError, match=r"written with other settings \(samples: 3, not 2\)"):
-        run(replace(whole, samples=2))
-    with pytest.raises(ValueError, match="written with other settings"):
-        run(replace(whole, methods=("best-of-2",), choose_by="brightness"))
+        run(replace(finished, samples=2))
+    with pytest.raises(ValueError, match=r"noise/best-of-2 was written with other settings \(is: "):
+        run(replace(finished, methods=("best-of-2",), choose_by="brightness"))
 
 
 def test_bad_methods(policies, tmp_path):

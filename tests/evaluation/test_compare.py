@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from noisear_rl.evaluation.compare import evaluate, table
+from noisear_rl.evaluation.compare import best_of, evaluate, summary, table
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.intervals import bootstrap
 from noisear_rl.rewards import load_reward
@@ -30,14 +32,27 @@ def test_methods_are_paired_and_batches_do_not_matter(random_denoiser):
             results[name].scores["shapes-match"], together[name].scores["shapes-match"], atol=1e-5
         )
         assert results[name].images.shape == (3, 2, 3, 64, 64)
-        assert results[name].nfe == 4
+        torch.testing.assert_close(results[name].images[:, :1], together[name].images, rtol=0, atol=1e-5)
+        assert results[name].nfe == 4 and results[name].seconds_per_image > 0
     np.testing.assert_array_equal(results[GAUSSIAN].scores["shapes-match"], results["same"].scores["shapes-match"])
     assert results["same"].kl_to_gaussian == 0 and results["other"].kl_to_gaussian > 1
     assert results[GAUSSIAN].noise_std == pytest.approx(1, abs=0.1)
+    record = json.loads(json.dumps(summary(results, PROMPTS)))
+    assert record["prompts"] == PROMPTS and list(record["methods"]) == list(policies)
+    kept = record["methods"]["other"]
+    np.testing.assert_allclose(kept["scores"]["shapes-match"], results["other"].scores["shapes-match"], atol=1e-4)
+    assert kept["kl_to_gaussian"] == results["other"].kl_to_gaussian
     text = table(results, ["colors", "counting", "position"], scorer="shapes-match")
     rows = [line.split("|") for line in text.splitlines()]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1
     assert "+0.0 [0.0, 0.0]" in rows[3][-4]  # a method has no gain over itself
+
+
+def test_best_of_chooses_by_one_scorer_and_returns_all():
+    scores = {"reward": np.array([[1.0, 3.0, 2.0, 0.0]]), "judge": np.array([[0.0, 1.0, 0.0, 1.0]])}
+    best = best_of(scores, 2, "reward")
+    np.testing.assert_array_equal(best["reward"], [[3.0, 2.0]])
+    np.testing.assert_array_equal(best["judge"], [[1.0, 0.0]])
 
 
 def test_spectrum_of_white_and_of_coloured_noise():

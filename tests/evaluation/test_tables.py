@@ -118,8 +118,8 @@ def test_results_in_csv(shapes, capsys):
 def test_results_in_markdown(shapes, capsys):
     text = run(capsys, shapes)
     gaussian, ppo, search = read_markdown(text)
-    assert re.fullmatch(r"81\.\d \[\d+\.\d, \d+\.\d\]", ppo["shapes-exact (%)"])
-    assert re.fullmatch(r"\+43\.\d \[-?\d+\.\d, \d+\.\d\]\*?", ppo["gain (%)"])
+    assert re.fullmatch(r"81\.2 \[\d+\.\d, \d+\.\d\]", ppo["shapes-exact (%)"])
+    assert re.fullmatch(r"\+43\.8 \[-?\d+\.\d, \d+\.\d\]\*?", ppo["gain (%)"])
     assert gaussian["gain (%)"] == "–" and search["gain (%)"] == "+0.0 [0.0, 0.0]"
     assert (ppo["KL (nats)"], search["KL (nats)"], search["NFE"]) == ("210.0", "–", "4")
     assert (ppo["diversity by shapes-clip (baseline 1)"], ppo["std of seeds"]) == ("0.50", "8.8")
@@ -262,5 +262,5 @@ def test_invalid_folders_and_options(shapes, tmp_path, capsys):
     for option in ("--resample", "--format", "--table"):
         with pytest.raises(SystemExit):
             paper_tables.main([shapes, option, "seeds"])
-        error = capsys.readouterr().err
-        assert "invalid choice 'seeds'" in error and option in error
+        message = capsys.readouterr().err
+        assert "invalid choice 'seeds'" in message and option in message

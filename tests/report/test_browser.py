@@ -46,6 +46,7 @@ def page_path(tmp_path_factory) -> Path:
 @pytest.fixture
 def page(browser, page_path):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
     browser.get(page_path.as_uri())
     return browser
 
@@ -170,7 +171,6 @@ def test_prints(page):
     hidden = "getComputedStyle(document.querySelector(arguments[0])).display"
     assert js(page, hidden, "#viewer") == js(page, hidden, ".filter") == "none"
     assert js(page, "getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_dark_scheme_keeps_contrast(page):
@@ -179,4 +179,3 @@ def test_dark_scheme_keeps_contrast(page):
     colors = js(page, "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name])")
     paper, ink = ([int(value) for value in re.findall(r"\d+", color)][:3] for color in colors)
     assert max(paper) < 60 and min(ink) > 200
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -1,4 +1,6 @@
 import base64
+import hashlib
+import html
 import json
 import os
 import re
@@ -194,13 +196,17 @@ def test_hostile_text_is_escaped(tmp_path):
     assert own == {'<script type="application/json" id="details">', "<script>"}
     details = json.loads(re.search(r'id="details">(.*?)</script>', page, re.S)[1])
     assert details[0]["prompt"].startswith(evil)
-    page.encode("utf-8")
+    text = html.unescape(page)
+    assert f"<title>{evil}</title>" in text and f"commit {evil}" in text and text.count(f"{evil}PPO") > 3
 
 
 def test_only_its_own_script_may_run_and_nothing_is_loaded(tmp_path):
     page = report(write_evaluation(tmp_path / "run"), write_training(tmp_path / "ppo-seed-0", [0.1, 0.2]))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert "default-src 'none'" in policy and "unsafe-inline'; script" in policy
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert html.unescape(policy).split("script-src ")[1] == f"'sha256-{digest}'"
     loaded = re.findall(r' (?:src|href|srcset|data|action)="([^"]*)"', page)
     assert "url(" not in page and "@import" not in page
     assert len(loaded) > 40 and all(address.startswith("data:") for address in loaded)
