@@ -19,7 +19,7 @@ TINY = {"image_size": 8, "patch_size": 2, "window_size": 2, "d_model": 8, "depth
 TOY = NoDenoiser((4, 8, 8), 2)
 
 
-def write_pairs(folder, count=640, noise_scale=0.0):
+def write_pairs(folder, count=320, noise_scale=0.0):
     """Targets are 0.7 times the noise, shifted up or down as the prompt says."""
     prompts = ["up" if i % 2 else "down" for i in range(count)]
     noise = standard_noise(range(count), TOY.latent_shape)
@@ -37,7 +37,7 @@ def write_rows(folder, prompts, target, noise_scale=0.0):
 
 
 def config(pairs, folder, **options):
-    defaults = {"denoiser": "none", "epochs": 15, "learning_rate": 2e-2, "evaluate_every": 15}
+    defaults = {"denoiser": "none", "epochs": 12, "learning_rate": 2e-2, "evaluate_every": 15}
     network = NPNetConfig(**TINY)
     return NPNetTrainingConfig(pairs=pairs, output_dir=folder, npnet=network, **(defaults | options))
 
@@ -86,7 +86,7 @@ def test_noise_on_top_of_a_mean_is_the_input(tmp_path):
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    options = {"epochs": 2, "save_every": 10, "evaluate_every": 4, "batch_size": 32}
+    options = {"epochs": 2, "save_every": 6, "evaluate_every": 4, "batch_size": 32}
     pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
     uninterrupted = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
     save = algorithm.Run.save

@@ -163,16 +163,18 @@ def test_signal_leak_is_the_forward_processes_mean_of_good_images(tmp_path, turb
 
 
 def test_later_rounds_start_from_the_leak_and_are_good_more_often(tmp_path, turbo):
-    rounds = [len(build_pairs(leak(tmp_path / str(n), rounds=n, pairs=60), turbo)) for n in (1, 2)]
+    options = {"pairs": 24, "batch_size": 8, "shard_size": 16}
+    rounds = [len(build_pairs(leak(tmp_path / str(n), rounds=n, **options), turbo)) for n in (1, 2)]
     assert rounds[1] - rounds[0] > 1.1 * rounds[0]
-    again = build_pairs(leak(tmp_path / "again", rounds=2, pairs=60, batch_size=4, shard_size=60), turbo)
+    again = build_pairs(leak(tmp_path / "again", rounds=2, pairs=24, batch_size=24, shard_size=24), turbo)
     assert again.num_rows == rounds[1]
 
 
 def test_signal_leak_of_a_policys_noise(tmp_path, turbo):
     random_policy(scale=0.02).save_pretrained(tmp_path / "policy")
-    a = build_pairs(leak(tmp_path / "a", pairs=20), turbo)
-    b = build_pairs(leak(tmp_path / "b", pairs=20, policy=str(tmp_path / "policy")), turbo)
+    options = {"pairs": 10, "batch_size": 10, "shard_size": 10}
+    a = build_pairs(leak(tmp_path / "a", **options), turbo)
+    b = build_pairs(leak(tmp_path / "b", **options, policy=str(tmp_path / "policy")), turbo)
     assert a["target"][:] != b["target"][:]
 
 

@@ -116,9 +116,10 @@ def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
             tmp_path / "pairs",
             output_dir=tmp_path / "run",
             denoiser="shapes-turbo",
-            policy=NoiseARConfig(log_variance="shared"),
-            epochs=350,
-            learning_rate=5e-3,
+            policy=NoiseARConfig(log_variance="shared", d_model=64, d_ff=64, n_heads=2, n_layers=1),
+            epochs=200,
+            learning_rate=1e-2,
+            log_every=100,
         )
     )
     text = turbo.encode(asked[:1] * 64)
