@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.config import check_choices, parse_config
-from noisear_rl.data.preference_pairs import PreferencePairs, preference_pairs
+from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.gaussian import kl_to_gaussian
@@ -64,7 +64,7 @@ class DPOConfig:
     """Run folder."""
     threshold: float = 0.3
     """Rewards of a pair differ by more than this."""
-    strategy: Literal["best_worst", "all_above_margin"] = "best_worst"
+    strategy: Strategy = "best_worst"
     """`best_worst` (one pair per prompt) or `all_above_margin`."""
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """trl's names: `sigmoid`, `hinge`, `ipo`, `robust`, `apo_zero`, `sft` (NLL of the preferred noise), …"""
@@ -299,7 +299,7 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
     return policy
 
 
-def from_trl(arguments: trl.DPOConfig, **options) -> DPOConfig:
+def from_trl(arguments: trl.DPOConfig, **options: Any) -> DPOConfig:
     """Builds options from what a ``trl.DPOConfig`` says about the loss and its optimisation.
 
     Args:

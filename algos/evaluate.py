@@ -254,7 +254,7 @@ def run(config: EvaluateConfig) -> str:
 
     # Images.
     sampler, sampled_method = None, None
-    with tqdm(desc="pictures", **progress) as bar:
+    with tqdm(desc="images", **progress) as bar:
         for (method, rows), count in zip(work, counts, strict=True):
             if not _shard_file(config, "noise", method, rows).exists():
                 if sampler is None or sampled_method is not method:

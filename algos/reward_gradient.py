@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.config import parse_config
+from noisear_rl.denoisers import load_denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
@@ -84,7 +85,8 @@ class RewardGradientConfig:
 def train(config: RewardGradientConfig) -> NoiseARPolicy:
     """Improves a policy and returns it in eval mode; see the module's docstring."""
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
-    task = NoiseTask(config.denoiser, config.reward, config.prompts, **config.denoiser_options)
+    denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
+    task = NoiseTask(denoiser, config.reward, config.prompts)
     batch = config.prompts_per_update * config.samples_per_prompt
 
     torch.manual_seed(config.seed)

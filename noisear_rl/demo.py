@@ -1,8 +1,8 @@
 """The whole loop on the embedded denoiser, in about five minutes on two CPU cores.
 
 Builds weak-to-strong pairs, pretrains a policy on them, improves it by REINFORCE on a few hard captions, and
-compares it with Gaussian noise by the held-out judge at equal cost: on the captions it was trained on, with
-fresh noise, and on held-out captions, where a policy trained on so few is not expected to gain.
+compares it with Gaussian noise by the held-out judge at equal cost: on the captions it was trained on, with fresh
+noise, and on held-out captions, where a policy trained on so few captions is not expected to gain.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class DemoConfig:
     """Options of the demo."""
 
     output_dir: Path = Path("runs/demo")
-    """Everything is written here; what an earlier demo left is removed."""
+    """Where everything is written; files of an earlier demo are removed."""
     captions: tuple[str, ...] = HARD_CAPTIONS
     """Captions to improve."""
     pairs: int = 2048
     """Weak-to-strong pairs for pretraining."""
     updates: int = 36
-    """REINFORCE updates of 64 images a caption."""
+    """REINFORCE updates of 64 images per caption."""
     samples: int = 64
-    """Fresh noises a trained caption in the comparison."""
+    """Fresh noises per trained caption in the comparison."""
     held_out_prompts: int = 120
     """Held-out captions in the comparison, 4 noises each."""
     seed: int = 0
@@ -102,7 +102,7 @@ def run(config: DemoConfig) -> str:
     )
     text = "\n".join(
         [
-            "Exactly right pictures in %, held-out judge, 95 % intervals, equal cost. KL in nats to N(0, I).",
+            "Exactly right images in %, held-out judge, 95 % intervals, equal cost. KL in nats to N(0, I).",
             "",
             f"On the {len(trained)} captions that REINFORCE trained on, {config.samples} fresh noises each:",
             "",
@@ -112,7 +112,7 @@ def run(config: DemoConfig) -> str:
             "",
             table(on_held_out, categories_of(held_out)),
             "",
-            f"{time.time() - began:.0f} s in all; pictures: {folder / 'report.png'}; "
+            f"{time.time() - began:.0f} s in all; images: {folder / 'report.png'}; "
             f"curves: tensorboard --logdir {folder}",
         ]
     )
