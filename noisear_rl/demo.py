@@ -84,7 +84,7 @@ def run(config: DemoConfig) -> str:
     reinforce.updates, reinforce.save_every, reinforce.seed = config.updates, 15, config.seed
     improved = train_reinforce(reinforce)
 
-    print("4/4 comparison by the held-out judge, which no training saw", flush=True)
+    print("4/4 comparison by the held-out judge, which no training used", flush=True)
     denoiser = load_denoiser("shapes")
     reward = load_reward({"shapes-exact": 1.0, "shapes-match": 1.0})
     policies = {GAUSSIAN: None, "NLL": pretrained, "NLL + REINFORCE": improved}
@@ -97,7 +97,7 @@ def run(config: DemoConfig) -> str:
         folder / "report.png",
         shown,
         trained,
-        f"Same prompts, same seeds, same cost ({denoiser.nfe} network evaluations an image)",
+        f"Same prompts, same seeds, same cost ({denoiser.nfe} network evaluations per image)",
         run=folder / "reinforce",
     )
     text = "\n".join(

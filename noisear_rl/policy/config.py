@@ -32,7 +32,7 @@ class NoiseARConfig:
             position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
             a natural-gradient step of given KL achieves.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
-        log_variance: ``"predicted"`` beside the mean (the paper's), ``"shared"`` (one learned number per patch
+        log_variance: ``"predicted"`` along with the mean (the paper's), ``"shared"`` (one learned number per patch
             position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
     """
 
