@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,12 +120,13 @@ def test_commands_run_in_a_small_size(tmp_path, monkeypatch):
             (tmp_path / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     order = lambda line: READERS.index(name) if (name := arguments_of(line)[0]) in READERS else -1
-    ran, left_out = set(), set()
+    ran: set[str] = set()
+    left_out: set[str] = set()
     for line in sorted(COMMANDS, key=order):
         arguments = arguments_of(line)
         config = parse(arguments, monkeypatch)
         output = getattr(config, "output_dir", None) or getattr(config, "output", None)
-        denoiser = getattr(config, "denoiser", None) or noisear_rl.ENVIRONMENTS.get(getattr(config, "env_id", None))
+        denoiser = getattr(config, "denoiser", None) or noisear_rl.ENVIRONMENTS.get(getattr(config, "env_id", ""))
         if arguments[0] in SLOW or denoiser not in (None, *EMBEDDED) or folders_read(arguments) & left_out:
             left_out.add(str(output))
             continue
@@ -144,7 +146,7 @@ def test_python_runs(tmp_path, monkeypatch):
     blocks = [text for language, text in BLOCKS if language == "python"]
     assert len(blocks) == 2
     for block in blocks:
-        scope = {}
+        scope: dict[str, Any] = {}
         exec(block.replace('"runs/transfer"', repr(str(tmp_path))), scope)
         assert np.asarray(scope["image"]).shape == (64, 64, 3)
 

@@ -1,5 +1,7 @@
 """An identity denoiser and rewards with known optima: problems that algorithms must solve before diffusion."""
 
+from collections.abc import Sequence
+
 import gymnasium
 import torch
 
@@ -12,22 +14,29 @@ PROMPTS = ("up", "down")
 class NoDenoiser:
     """Returns the noise itself as the image, so that a reward is a known function of the noise."""
 
-    name, num_inference_steps, guidance_scale, nfe = "none", 1, 1.0, 1
+    name, revision, num_inference_steps, guidance_scale, nfe = "none", "none", 1, 1.0, 1
     text_shape = (2, 8)
 
-    def __init__(self, latent_shape, patch_size):
+    def __init__(self, latent_shape: tuple[int, int, int], patch_size: int):
         self.latent_shape, self.patch_size = latent_shape, patch_size
         self.image_size = latent_shape[1]
 
-    def encode(self, prompts):
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [torch.randn(2, 8, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts]
         text = torch.stack(rows)
         return Conditioning(list(prompts), text, torch.ones(len(prompts), 2, dtype=torch.bool), {"text": text})
 
-    def denoise(self, noise, conditioning, seeds=None):
+    def denoise(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> torch.Tensor:
         return noise[:, :1].expand(-1, 3, -1, -1).contiguous()
 
     denoise_differentiably = denoise
+
+    def denoise_with_latents(
+        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.denoise(noise, conditioning), noise
 
 
 def projections(images):

@@ -47,6 +47,7 @@ def test_stable_baselines3_checker(env_id):
 
 def test_make_by_module_prefix_and_spec_serialises():
     env = gymnasium.make(f"noisear_rl:{ID}", prompts=PROMPTS, dtype="float32", guidance_scale=2.0)
+    assert env.spec is not None
     again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))
     assert json.loads(env.spec.to_json())["kwargs"]["guidance_scale"] == 2.0
     assert episode(env, 3)[1] == episode(again, 3)[1]
@@ -70,7 +71,8 @@ def test_episode():
         assert (observation["patches"][: i + 1, 0] == np.arange(i + 1, dtype=np.float32) / 10).all()
         assert terminated == (i == 15) and (i == 15 or reward == 0)
         assert env.observation_space.contains(observation)
-        assert env.render().shape == (64, 64, 3) and env.render().dtype == np.uint8
+        image = env.render()
+        assert image is not None and image.shape == (64, 64, 3) and image.dtype == np.uint8
     assert info["noise"].shape == (4, 8, 8) and info["reward/shapes-match"] == pytest.approx(reward)
     with pytest.raises(ResetNeeded):
         env.step(np.zeros(16, np.float32))
@@ -120,7 +122,7 @@ def test_vector_reward_does_not_depend_on_the_batch(shapes):
         for patch in actions:
             result = envs.step(patch[:size])
         rewards.append(result[1][:2])
-    np.testing.assert_allclose(*rewards, atol=1e-5)
+    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-5)
 
 
 def test_clipping_is_reported():

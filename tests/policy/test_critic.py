@@ -1,11 +1,20 @@
 """The critic sees what a value may depend on, starts at 0, and learns a known value."""
 
+from typing import Any
+
 import torch
 
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.policy.critic import NoiseARCritic
 
-SIZES = {"latent_shape": (1, 4, 4), "patch_size": 2, "text_dim": 6, "d_model": 16, "d_ff": 32, "n_heads": 2}
+SIZES: dict[str, Any] = {
+    "latent_shape": (1, 4, 4),
+    "patch_size": 2,
+    "text_dim": 6,
+    "d_model": 16,
+    "d_ff": 32,
+    "n_heads": 2,
+}
 
 
 def random_critic() -> NoiseARCritic:
