@@ -21,10 +21,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: install  ## Train a noise prior on the embedded denoiser and compare it with Gaussian noise (5 minutes)
 	$(RUN) -m noisear_rl.cli demo
 
-test: install  ## Run the test suite; PYTEST_OPTIONS=--cov adds its coverage (and about 15 % of time)
+test: install  ## Run the test suite; PYTEST_OPTIONS=--cov prints its coverage and takes about 15 % longer
 	$(RUN) -m pytest $(PYTEST_OPTIONS)
 
-test-lowest:  ## Run the test suite with the lowest supported versions, in .venv-lowest; needs Python 3.11
+test-lowest:  ## Run the test suite with the lowest supported versions, in .venv-lowest (Python 3.11)
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 test-slow: install  ## Run the tests that take minutes
@@ -47,5 +47,5 @@ format: install  ## Format the code
 	$(VENV)/bin/ruff check --fix $(CHECKED)
 	$(VENV)/bin/ruff format $(CHECKED)
 
-clean:  ## Remove what can be made again
+clean:  ## Remove environments, caches, builds and runs
 	rm -rf .venv .venv-lowest .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
