@@ -28,7 +28,7 @@ from noisear_rl.seeds import Stream, stream_rng
 
 
 @dataclass
-class ReferenceConfig:
+class StatisticsConfig:
     """Options of the measurement."""
 
     reward: tyro.conf.Positional[str] = "shapes-match"
@@ -51,7 +51,7 @@ class ReferenceConfig:
     """Options of the denoiser, such as `dtype float32` or `path FOLDER`."""
 
 
-def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> RewardConfig:
+def measure(config: StatisticsConfig, denoiser: Denoiser | None = None) -> RewardConfig:
     """Returns the reward with the statistics of Gaussian noise, configured to use them; see the module docstring.
 
     Raises:
@@ -94,7 +94,7 @@ def measure(config: ReferenceConfig, denoiser: Denoiser | None = None) -> Reward
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(ReferenceConfig, argv, __doc__)
+    config = parse_config(StatisticsConfig, argv, __doc__)
     found = measure(config)
     write_atomically(config.output, yaml.safe_dump(to_mapping(found), sort_keys=False))
     for name, (mean, std) in found.statistics.items():

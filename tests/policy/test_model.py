@@ -81,11 +81,11 @@ def test_kl_is_closed_form():
 
 def test_kl_estimates_the_log_ratio_of_samples():
     policy = random_policy(scale=0.04)
-    text = TEXT[:1].expand(4096, -1, -1)
-    sample = policy.sample(text, seeds=range(4096))
+    text = TEXT[:1].expand(1024, -1, -1)
+    sample = policy.sample(text, seeds=range(1024))
     ratio = (sample.log_prob - Normal(0.0, 1.0).log_prob(sample.patches).sum(-1)).sum(1)
     kl = policy.kl_divergence(sample.patches, text).sum(1)
-    standard_error = (ratio - kl).std() / 64
+    standard_error = (ratio - kl).std() / 32
     assert abs((ratio - kl).mean()) < 4 * standard_error
     assert kl.mean() > 1
 

@@ -11,9 +11,10 @@ import yaml
 from noisear_rl.algos import ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.evaluation.reward_statistics import ReferenceConfig, main, measure
+from noisear_rl.evaluation.reward_statistics import StatisticsConfig, main, measure
 from noisear_rl.learning.losses import finite_episodes, group_advantages
 from noisear_rl.learning.run import read_records
+from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, registry, reward_config
 from tests import toys
 
@@ -130,7 +131,7 @@ def test_reference_statistics_are_measured_and_used(tmp_path):
     main([str(asked), "--denoiser", "shapes-turbo", "--num-prompts", "40", "--output", str(out)])
     written = yaml.safe_load(out.read_text())
     assert written["normalize"] == "fixed" and written["measured"]["prompts"] == 40
-    again = measure(ReferenceConfig(str(asked), denoiser="shapes-turbo", num_prompts=40, batch_size=7))
+    again = measure(StatisticsConfig(str(asked), denoiser="shapes-turbo", num_prompts=40, batch_size=7))
     for name, (mean, std) in again.statistics.items():
         assert written["statistics"][name] == pytest.approx([mean, std], abs=1e-4)
     assert 0.2 < written["statistics"]["shapes-match"][0] < 0.6  # the student on captions of all kinds
@@ -138,7 +139,7 @@ def test_reference_statistics_are_measured_and_used(tmp_path):
     constant = tmp_path / "constant.py"
     constant.write_text("def score(images, prompts):\n    return [1.0] * len(prompts)\n")
     with pytest.raises(ValueError, match="the same score"):
-        measure(ReferenceConfig(str(constant), denoiser="shapes-turbo", num_prompts=3))
+        measure(StatisticsConfig(str(constant), denoiser="shapes-turbo", num_prompts=3))
 
 
 def test_finite_episodes():
@@ -167,7 +168,8 @@ class Moody(toys.Target):
 @pytest.mark.parametrize("algorithm", [ppo, reinforce])
 def test_dropped_episodes_are_counted_and_do_no_harm(algorithm, tmp_path):
     config = {ppo: ppo.PPOConfig, reinforce: reinforce.ReinforceConfig}[algorithm]
-    options = {"updates": 25, "prompts_per_update": 2, "samples_per_prompt": 64}
+    small = NoiseARConfig(d_model=32, d_ff=32, n_layers=1, log_variance="fixed")
+    options = {"updates": 25, "prompts_per_update": 2, "samples_per_prompt": 64, "policy": small}
     policy = algorithm.train(config(env_id=toys.register(Moody()), output_dir=tmp_path, **options))
     assert all(parameter.isfinite().all() for parameter in policy.parameters())
     records = read_records(tmp_path)
