@@ -87,8 +87,8 @@ def test_adam_learns_too(tmp_path, optimizer):
 def test_dpo_on_rollouts_solves_the_bandit(tmp_path, sizes, prompts, limit, patience):
     """Four rounds of collecting and training, each at most a few nats from where it began.
 
-    With 4,096 elements a pair carries little information: the last policy of a round is better than the one that ranks 51 held-out
-    pairs best.
+    With 4,096 elements a pair carries little information: the last policy of a round is better than the one that ranks
+    51 held-out pairs best.
     """
     names = tuple(f"prompt {i}" for i in range(prompts))
     env_id = toys.register(toys.Target(), **sizes, prompts=names)
