@@ -37,6 +37,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
+from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -151,6 +152,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     # Policy in eval mode: no dropout, so that log-ratios to the frozen reference start at exactly 0.
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     policy = policy.to(run.device)
+    fit_text(policy, denoiser, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
     reference = copy.deepcopy(policy) if config.reference == "initial" else NoiseARPolicy(policy.config).to(run.device)
     reference.eval().requires_grad_(False)
     optimizer = PolicyOptimizer(

@@ -43,7 +43,7 @@ from noisear_rl.evaluation.intervals import Resample
 from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
-from noisear_rl.files import check_manifest, sha256, write_atomically
+from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
@@ -114,9 +114,8 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     seconds = time.perf_counter() - began
     for i, image in enumerate(drawn.images):
         file = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(image)).save(file.with_suffix(".tmp"), format="PNG")
-        file.with_suffix(".tmp").replace(file)
+        with atomic(file) as temporary:
+            Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
     noise = drawn.noise.double().cpu()  # (B, C, h, w)
     statistics = {
         "sums": torch.stack([noise.sum(), noise.square().sum(), torch.tensor(float(noise.numel()))]).double(),
@@ -127,9 +126,8 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     if drawn.kl_to_gaussian is not None:
         statistics["kl"] = drawn.kl_to_gaussian.double().sum()[None].cpu()
     file = _shard_file(config, "noise", method, rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in statistics.items()}, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
+    with atomic(file) as temporary:
+        save_file({name: value.contiguous() for name, value in statistics.items()}, temporary)
 
 
 def score_shard(

@@ -31,6 +31,7 @@ from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import nll_loss, reconstruction_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
+from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.seeds import Stream, stream_rng
@@ -104,6 +105,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     shape, owner = tuple(denoiser.latent_shape), f"denoiser {denoiser.name!r}"
     sizes = policy_sizes(denoiser, denoiser.patch_size)
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
+    fit_text(policy, denoiser, [prompts[row] for row in train_rows], config.seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch

@@ -33,6 +33,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
+from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.seeds import Stream, stream_rng
@@ -135,6 +136,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
+    fit_text(policy, task.denoiser, task.prompts, config.seed)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
     optimizer = PolicyOptimizer(
         policy,
@@ -255,6 +257,9 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         }
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
+        if counters.step % config.save_every == 0:  # a diagnostic: 1 if a step on one prompt moves all alike
+            talk = cross_talk(policy, patches, text, mask, reward - reward.mean(), group)
+            record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
         record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")

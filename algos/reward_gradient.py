@@ -26,6 +26,7 @@ from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
+from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
 from noisear_rl.samplers.reno import norm_regularizer
 from noisear_rl.seeds import Stream, stream_rng
@@ -91,6 +92,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
 
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
+    fit_text(policy, task.denoiser, task.prompts, config.seed)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,

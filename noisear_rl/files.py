@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file through a temporary one, so that a killed process leaves the old or the new."""
+    """Writes a text file, complete or not at all; see :func:`atomic`."""
+    with atomic(path, shared=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that replaces ``path`` at the end: a killed process leaves the old file or the new.
+
+    The temporary file is next to ``path`` and is removed on failure; after a kill, the next try overwrites it. Folders
+    are created.
+
+    Args:
+        path: The file to write.
+        shared: Whether several processes may write this file at a time. Each has its own temporary file then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(content: Path | Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from noisear_rl.config import parse_config
 from noisear_rl.denoisers import Denoiser, load_denoiser, policy_sizes
+from noisear_rl.files import atomic
 from noisear_rl.images import to_uint8
 from noisear_rl.policy import NoiseARPolicy, load_policy
 from noisear_rl.report.plots import save_figure
@@ -98,7 +99,8 @@ def sample(config: SampleConfig) -> Path:
     path = config.output_dir / "comparison.png"
     save_figure(figure, path)
     noises = {name.lower(): noise.contiguous() for name, (noise, _) in drawn.items()}
-    save_file(noises, config.output_dir / "noise.safetensors")
+    with atomic(config.output_dir / "noise.safetensors") as temporary:
+        save_file(noises, temporary)
     return path
 
 

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     """Noise of collected rollouts [shard]."""
     SHARED_NOISE = 10
     """Noise that all prompts share [0]."""
+    TEXT_STATISTICS = 11
+    """Which prompts text statistics are fitted on [0]."""
 
 
 def stream_rng(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:

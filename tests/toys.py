@@ -73,12 +73,12 @@ class Obey:
         return -((projections(images)[:, 0] - 2 * sign) ** 2)
 
 
-def register(reward, latent_shape=(1, 8, 4), patch_size=4, prompts=PROMPTS):
+def register(reward, latent_shape=(1, 8, 4), patch_size=4, prompts=PROMPTS, denoiser=None):
     """Registers an environment with two patches and returns its id."""
     name = f"{type(reward).__name__}{latent_shape[1]}-v0"
     gymnasium.registry.pop(name, None)
     kwargs = {
-        "denoiser": NoDenoiser(latent_shape, patch_size),
+        "denoiser": denoiser or NoDenoiser(latent_shape, patch_size),
         "reward": WeightedReward([(reward, 1.0)]),
         "prompts": prompts,
     }

@@ -17,6 +17,8 @@ from datasets import (
 )
 from pyarrow.parquet import read_metadata
 
+from noisear_rl.files import atomic
+
 
 def shard_file(folder: Path, index: int) -> Path:
     """Path of a shard."""
@@ -37,11 +39,8 @@ def _quiet() -> Iterator[None]:
 
 def write_shard(folder: Path, index: int, rows: Mapping[str, list[Any]], features: Features) -> None:
     """Writes a shard atomically."""
-    file = shard_file(folder, index)
-    temporary = file.with_name(f".{file.name}")
-    with _quiet():
+    with _quiet(), atomic(shard_file(folder, index)) as temporary:
         Dataset.from_dict(dict(rows), features=features).to_parquet(temporary)
-    temporary.replace(file)
 
 
 def load_shards(folder: str | Path, what: str, command: str) -> Dataset:

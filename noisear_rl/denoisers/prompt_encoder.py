@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from noisear_rl.denoisers import Conditioning
 from noisear_rl.denoisers.pipelines import PipelineInterface
+from noisear_rl.files import atomic
 
 Tensors = dict[str, torch.Tensor]
 LARGE = 100_000_000  # number of text-encoder parameters from which a disk cache pays off
@@ -66,13 +67,10 @@ class EmbeddingCache:
         if self.folder is None:
             return
         file = self.file_of(prompt)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
-            temporary.replace(file)
+            with atomic(file, shared=True) as temporary:
+                save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             warnings.warn(f"prompt embeddings are no longer kept in {self.folder}: {error}", stacklevel=3)
             self.folder = None
 

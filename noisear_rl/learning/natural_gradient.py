@@ -95,7 +95,7 @@ def fisher_product(
     return product
 
 
-def _assign(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
+def assign_parameters(parameters: list[torch.nn.Parameter], vector: torch.Tensor) -> None:
     """Copies a vector ``(P,)`` into parameters; torch's own function would make them views of it."""
     for parameter, values in zip(parameters, _split(vector, parameters), strict=True):
         parameter.copy_(values)
@@ -152,13 +152,13 @@ def natural_step(
     with torch.no_grad():
         start = parameters_to_vector(parameters)
         for _ in range(MAX_HALVINGS):
-            _assign(parameters, start - step)
+            assign_parameters(parameters, start - step)
             after = policy.distribution(patches, text, text_mask)
             kl = _kl(before, after)
             if kl <= KL_TOLERANCE * target_kl:
                 return kl, after
             step = step / 2
-        _assign(parameters, start)
+        assign_parameters(parameters, start)
     return 0.0, before
 
 

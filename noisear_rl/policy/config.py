@@ -31,6 +31,11 @@ class NoiseARConfig:
         positions: ``"learned"`` (starts as unit Gaussian vectors) or ``"sinusoidal"`` (the paper's default)
             position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
             a natural-gradient step of given KL achieves.
+        text_features: ``"normalized"`` (a LayerNorm of the embeddings) or ``"whitened"`` (decorrelated by statistics of
+            the training prompts, which are fitted when training starts and kept in the checkpoint); ``"paper"`` only.
+            Whitening lets the policy distinguish prompts that differ only in the order of their words.
+        text_scale: Factor on the initial values and outputs of cross-attention. With ``"whitened"``, 4 makes the text
+            count as much as the position from the start.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
         log_variance: ``"predicted"`` along with the mean (the paper's), ``"shared"`` (one learned number per patch
             position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
@@ -47,6 +52,8 @@ class NoiseARConfig:
     dropout: float = 0.0
     architecture: Literal["paper", "released"] = "paper"
     positions: Literal["learned", "sinusoidal"] = "learned"
+    text_features: Literal["normalized", "whitened"] = "normalized"
+    text_scale: float = 1.0
     temperature: float = 1.0
     log_variance: Literal["predicted", "shared", "fixed"] = "predicted"
 
@@ -58,6 +65,10 @@ class NoiseARConfig:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not self.text_scale > 0:
+            raise ValueError(f"text_scale must be positive, got {self.text_scale}")
+        if self.architecture == "released" and (self.text_features, self.text_scale) != ("normalized", 1.0):
+            raise ValueError("text_features and text_scale belong to architecture='paper'")
         if self.architecture == "paper" and self.n_prediction_head:
             raise ValueError("n_prediction_head belongs to architecture='released'")
         if self.architecture == "released" and self.log_variance != "predicted":

@@ -15,7 +15,7 @@ from torch import nn
 
 from noisear_rl.patches import sequence_shape
 from noisear_rl.policy.config import NoiseARConfig
-from noisear_rl.policy.layers import attend, prediction_head, project_keys_values, sinusoidal_encoding
+from noisear_rl.policy.layers import Whitening, attend, prediction_head, project_keys_values, sinusoidal_encoding
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Text = tuple[list[KeysValues], torch.Tensor | None]  # keys and values per block, and the attention mask (B, 1, 1, L)
@@ -110,7 +110,8 @@ class PaperDecoder(Decoder):
         # Small at first: a step on few samples would otherwise be spent on telling their prefixes apart.
         nn.init.normal_(self.latent_patch_encoder.weight, std=0.1 / a**0.5)
         self.learnable_start_token_emb = nn.Parameter(torch.randn(d) * 0.1)
-        self.text_norm = nn.LayerNorm(config.text_dim)
+        whitened = config.text_features == "whitened"
+        self.text_norm = Whitening(config.text_dim) if whitened else nn.LayerNorm(config.text_dim)
         self.dim_adapter = nn.Linear(config.text_dim, d)
         encoding = sinusoidal_encoding(n + 1, d)
         if config.positions == "learned":
@@ -118,6 +119,11 @@ class PaperDecoder(Decoder):
         else:
             self.register_buffer("pos_encoding", encoding)
         self.add_blocks(config)
+        with torch.no_grad():
+            for layer in self.cross_attn_layers:
+                assert isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None
+                layer.in_proj_weight[2 * d :] *= config.text_scale  # the values
+                layer.out_proj.weight *= config.text_scale
         self.final_norm = nn.LayerNorm(d)
         self.prediction_head = prediction_head(d, 2 * a if self.kind == "predicted" else a, 0)
         if self.kind == "shared":

@@ -47,6 +47,53 @@ def attend(
     return layer.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
+class Whitening(nn.Module):
+    """Decorrelates text embeddings: ``(t - mean) · (Σ + ridge·I)^(-1/2)``, with statistics of training prompts.
+
+    Text encoders spend nearly all their variance on a few directions. Words whose order decides what to draw ("left of"
+    and "right of") differ in the others, which would otherwise hardly reach the policy. The statistics are buffers and
+    thus part of every checkpoint; until they are fitted, the layer changes nothing.
+
+    Args:
+        width: Text width ``D``.
+        ridge: Added to the eigenvalues of the covariance, as a share of their mean.
+    """
+
+    mean: torch.Tensor
+    transform: torch.Tensor
+    fitted: torch.Tensor
+
+    def __init__(self, width: int, ridge: float = 0.01):
+        super().__init__()
+        self.ridge = ridge
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("transform", torch.eye(width))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, tokens: torch.Tensor) -> None:
+        """Measures the statistics.
+
+        Args:
+            tokens: ``(M, D)`` embeddings of the tokens of training prompts, without padding.
+
+        Raises:
+            ValueError: If there are fewer than two tokens, or all are equal.
+        """
+        tokens = tokens.double()
+        if len(tokens) < 2 or not tokens.var(0).sum() > 0:
+            raise ValueError(f"text statistics need at least two different tokens, got {tuple(tokens.shape)}")
+        values, vectors = torch.linalg.eigh(torch.cov(tokens.T))
+        scale = (values.clamp(min=0) + self.ridge * values.mean()).rsqrt()
+        self.mean.copy_(tokens.mean(0))
+        self.transform.copy_(vectors * scale @ vectors.T)
+        self.fitted.fill_(True)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """``(…, D)`` → ``(…, D)``."""
+        return (text - self.mean) @ self.transform
+
+
 def prediction_head(width: int, out: int, blocks: int) -> nn.Sequential:
     """Two linear layers, or ``blocks`` pairs of them and one more (the authors' ablation)."""
     layers: list[nn.Module] = []

@@ -25,6 +25,7 @@ from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
 from noisear_rl.policy.config import NoiseARConfig
 from noisear_rl.policy.decoder import Decoder, PaperDecoder
+from noisear_rl.policy.layers import Whitening
 from noisear_rl.policy.released import ReleasedDecoder
 
 __all__ = ["NoiseARConfig", "NoiseARPolicy", "PolicySample"]
@@ -108,6 +109,34 @@ class NoiseARPolicy(
     def features(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> torch.Tensor:
         """The network's features of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
         return self.network(self.network.tokens(patches), self.network.read(text, text_mask))
+
+    def fit_text(self, text: torch.Tensor, text_mask: torch.Tensor) -> None:
+        """Measures the statistics of the text that ``text_features="whitened"`` needs.
+
+        Fitted once, before training: statistics are part of the policy, and of the reference of a KL.
+
+        Args:
+            text: Embeddings ``(B, L, D)`` of training prompts.
+            text_mask: ``(B, L)``, true where a token counts.
+
+        Raises:
+            ValueError: If the policy has no such statistics, or they are fitted already.
+        """
+        self._check_text(text, text_mask)
+        layer = self._unfitted()
+        if layer is None:
+            raise ValueError("this policy needs no text statistics, or has them already")
+        layer.fit(text[text_mask.bool()])
+
+    @property
+    def needs_text_statistics(self) -> bool:
+        """Whether :meth:`fit_text` must be called before training."""
+        return self._unfitted() is not None
+
+    def _unfitted(self) -> Whitening | None:
+        """The layer that waits for its statistics."""
+        layer = getattr(self.network, "text_norm", None)
+        return layer if isinstance(layer, Whitening) and not bool(layer.fitted) else None
 
     def log_prob(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None

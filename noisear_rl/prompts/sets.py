@@ -151,12 +151,14 @@ def _find(source: str | Path) -> list[Path]:
 
 
 def _download(name: str) -> list[Path]:
-    from huggingface_hub import cached_assets_path, hf_hub_download
+    from huggingface_hub import cached_assets_path, constants, hf_hub_download
 
     source, revision, files = PUBLISHED[name]
     try:
         if "://" in source:
-            folder = cached_assets_path("noisear_rl", namespace=name, subfolder=revision)
+            folder = cached_assets_path(
+                "noisear_rl", namespace=name, subfolder=revision, assets_dir=constants.HF_ASSETS_CACHE
+            )
             return [_fetch(f"{source}/{revision}/{file}", folder / file) for file in files]
         return [Path(hf_hub_download(source, file, repo_type="dataset", revision=revision)) for file in files]
     except Exception as error:  # the Hub, the network and the disk each raise their own

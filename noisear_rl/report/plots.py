@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from noisear_rl.evaluation.compare import MethodScores
+from noisear_rl.files import atomic
 from noisear_rl.learning.run import read_records
 
 RIGHT, WRONG = "#1a9850", "#d73027"
@@ -20,11 +21,9 @@ RIGHT, WRONG = "#1a9850", "#d73027"
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG atomically and closes the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def learning_curve(axes: plt.Axes, run: Path, key: str = "reward/shapes-match") -> None:

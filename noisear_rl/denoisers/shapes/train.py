@@ -39,6 +39,7 @@ from noisear_rl.denoisers.shapes.captions import (
 from noisear_rl.denoisers.shapes.detectors import CenterDetector, CoreDetector, Detector
 from noisear_rl.denoisers.shapes.export import export
 from noisear_rl.denoisers.shapes.world import matches, random_scenes, render, sample_scenes
+from noisear_rl.files import atomic
 
 STEPS = {"vae": 2400, "clip": 1600, "unet": 3000, "turbo": 2000, "train_detector": 1200, "held_out_detector": 800}
 UNET_IMAGES = 65536  # training images of the UNet
@@ -59,8 +60,8 @@ class FitOptions(TypedDict):
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
     """``torch.save`` that leaves either the old file or the complete new one."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def fit(
