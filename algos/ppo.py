@@ -30,7 +30,7 @@ import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.config import parse_config
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss
+from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
@@ -190,12 +190,14 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         if config.advantage == "gae":
             assert critic is not None
             with torch.no_grad():
+                if counters.step == 0:  # a critic of 0 would make every first advantage the reward itself
+                    critic.value.bias.fill_(reward.mean())
                 values = critic(patches, text, mask)  # (B, N)
             advantages, returns = generalized_advantages(reward, values, config.gae_lambda)
         else:
             per_episode = group_advantages(reward, group, config.advantage, counters.reward_ema)
             advantages = per_episode[:, None].expand_as(old_log_prob)
-        advantages = advantages / (advantages.std() + 1e-8)
+        advantages = standardized(advantages, reward)
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # Policy: epochs of minibatches, until the update is as long as it may be.

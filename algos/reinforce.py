@@ -27,7 +27,7 @@ import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.config import parse_config
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss
+from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
@@ -146,7 +146,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
 
         # Advantages in standard deviations of this update's rewards.
         advantages = group_advantages(reward, group, config.advantage, counters.reward_ema)
-        advantages = advantages / (advantages.std() + 1e-8)
+        advantages = standardized(advantages, reward)
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # Gradient.

@@ -104,6 +104,22 @@ def group_advantages(
     return centred / (std[index] + 1e-4)
 
 
+def standardized(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """Advantages in units of their standard deviation, or zeros where the rewards do not differ.
+
+    Equal rewards leave rounding errors as advantages; dividing these by their own spread would make full-size steps of
+    them.
+
+    Args:
+        advantages: ``(B,)`` or ``(B, N)``.
+        rewards: ``(B,)``, from which they were computed.
+    """
+    differ = rewards.max() - rewards.min() > 1e-6 * rewards.abs().max()
+    if not differ or advantages.numel() < 2:
+        return torch.zeros_like(advantages)
+    return advantages / advantages.std()
+
+
 def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """Score-function estimator ``-E[A · log π(x)]`` (Williams 1992), whose gradient is the policy gradient.
 

@@ -19,6 +19,7 @@ from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import read_records, split_by_prompt
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from tests.conftest import random_policy
+from tests.resuming import assert_same_run, kill_and_resume
 
 TURBO = "NoiseAR-ShapesTurbo-v0"
 
@@ -35,22 +36,10 @@ def config(rollouts, folder, **options):
     return DPOConfig(rollouts=rollouts, output_dir=folder, **(defaults | options))
 
 
-def test_resumed_equals_uninterrupted(tmp_path, rollouts, monkeypatch):
+def test_resumed_equals_uninterrupted(tmp_path, rollouts):
     whole = dpo.train(config(rollouts, tmp_path / "a", learning_rate=1e-3))
-    save = dpo.Run.save
-
-    def killed(self, *arguments, **parts):
-        save(self, *arguments, **parts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dpo.Run, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        dpo.train(config(rollouts, tmp_path / "b", learning_rate=1e-3))
-    monkeypatch.undo()
-    resumed = dpo.train(config(rollouts, tmp_path / "b", learning_rate=1e-3, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert [r["step"] for r in read_records(tmp_path / "a")] == [r["step"] for r in read_records(tmp_path / "b")]
+    resumed = kill_and_resume(dpo.train, config(rollouts, tmp_path / "b", learning_rate=1e-3))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
 
 
 def test_the_best_policy_on_held_out_pairs_remains(tmp_path, rollouts):

@@ -14,6 +14,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig
+from tests.resuming import assert_same_run, kill_and_resume
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares", "a photo of three crosses", "a photo of a blue cross")
 
@@ -46,25 +47,8 @@ def test_nll_learns_the_shift_and_resumes(tmp_path, pairs):
     cosine = torch.nn.functional.cosine_similarity(shift.flatten(), learned.flatten(), dim=0)
     assert cosine > 0.5
 
-    # Killed in between and resumed: the same policy.
-    killed = NLLConfig(output_dir=tmp_path / "b", **options)
-    steps = []
-    save = nll.Run.save
-
-    def stop_after_first(self, *arguments, **parts):
-        save(self, *arguments, **parts)
-        steps.append(1)
-        raise KeyboardInterrupt
-
-    nll.Run.save = stop_after_first
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            nll.train(killed)
-    finally:
-        nll.Run.save = save
-    resumed = nll.train(dataclasses.replace(killed, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    resumed = kill_and_resume(nll.train, NLLConfig(output_dir=tmp_path / "b", **options))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
 
 
 class Recording:

@@ -1,7 +1,6 @@
 """NPNet learns the golden noise of pairs, keeps its best weights and resumes exactly."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
 from noisear_rl.files import check_manifest
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.run import read_records
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
+from tests.resuming import assert_same_run, kill_and_resume
 from tests.toys import NoDenoiser
 
 TINY = {"image_size": 8, "patch_size": 2, "window_size": 2, "d_model": 8, "depths": (2, 1), "n_heads": (2, 2)}
@@ -42,13 +43,9 @@ def config(pairs, folder, **options):
     return NPNetTrainingConfig(pairs=pairs, output_dir=folder, npnet=network, **(defaults | options))
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_learns_golden_noise_and_keeps_the_best(tmp_path):
     npnet = algorithm.train(config(write_pairs(tmp_path / "pairs"), tmp_path / "run"), TOY)
-    rows = records(tmp_path / "run")
+    rows = read_records(tmp_path / "run")
     identity = rows[0]["losses/mse_of_input"]
     assert identity == pytest.approx(0.3**2 + 0.5**2, abs=0.02)
     assert min(row["losses/mse_held_out"] for row in rows) < 0.05 * identity, rows
@@ -66,7 +63,7 @@ def test_updates_that_only_do_harm_leave_the_network_as_it_began(tmp_path):
     pairs = write_rows(tmp_path / "pairs", ["up"] * 64, noise + shift)
     options = {"batch_size": 16, "epochs": 6, "evaluate_every": 3}
     kept = algorithm.train(config(pairs, tmp_path / "run", **options), TOY)
-    rows = records(tmp_path / "run")
+    rows = read_records(tmp_path / "run")
     assert [row["losses/mse_of_input"] for row in rows] == [pytest.approx(0.25, abs=1e-3)] * len(rows)
     assert rows[-1]["losses/mse"] < 0.1 and len(rows) > 3  # it did learn
     assert all(row["losses/mse_held_out"] > 0.25 for row in rows)
@@ -85,24 +82,13 @@ def test_noise_on_top_of_a_mean_is_the_input(tmp_path):
         assert (golden - (mean + 0.6 * noise)).square().mean() < 0.03
 
 
-def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(tmp_path):
     options = {"epochs": 2, "save_every": 6, "evaluate_every": 4, "batch_size": 32}
     pairs = write_pairs(tmp_path / "pairs", noise_scale=0.6)
     uninterrupted = algorithm.train(config(pairs, tmp_path / "a", **options), TOY)
-    save = algorithm.Run.save
-
-    def stop_after_first(self, *arguments, **parts):
-        save(self, *arguments, **parts)
-        raise KeyboardInterrupt
-
     killed = config(pairs, tmp_path / "b", **options)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(algorithm.Run, "save", stop_after_first)
-        algorithm.train(killed, TOY)
-    resumed = algorithm.train(dataclasses.replace(killed, resume=True), TOY)
-    for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert records(tmp_path / "b") == [pytest.approx(row, abs=1e-5) for row in records(tmp_path / "a")]
+    resumed = kill_and_resume(algorithm.train, killed, TOY)
+    assert_same_run(uninterrupted, resumed, tmp_path / "a", tmp_path / "b")
     finished = algorithm.train(dataclasses.replace(killed, resume=True), TOY)  # nothing left to do
     for a, b in zip(resumed.parameters(), finished.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -1,7 +1,5 @@
 """PPO resumes exactly, survives dropped episodes, and builds only what it uses."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests import toys
+from tests.resuming import assert_same_run, kill_and_resume
 
 SMALL = NoiseARConfig(d_model=16, d_ff=16, n_layers=1, n_heads=2, log_variance="fixed")
 
@@ -43,14 +42,8 @@ def config(folder, reward, **options) -> PPOConfig:
 )
 def test_resumed_equals_uninterrupted(tmp_path, options):
     whole = ppo.train(config(tmp_path / "a", toys.Target(), **options))
-    half = config(tmp_path / "b", toys.Target(), **options, updates=2)
-    ppo.train(half)
-    resumed = ppo.train(dataclasses.replace(half, updates=4, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(read_records(tmp_path / "a"), read_records(tmp_path / "b"), strict=True):
-        a.pop("charts/SPS"), b.pop("charts/SPS")
-        assert a == b
+    resumed = kill_and_resume(ppo.train, config(tmp_path / "b", toys.Target(), **options))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize(("episodes", "left", "minibatches"), [(10, 9, 4), (224, 217, 32), (4, 3, 8)])
@@ -85,3 +78,19 @@ def test_the_learning_rate_is_logged_where_there_is_one(tmp_path):
         ppo.train(config(tmp_path / optimizer, toys.Target(), optimizer=optimizer, updates=1))
     assert "charts/learning_rate" not in read_records(tmp_path / "natural")[0]
     assert read_records(tmp_path / "adam")[0]["charts/learning_rate"] == 2e-4
+
+
+class Constant(toys.Target):
+    """The same reward for every image."""
+
+    name = "constant"
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), 0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"advantage": "gae"}, {"advantage": "grpo"}, {"optimizer": "adam"}], ids=str)
+def test_a_constant_reward_leaves_the_policy_where_it_was(tmp_path, options):
+    policy = ppo.train(config(tmp_path, Constant(), **options))
+    assert all(record["policy/kl_to_gaussian"] == 0 for record in read_records(tmp_path))
+    assert policy.kl_divergence(torch.randn(2, 2, 16), torch.randn(2, 2, 8)).abs().max() == 0

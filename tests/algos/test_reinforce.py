@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from noisear_rl.algos import reinforce
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
+from tests.resuming import assert_same_run, kill_and_resume
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
 TOP_LEFT = str(Path(__file__).parents[1] / "files/top_left.py")
@@ -31,13 +31,8 @@ def config(folder, **options):
 def test_resumed_equals_uninterrupted(tmp_path, optimizer, advantage):
     options = {"optimizer": optimizer, "advantage": advantage, "save_every": 2}
     whole = reinforce.train(config(tmp_path / "a", **options))
-    reinforce.train(config(tmp_path / "b", **options, updates=2))
-    resumed = reinforce.train(config(tmp_path / "b", **options, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    for a, b in zip(read_records(tmp_path / "a"), read_records(tmp_path / "b"), strict=True):
-        a.pop("charts/SPS"), b.pop("charts/SPS")
-        assert a == pytest.approx(b, abs=1e-4)
+    resumed = kill_and_resume(reinforce.train, config(tmp_path / "b", **options))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
     assert load_policy(tmp_path / "a").config == whole.config
 
 

@@ -1,14 +1,13 @@
 """Reward gradients learn, resume exactly, and take the denoiser's options."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
 from noisear_rl.algos import reward_gradient
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.learning.run import read_records
+from tests.resuming import assert_same_run, kill_and_resume
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")
 TOP_LEFT = str(Path(__file__).parents[1] / "files/top_left.py")
@@ -32,14 +31,8 @@ def test_reward_gradients_learn(tmp_path, optimizer):
 def test_resumed_equals_uninterrupted(tmp_path, optimizer):
     options = {"optimizer": optimizer, "samples_per_prompt": 2, "updates": 4, "save_every": 2}
     whole = reward_gradient.train(config(tmp_path / "a", **options))
-    half = config(tmp_path / "b", **(options | {"updates": 2}))
-    reward_gradient.train(half)
-    resumed = reward_gradient.train(dataclasses.replace(half, updates=4, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(read_records(tmp_path / "a"), read_records(tmp_path / "b"), strict=True):
-        a.pop("charts/SPS"), b.pop("charts/SPS")
-        assert a == b
+    resumed = kill_and_resume(reward_gradient.train, config(tmp_path / "b", **options))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
 
 
 def test_options_reach_the_denoiser(tmp_path):

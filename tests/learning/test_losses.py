@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from noisear_rl.learning.losses import group_advantages, nll_loss, reconstruction_loss, reinforce_loss
+from noisear_rl.learning.losses import group_advantages, nll_loss, reconstruction_loss, reinforce_loss, standardized
 
 
 def gaussian(mean, std):
@@ -54,6 +54,20 @@ def test_baselines():
         group_advantages(rewards[:4], groups[:4], "rloo")
     with pytest.raises(ValueError, match="unknown advantage"):
         group_advantages(rewards, groups, "critic")
+
+
+def test_equal_rewards_give_no_advantage_at_all():
+    """Rounding errors of equal rewards are not blown up to unit size, whatever the constant and the baseline."""
+    groups = torch.arange(64) % 4
+    for constant in (0.0, 0.7, -3.3, 1e6, 1e-6, 1 / 3):
+        rewards = torch.full((64,), constant)
+        for kind in ("ema", "rloo", "grpo"):
+            advantages = group_advantages(rewards, groups, kind, ema=constant)
+            assert not standardized(advantages, rewards).any(), (constant, kind)
+    rewards = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    advantages = group_advantages(rewards, groups, "rloo")
+    torch.testing.assert_close(standardized(advantages, rewards), advantages / advantages.std())
+    assert not standardized(torch.zeros(1), torch.ones(1)).any()
 
 
 def test_reinforce_gradient_is_advantage_times_score():

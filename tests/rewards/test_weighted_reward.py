@@ -17,6 +17,7 @@ from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, registry, reward_config
 from tests import toys
+from tests.resuming import assert_same_run, kill_and_resume
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 PROMPTS = [f"prompt {i}" for i in range(6)]
@@ -208,10 +209,8 @@ def test_running_statistics_resume_exactly_and_are_refused_for_rollouts(tmp_path
         env_id="NoiseAR-ShapesTurbo-v0", reward=str(file), prompts_per_update=2, samples_per_prompt=4, save_every=1
     )
     whole = reinforce.train(dataclasses.replace(config, output_dir=tmp_path / "a", updates=3))
-    reinforce.train(dataclasses.replace(config, output_dir=tmp_path / "b", updates=2))
-    resumed = reinforce.train(dataclasses.replace(config, output_dir=tmp_path / "b", updates=3, resume=True))
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    resumed = kill_and_resume(reinforce.train, dataclasses.replace(config, output_dir=tmp_path / "b", updates=3))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
     with pytest.raises(ValueError, match="running statistics depend on earlier rollouts"):
         collect(CollectConfig("NoiseAR-ShapesTurbo-v0", reward=str(file), output_dir=tmp_path / "c"))
 
