@@ -37,6 +37,8 @@ from noisear_rl.learning.run import Counters, Run
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
 from noisear_rl.seeds import Stream, stream_rng
 
+VALIDATION_BATCH = 256  # held-out pairs per forward pass
+
 
 @dataclass
 class NPNetTrainingConfig:
@@ -66,6 +68,8 @@ class NPNetTrainingConfig:
     """Gradients are clipped to this norm."""
     held_out_share: float = 0.1
     """Share of the pairs that is held out for validation."""
+    held_out_pairs: int = 1024
+    """Held-out pairs per validation, at most."""
     evaluate_every: int = 50
     """Updates between evaluations on held-out pairs."""
     seed: int = 0
@@ -109,7 +113,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     npnet.check_denoiser(denoiser)
     best = copy.deepcopy(npnet)
     held_out = max(1, int(config.held_out_share * len(pairs)))
-    train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[:1024]
+    train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[: config.held_out_pairs]
     if not len(train_rows):
         raise ValueError(f"{len(pairs)} pairs are too few to hold some out: make more, or lower held_out_share")
     optimizer = torch.optim.AdamW(npnet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -134,7 +138,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     @torch.no_grad()
     def held_out_losses() -> dict[str, float]:
         rng, sums = stream_rng(config.seed, Stream.HELD_OUT_NOISE), np.zeros(4)
-        for rows in np.array_split(held_out_rows, -(-len(held_out_rows) // 256)):
+        for rows in np.array_split(held_out_rows, -(-len(held_out_rows) // VALIDATION_BATCH)):
             noise, target, text = batch(rows, rng)
             golden = npnet(noise, text)
             compared = (golden, target), (noise, target), (golden, noise), (golden, torch.zeros_like(golden))

@@ -25,6 +25,7 @@ import torch
 from seeds import HEAD, SEEDS, baseline_rows, seeds_row  # in this folder
 
 from noisear_rl.algos import ppo, reinforce
+from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import captions_of
 from noisear_rl.evaluation.compare import best_of, evaluate
@@ -158,7 +159,7 @@ def main() -> None:
     checkpoints = {
         (algorithm, int(checkpoint.name.removeprefix("step-"))): checkpoint
         for algorithm in ALGORITHMS
-        for checkpoint in sorted((folder_of(algorithm, 0) / "checkpoints").glob("step-*"))
+        for checkpoint in list_checkpoints(folder_of(algorithm, 0))
     }
     methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
     methods |= {f"{algorithm} {step}": load_policy(path) for (algorithm, step), path in checkpoints.items()}

@@ -24,6 +24,7 @@ import torch
 from seeds import HEAD, SEEDS, baseline_rows, seeds_row, signed  # in this folder
 
 from noisear_rl.algos import collect, dpo, nll, ppo
+from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.config import load_yaml
 from noisear_rl.data import pairs, shared_noise
 from noisear_rl.data.rollouts import load_rollouts
@@ -161,7 +162,7 @@ def main() -> None:
     prompts, categories = [c.text for c in captions], np.array([c.category for c in captions])
     shown = [name for name in TITLES if name in arguments.methods or (name == "cold" and "ppo" in arguments.methods)]
     policies = {f"{method} {seed}": policy_of(method, seed) for method in shown for seed in SEEDS}
-    checkpoints = sorted((folder_of("ppo", 0) / "checkpoints").glob("step-*")) if "ppo" in shown else []
+    checkpoints = list_checkpoints(folder_of("ppo", 0)) if "ppo" in shown else []
     along = {checkpoint.name: load_policy(checkpoint) for checkpoint in checkpoints}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward(SCORERS)
     methods = {GAUSSIAN: None} | policies | along

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from noisear_rl.evaluation import intervals as statistics
+from noisear_rl.evaluation import intervals
 from noisear_rl.evaluation.intervals import (
     Estimate,
     Resample,
@@ -57,7 +57,7 @@ def cell_text(cell: Cell, column: Column) -> str:
     """Formats a cell for Markdown."""
     if isinstance(cell, Estimate):
         gain = column.kind == "gain"
-        return cell.text(column.digits or 0, "+" if gain else "") + (statistics.significance_mark(cell) if gain else "")
+        return cell.text(column.digits or 0, "+" if gain else "") + (intervals.significance_mark(cell) if gain else "")
     return cell or "–" if cell is None or isinstance(cell, str) else number(cell, column.digits)
 
 
@@ -65,7 +65,7 @@ def cell_values(cell: Cell, count: int) -> list[str]:
     """Formats a cell for CSV as ``count`` values, each a plain number or empty."""
     if isinstance(cell, Estimate):
         bounds = ["" if math.isnan(bound) else number(bound, None) for bound in (cell.low, cell.high)]
-        return [number(cell.mean, None), *bounds, str(len(statistics.significance_mark(cell)))][:count]
+        return [number(cell.mean, None), *bounds, str(len(intervals.significance_mark(cell)))][:count]
     text = cell or "" if cell is None or isinstance(cell, str) else number(cell, None)
     return [text] + [""] * (count - 1)
 
@@ -145,8 +145,8 @@ def judged(results: Results, group: str, titles: tuple[str, str], resample: Resa
     """Returns the mean of the judge and the gain over the baseline, under ``titles``; the baseline has no gain."""
     factor, categories = scale_of(results, results.judge)[0], results.categories
     scores, start = factor * results.pooled(group, results.judge), results.methods[results.baseline]
-    row: Row = {Column(titles[0], "estimate", 1): statistics.bootstrap(scores, categories, resample=resample)}
-    gain = statistics.paired_difference(scores, factor * start.scores[results.judge], categories, resample=resample)
+    row: Row = {Column(titles[0], "estimate", 1): intervals.bootstrap(scores, categories, resample=resample)}
+    gain = intervals.paired_difference(scores, factor * start.scores[results.judge], categories, resample=resample)
     return row | {Column(titles[1], "gain", 1): None if group == start.group else gain}
 
 
@@ -165,7 +165,7 @@ def results_row(results: Results, group: str, resample: Resample) -> Row:
     row: Row = {DATASET: results.prompt_set, DENOISER: results.denoiser, METHOD: group}
     row |= judged(results, group, (f"{judge}{unit}", f"gain{unit}"), resample)
     if len(set(categories)) > 1:
-        means = statistics.category_means(scale * results.pooled(group, judge), categories)
+        means = intervals.category_means(scale * results.pooled(group, judge), categories)
         row |= {Column(f"{name}{unit}", digits=1): value for name, value in means.items()}
     for scorer in [judge, *(name for name in others if name in PREFERENCES)]:
         for title, compare in (("wins", win_rate), ("prob.", preference_probability)):
