@@ -17,7 +17,7 @@ from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.seeds import Stream, stream_rng
 
 STATISTICS_PROMPTS, ENCODE_BATCH = 1024, 64
-EPISODES, RELATIVE_STEP = 64, 1e-3
+EPISODES, OTHERS, RELATIVE_STEP = 64, 16, 1e-3  # of one prompt, other prompts, and the step's share of the parameters
 
 
 def fit_text(policy: NoiseARPolicy, denoiser: Denoiser, prompts: Sequence[str], seed: int) -> None:
@@ -62,12 +62,12 @@ def cross_talk(
         groups: ``(B,)`` integers; episodes of one prompt share a number.
 
     Returns:
-        ``⟨Δ_other, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the means' shifts on the same patches, averaged over the other prompts;
-        NaN if there is only one prompt or the step moves nothing.
+        ``⟨Δ_other, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the means' shifts on the same patches, averaged over up to 16 other
+        prompts; NaN if there is only one prompt or the step moves nothing.
     """
     own = (groups == groups[0]).nonzero()[:EPISODES, 0]
     first = [int((groups == group).nonzero()[0, 0]) for group in groups.unique().tolist()]
-    others = [row for row in first if groups[row] != groups[0]]
+    others = [row for row in first if groups[row] != groups[0]][:OTHERS]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     loss = reinforce_loss(policy.log_prob(patches[own], text[own], text_mask[own]), advantages[own])
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
