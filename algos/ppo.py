@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import kl_divergence
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.config import parse_config
 from noisear_rl.envs import make_vector_env
-from noisear_rl.gaussian import kl_to_gaussian
+from noisear_rl.gaussian import kl_to_gaussian, rows_of
 from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
@@ -182,8 +182,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
 
         # The policy that sampled. Scored by the same pass as in the update, so that the first ratio is exactly 1.
         with torch.no_grad():
-            gaussian = policy.distribution(patches, text, mask).base_dist
-            old = Independent(Normal(gaussian.mean, gaussian.stddev), 1)
+            old = policy.distribution(patches, text, mask)
             old_log_prob = old.log_prob(patches)  # (B, N)
 
         # Advantages, in standard deviations of this update's.
@@ -217,8 +216,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                     loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
                 policy.zero_grad(set_to_none=True)
                 loss.backward()
-                b_old = Independent(Normal(gaussian.mean[rows], gaussian.stddev[rows]), 1)
-                approx_kl = optimizer.step(b_patches, b_text, b_mask, b_old)
+                approx_kl = optimizer.step(b_patches, b_text, b_mask, rows_of(old, rows))
                 ratio = (log_prob.detach() - old_log_prob[rows]).exp()
                 ratios.append(ratio.mean().item())
                 losses.append(policy_loss.item())
@@ -253,8 +251,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": float(np.mean(clipped)),
             "losses/first_ratio": ratios[0],
-            "policy/mean_abs": gaussian.mean.abs().mean().item(),
-            "policy/std": gaussian.stddev.mean().item(),
+            "policy/mean_abs": old.base_dist.mean.abs().mean().item(),
+            "policy/std": old.base_dist.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_gaussian(old).sum(1).mean().item(),
         }
         if config.optimizer != "natural":

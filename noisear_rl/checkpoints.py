@@ -10,10 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 
 class Network(Protocol):
@@ -75,3 +79,34 @@ def save_checkpoint(
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The ``state`` that :func:`save_checkpoint` wrote, on the CPU whatever device it was saved from."""
     return torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+
+
+def load_weights(network: nn.Module, file: str, device: str, what: str) -> None:
+    """Loads a safetensors file into a network.
+
+    Args:
+        network: Whose weights they are.
+        file: ``model.safetensors`` of a checkpoint.
+        device: Where the tensors are read to.
+        what: The network's kind and configuration, for the message.
+
+    Raises:
+        ValueError: If the file is truncated, or holds the weights of another network.
+    """
+    try:
+        network.load_state_dict(load_file(file, device=device))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file}: truncated, or not the weights of {what}: {error}") from error
+
+
+def read_tensors(path: str | Path) -> Any:
+    """Contents of a ``.pth`` file; nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: If the file is truncated or holds anything but tensors.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch.distributions import Independent
+from torch.distributions import Independent, Normal
 
 
 def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
     """Closed-form KL to N(0, I) in nats, over the event: batch shape of the distribution."""
     mean, std = distribution.base_dist.mean, distribution.base_dist.stddev
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+
+
+def rows_of(distribution: Independent, rows: torch.Tensor | np.ndarray) -> Independent:
+    """Some episodes of a distribution with batch shape ``(B, N)``."""
+    gaussian = distribution.base_dist
+    return Independent(Normal(gaussian.mean[rows], gaussian.stddev[rows], validate_args=False), 1, validate_args=False)
 
 
 def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:

@@ -14,21 +14,16 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Independent, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
+from noisear_rl.gaussian import rows_of
 from noisear_rl.policy import NoiseARPolicy
 
 Optimizer = Literal["natural", "adam", "adaptive_adam"]
 KL_TOLERANCE, MAX_HALVINGS = 1.5, 8  # a natural step longer than 1.5 times its target is halved, up to 8 times
 ADAPT_BEYOND, ADAPT_FACTOR, ADAPT_RANGE = 2.0, 1.5, (1e-7, 1e-1)  # adaptive Adam: when, by how much, within which rates
-
-
-def _rows_of(distribution: Independent, rows: torch.Tensor) -> Independent:
-    """Some episodes of a distribution with batch shape ``(B, N)``."""
-    gaussian = distribution.base_dist
-    return Independent(Normal(gaussian.mean[rows], gaussian.stddev[rows], validate_args=False), 1, validate_args=False)
 
 
 def conjugate_gradient(
@@ -239,9 +234,9 @@ class PolicyOptimizer:
                 damping=self.damping,
                 iterations=self.cg_iterations,
             )
-            return kl if old is None else _kl(_rows_of(old, rows), after)
+            return kl if old is None else _kl(rows_of(old, rows), after)
         with torch.no_grad():
-            before = self.policy.distribution(patches, text, text_mask) if old is None else _rows_of(old, rows)
+            before = self.policy.distribution(patches, text, text_mask) if old is None else rows_of(old, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not norm.isfinite():
             raise ValueError("the gradient holds NaN or infinite values")

@@ -77,8 +77,9 @@ def cross_talk(
 
     def means() -> torch.Tensor:
         """Means under every prompt's text, on the same patches: ``(1 + others, own, N, A)``."""
-        rows = [own[0].expand(len(own)), *(torch.tensor(row, device=own.device).expand(len(own)) for row in others)]
-        return torch.stack([policy.distribution(patches[own], text[r], text_mask[r]).mean for r in rows])
+        count = len(own)
+        read = [(text[row].expand(count, -1, -1), text_mask[row].expand(count, -1)) for row in (int(own[0]), *others)]
+        return torch.stack([policy.distribution(patches[own], *one).mean for one in read])
 
     with torch.no_grad():
         start, before = parameters_to_vector(parameters), means()

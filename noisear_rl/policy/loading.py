@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from noisear_rl.checkpoints import find_checkpoint
+from noisear_rl.checkpoints import find_checkpoint, read_tensors
 from noisear_rl.config import to_mapping
 from noisear_rl.policy.config import NoiseARConfig
 from noisear_rl.policy.model import NoiseARPolicy
-from noisear_rl.policy.released import read_released, released_config
+from noisear_rl.policy.released import released_config
 
 
 def load_policy(path: str | Path) -> NoiseARPolicy:
@@ -44,7 +44,7 @@ def load_released(path: str | Path, *, n_heads: int = 1) -> NoiseARPolicy:
         ValueError: If the file holds anything but tensors, or not their network.
         FileNotFoundError: If there is no such file.
     """
-    state = read_released(path)
+    state = read_tensors(path)
     policy = NoiseARPolicy(released_config(state, n_heads))
     try:
         policy.network.load_state_dict(state)

@@ -11,16 +11,14 @@ Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``L`` text tokens,
 import dataclasses  # no postponed annotations here: the hub mixin reads the type of ``config``
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
+from noisear_rl.checkpoints import load_weights
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
 from noisear_rl.policy.config import NoiseARConfig
@@ -236,11 +234,5 @@ class NoiseARPolicy(
     def _load_as_safetensor(  # type: ignore[override]
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
-        try:
-            model.load_state_dict(load_file(model_file, device=map_location))
-        except (SafetensorError, RuntimeError) as error:
-            what = dataclasses.asdict(model.config)
-            raise ValueError(
-                f"{Path(model_file)}: truncated, or not the weights of a policy with {what}: {error}"
-            ) from error
+        load_weights(model, model_file, map_location, f"a policy with {dataclasses.asdict(model.config)}")
         return model

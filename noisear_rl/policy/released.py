@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -49,19 +47,6 @@ class ReleasedDecoder(Decoder):
     def heads(self, features: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Decoder.heads`."""
         return self.prediction_head_mu(features), self.prediction_head_logvar(features)
-
-
-def read_released(path: str | Path) -> dict[str, torch.Tensor]:
-    """The authors' state dict from a ``.pth`` file; nothing but tensors is unpickled.
-
-    Raises:
-        ValueError: If the file is truncated or holds anything but tensors.
-        FileNotFoundError: If there is no such file.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
 
 
 def released_config(state: Mapping[str, Any], n_heads: int = 1) -> NoiseARConfig:

@@ -19,18 +19,15 @@ from collections.abc import Mapping  # no postponed annotations: the hub mixin r
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import AdaGroupNorm
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from noisear_rl.checkpoints import find_checkpoint, list_checkpoints
+from noisear_rl.checkpoints import find_checkpoint, list_checkpoints, load_weights, read_tensors
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.samplers.npnet.swin import Attention, Swin, swin_sizes
 
@@ -232,23 +229,8 @@ class NPNet(
     def _load_as_safetensor(  # type: ignore[override]
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
-        try:
-            model.load_state_dict(load_file(model_file, device=map_location))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{Path(model_file)}: truncated, or not the weights of {model.config}") from error
+        load_weights(model, model_file, map_location, str(model.config))
         return model
-
-
-def read_tensors(path: str | Path) -> Any:
-    """Contents of a ``.pth`` file.
-
-    Raises:
-        ValueError: If the file is truncated or contains more than tensors.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: truncated, or a pickle of more than tensors, which is not loaded") from error
 
 
 def released_state(saved: Any) -> dict[str, torch.Tensor]:
