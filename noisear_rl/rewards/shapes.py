@@ -13,18 +13,20 @@ import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
 from noisear_rl.denoisers.shapes.architecture import ASSETS, TEXT_TOKENS, load_clip
-from noisear_rl.denoisers.shapes.captions import MAX_OBJECTS, CaptionTensors, parse_caption
+from noisear_rl.denoisers.shapes.captions import MAX_OBJECTS, SIZES, CaptionTensors, parse_caption
 from noisear_rl.denoisers.shapes.detectors import MAX_DETECTIONS, CenterDetector, load_detector
-from noisear_rl.denoisers.shapes.world import matches, relation_margin
+from noisear_rl.denoisers.shapes.world import LARGE_ABOVE, SMALL_BELOW, matches, relation_margin
+
+SIZE_SOFTNESS = 0.4  # pixels by which a radius must pass the border for 73 % of the credit
 
 
 class ShapesMatch:
     """How well an image matches its caption according to the training detector; dense, and smooth where possible.
 
     ``0.6 · objects · relation - 0.2 · extra + 0.4 · exact``, where *objects* is the mean of
-    confidence × P(shape) × P(colour) over the requested objects under the best assignment, *relation* is
-    ``(1 + margin) / 2`` with GenEval's margin (1 if the caption states no relation), *extra* is the summed confidence
-    of unassigned objects, at most 2, and *exact* is 1 if the detected scene is exactly right.
+    confidence × P(shape) × P(colour) × fit of the size over the requested objects under the best assignment,
+    *relation* is ``(1 + margin) / 2`` with GenEval's margin (1 if the caption states no relation), *extra* is the
+    summed confidence of unassigned objects, at most 2, and *exact* is 1 if the detected scene is exactly right.
     Range [-0.4, 1]; 1 is a perfect image.
     """
 
@@ -51,7 +53,10 @@ class ShapesMatch:
         by_shape = found.shape.gather(2, captions.shape.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))
         by_color = found.color.gather(2, captions.color.clamp(min=0)[:, None].expand(-1, MAX_DETECTIONS, -1))
         by_color = torch.where(captions.color[:, None] >= 0, by_color, 1.0)
-        fit = found.confidence[..., None] * by_shape * by_color * wanted[:, None]  # (B, M, K)
+        radius = found.radius[..., None]  # (B, M, 1)
+        beyond = torch.where(captions.size[:, None] == SIZES.index("small"), SMALL_BELOW - radius, radius - LARGE_ABOVE)
+        by_size = torch.where(captions.size[:, None] >= 0, torch.sigmoid(beyond / SIZE_SOFTNESS), 1.0)
+        fit = found.confidence[..., None] * by_shape * by_color * by_size * wanted[:, None]  # (B, M, K)
         slots = torch.arange(MAX_OBJECTS)
         objects = fit[:, self.assignments, slots].sum(-1) / wanted.sum(-1, keepdim=True)  # (B, P)
         first, second = found.center[:, self.assignments[:, 0]], found.center[:, self.assignments[:, 1]]

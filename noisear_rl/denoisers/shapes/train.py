@@ -15,6 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -186,13 +187,18 @@ def train_clip(**options: Unpack[FitOptions]) -> CLIPModel:
     return fit("clip", clip, step, learning_rate=1e-3, **options)
 
 
+@cache
+def _pool(category: str, plain: bool) -> tuple[Caption, ...]:
+    captions = captions_of("train", category)
+    return tuple(c for c in captions if not c.objects[0].color) if plain else captions
+
+
 def draw_captions(rng: np.random.Generator, count: int) -> list[Caption]:
-    """Draws training captions by :data:`SHARES`; plain and coloured ones are equally likely."""
+    """Draws training captions by :data:`SHARES`; half of a category's are plain ones, if it has any."""
     weights = np.array([SHARES[category] for category in CATEGORIES], dtype=float)
     chosen = []
     for category in rng.choice(len(CATEGORIES), size=count, p=weights / weights.sum()):
-        pool = list(captions_of("train", CATEGORIES[category]))
-        plain = [c for c in pool[:64] if not c.objects[0].color]  # there are far more coloured ones
+        pool, plain = (_pool(CATEGORIES[category], plain) for plain in (False, True))
         pool = plain if plain and rng.random() < 0.5 else pool
         chosen.append(pool[rng.integers(len(pool))])
     return chosen

@@ -7,15 +7,27 @@ Coordinates are pixels, x to the right and y down; ``(x, y)`` is an object's cen
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from noisear_rl.denoisers.shapes.captions import COLORS, MAX_OBJECTS, RELATIONS, SHAPES, Caption, CaptionTensors
+from noisear_rl.denoisers.shapes.captions import (
+    COLORS,
+    MAX_OBJECTS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Caption,
+    CaptionTensors,
+    ObjectSpec,
+)
 
 IMAGE_SIZE = 64
-RADIUS = (8.0, 12.0)  # pixels
+RADIUS = (6.5, 12.0)  # pixels
+RADIUS_OF_SIZE = {"small": (6.5, 7.75), "large": (10.75, 12.0)}  # as drawn
+SMALL_BELOW, LARGE_ABOVE = 8.5, 10.0  # as judged
 GAP = 3.0  # pixels between the circles around two objects
 EXTENT = {"circle": 1.0, "square": 1.2, "triangle": 1.25, "cross": 1.1}  # circumscribed circle / radius
 RGB = {
@@ -66,8 +78,9 @@ class Scenes:
 def sample_scenes(captions: list[Caption], rng: np.random.Generator) -> Scenes:
     """Draws a random scene that matches each caption exactly.
 
-    Colours that a caption leaves open are uniform, radii are uniform in :data:`RADIUS`, and positions are
-    uniform with a minimal gap. A stated relation holds within 30 degrees, which leaves a margin for the judges.
+    Colours that a caption leaves open are uniform, radii are uniform in :data:`RADIUS` or in
+    :data:`RADIUS_OF_SIZE`, and positions are uniform with a minimal gap. A stated relation holds within 30 degrees, and
+    stated sizes keep 0.75 pixels from the border between right and wrong, which leaves a margin for the judges.
     """
     n = len(captions)
     shape, color = np.full((n, MAX_OBJECTS), -1), np.full((n, MAX_OBJECTS), -1)
@@ -77,7 +90,7 @@ def sample_scenes(captions: list[Caption], rng: np.random.Generator) -> Scenes:
         shape[i, :k] = [SHAPES.index(o.shape) for o in caption.objects]
         free = rng.integers(len(COLORS), size=k)
         color[i, :k] = [COLORS.index(o.color) if o.color else free[j] for j, o in enumerate(caption.objects)]
-        center[i, :k], radius[i, :k] = _place([o.shape for o in caption.objects], caption.relation, rng)
+        center[i, :k], radius[i, :k] = _place(caption.objects, caption.relation, rng)
     return Scenes(
         torch.from_numpy(shape),
         torch.from_numpy(color),
@@ -97,8 +110,8 @@ def random_scenes(count: int, rng: np.random.Generator) -> Scenes:
     objects = np.minimum(rng.integers(0, 6, size=count), m)
     for i, k in enumerate(objects):
         shape[i, k:] = color[i, k:] = -1
-        names = [SHAPES[s] for s in shape[i, :k]]
-        center[i, :k], radius[i, :k] = _place(names, None, rng, radii=(6.0, 12.5), gap=-1.5)
+        objects_here = [ObjectSpec(SHAPES[s]) for s in shape[i, :k]]
+        center[i, :k], radius[i, :k] = _place(objects_here, None, rng, radii=(6.0, 12.5), gap=-1.5)
     return Scenes(
         torch.from_numpy(shape),
         torch.from_numpy(color),
@@ -108,17 +121,18 @@ def random_scenes(count: int, rng: np.random.Generator) -> Scenes:
 
 
 def _place(
-    shapes: list[str],
+    objects: Sequence[ObjectSpec],
     relation: str | None,
     rng: np.random.Generator,
     radii: tuple[float, float] = RADIUS,
     gap: float = GAP,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rejection-samples centres ``(k, 2)`` and radii ``(k,)``."""
-    k = len(shapes)
-    extent = np.array([EXTENT[name] for name in shapes])
+    k = len(objects)
+    extent = np.array([EXTENT[o.shape] for o in objects])
+    lowest, highest = np.array([RADIUS_OF_SIZE[o.size] if o.size else radii for o in objects]).reshape(k, 2).T
     while True:
-        radius = rng.uniform(*radii, size=k)
+        radius = rng.uniform(lowest, highest)
         reach = radius * extent  # (k,) radius of the circle around each object
         center = rng.uniform(reach[:, None] + 1, IMAGE_SIZE - 1 - reach[:, None], size=(k, 2))
         if k <= 1:
@@ -208,7 +222,7 @@ def relation_margin(first: torch.Tensor, second: torch.Tensor, sizes: torch.Tens
 def matches(scenes: Scenes, captions: CaptionTensors) -> torch.Tensor:
     """Whether image ``i`` shows exactly what caption ``j`` says: ``(B, J)`` bool.
 
-    Exactly means the stated number of objects, every shape and stated colour right, and the relation
+    Exactly means the stated number of objects, every shape, stated colour and stated size right, and the relation
     true. The objects may be in any order.
     """
     wanted = (captions.shape >= 0).sum(-1)  # (J,)
@@ -216,15 +230,17 @@ def matches(scenes: Scenes, captions: CaptionTensors) -> torch.Tensor:
     order = torch.argsort((scenes.shape < 0).int(), dim=1, stable=True)[:, :MAX_OBJECTS]  # objects first
     shape, color = scenes.shape.gather(1, order), scenes.color.gather(1, order)
     center = scenes.center.gather(1, order[..., None].expand(-1, -1, 2))
-    diameter = 2 * scenes.radius.gather(1, order)
+    radius = scenes.radius.gather(1, order)
     # fits[b, j, m, k]: object m of image b is what slot k of caption j asks for.
     fits = (shape[:, None, :, None] == captions.shape[None, :, None, :]) & (
         (captions.color[None, :, None, :] < 0) | (color[:, None, :, None] == captions.color[None, :, None, :])
     )
+    size, measured = captions.size[None, :, None, :], radius[:, None, :, None]
+    fits &= (size < 0) | torch.where(size == SIZES.index("small"), measured < SMALL_BELOW, measured > LARGE_ABOVE)
     free = captions.relation < 0
     found = torch.zeros_like(right_count)
     for a, b in ((0, 1), (1, 0)):  # captions of two objects: try both assignments
-        margin = relation_margin(center[:, a], center[:, b], diameter[:, a] + diameter[:, b])  # (B, 4)
+        margin = relation_margin(center[:, a], center[:, b], 2 * (radius[:, a] + radius[:, b]))  # (B, 4)
         true = free[None] | (margin[:, captions.relation.clamp(min=0)] > 0.5)
         found |= fits[:, :, a, 0] & fits[:, :, b, 1] & true
     alone = fits[:, :, 0, 0]
