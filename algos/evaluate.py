@@ -1,6 +1,6 @@
 """Is this noise better, by how much, and at what cost? Compares methods on the same prompts and seeds by a judge.
 
-    python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts held_out
+    python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts validation
     python algos/evaluate.py --config configs/sdxl/evaluate.yaml --methods "NoiseAR=model.pth" --prompts drawbench
     accelerate launch --num-processes 4 algos/evaluate.py …    # the same results
 
@@ -61,8 +61,9 @@ class EvaluateConfig:
     """Methods: NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
     denoiser: str = "shapes"
     """Name or folder of the denoiser."""
-    prompts: str = "held_out"
-    """Prompt set: a file, the name of a published set, `geneval-style` (generated prompts), or a split of `shapes`."""
+    prompts: str = "validation"
+    """Prompt set: a file, the name of a published set, `geneval-style` (generated prompts), or a split of `shapes`:
+    `validation` to choose settings by, `test` for published results alone."""
     num_prompts: int | None = None
     """Number of prompts: equal shares of the categories for generated prompts and splits of `shapes` (120 if unset),
     the first ones for files and published sets (all if unset)."""
@@ -94,7 +95,9 @@ def prompt_set(config: EvaluateConfig) -> PromptSet:
     """Returns the prompts to evaluate on."""
     drawn = config.prompts in SPLITS or config.prompts == "geneval-style"
     count = config.num_prompts or (120 if drawn else None)
-    return resolve_prompts(config.prompts, config.denoiser, count=count, skip_bad_rows=config.skip_bad_rows)
+    return resolve_prompts(
+        config.prompts, config.denoiser, count=count, skip_bad_rows=config.skip_bad_rows, allow_test=True
+    )
 
 
 def scorers_of(config: EvaluateConfig) -> RewardConfig:

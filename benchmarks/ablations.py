@@ -112,7 +112,7 @@ def main() -> None:
         train(name, seed)
     if arguments.train is not None:
         return
-    captions = balanced_captions("held_out", CAPTIONS)
+    captions = balanced_captions("validation", CAPTIONS)
     prompts, categories = [c.text for c in captions], [c.category for c in captions]
     names = list(dict.fromkeys(name for settings in GROUPS.values() for name in settings))
     policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
@@ -122,7 +122,7 @@ def main() -> None:
     scores = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
     pooled = {name: np.mean([scores[f"{name} {seed}"] for seed in SEEDS], axis=0) for name in names}
     lines = [
-        f"Exactly right images in %, held-out detector, {CAPTIONS} held-out captions x {SAMPLES} noises, "
+        f"Exactly right images in %, held-out detector, {CAPTIONS} validation captions x {SAMPLES} noises, "
         "1 network evaluation per image, mean over six categories; NLL on shared noises, one setting changed per row, "
         "three training seeds. 95 % intervals over captions, paired against the base; * excludes 0. The base has "
         f"{parameters(BASE):,} parameters. Gaussian noise: {bootstrap(scores[GAUSSIAN], categories)}.",
@@ -169,7 +169,7 @@ def scaling(path: Path, shown: dict[str, list[tuple[str, Estimate, str]]], gauss
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("exactly right, %")
     panels[0].legend(frameon=False)
-    figure.suptitle("Held-out captions, three seeds, 95 % intervals over captions", fontsize=10)
+    figure.suptitle("Validation captions, three seeds, 95 % intervals over captions", fontsize=10)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -1,4 +1,4 @@
-"""The demo with three training seeds: does it learn every time, and what happens on held-out captions?
+"""The demo with three training seeds: does it learn every time, and what happens on validation captions?
 
     python benchmarks/demo.py
 
@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results"
 PARTS: tuple[tuple[str, str, Resample], ...] = (
     ("trained", "Trained captions", "noise"),
-    ("held_out", "Held-out captions", "prompts"),
+    ("held_out", "Validation captions", "prompts"),
 )
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     lines = [
         "Exactly right in %, held-out detector, equal NFE, 95 % intervals. Trained captions: 4, with fresh noise "
-        "(intervals over noise). Held-out captions: 120 x 4 noises (intervals over captions). Pooled: mean over "
+        "(intervals over noise). Validation captions: 120 x 4 noises (intervals over captions). Pooled: mean over "
         "training seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
     ]
     for key, title, resample in PARTS:

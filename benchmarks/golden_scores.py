@@ -34,7 +34,7 @@ RENDERED = 6
 
 def rendered_images() -> tuple[list[Image.Image], list[str]]:
     """Renders six enlarged images of the shapes world, with their captions."""
-    captions = balanced_captions("held_out", RENDERED)
+    captions = balanced_captions("validation", RENDERED)
     rng = np.random.default_rng(0)
     pixels = render(sample_scenes(captions, rng), rng)
     images = [Image.fromarray(to_uint8(image)).resize((512, 512)) for image in pixels]

@@ -1,4 +1,4 @@
-"""Does a learned prior help on held-out captions? Pretraining, PPO and DPO, three training seeds, held-out judge.
+"""Does a learned prior help on validation captions? Pretraining, PPO and DPO, three training seeds, held-out judge.
 
     python benchmarks/held_out.py                # train what is missing, then evaluate
     python benchmarks/held_out.py --train 0      # train one seed and stop; several processes can share the seeds
@@ -124,7 +124,7 @@ def bar_chart(path: Path, bars: dict[str, np.ndarray], categories: np.ndarray) -
         label = {GAUSSIAN: "Gaussian noise", "best of 4": "Gaussian, best of 4 (4 x the cost)"}.get(name)
         axes.bar(where, [*means, np.mean(means)], width, color=COLORS[name], label=label or TITLES[name])
     axes.set_xticks(range(len(CATEGORIES) + 1), [*(c.replace("_", " ") for c in CATEGORIES), "mean"])
-    axes.set(ylabel="exactly right, %", ylim=(0, 100), title="Held-out captions, held-out judge, 3 seeds")
+    axes.set(ylabel="exactly right, %", ylim=(0, 100), title="Validation captions, held-out judge, 3 seeds")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -137,7 +137,7 @@ def curves(path: Path, rows: list[tuple[int, float, float, float]], gaussian: fl
     figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110)
     left.plot(images, right, "o-", color=COLORS["ppo"])
     left.axhline(gaussian, color="0.5", linestyle="--", linewidth=1, label="Gaussian noise")
-    left.set(xlabel="training images", ylabel="exactly right, %", title="held-out captions during PPO")
+    left.set(xlabel="training images", ylabel="exactly right, %", title="validation captions during PPO")
     left.legend(frameon=False)
     middle.plot(kl, spread, "o-", color=COLORS["ppo"])
     middle.set(xlabel="KL to N(0, I), nats per noise", ylabel="diversity, Gaussian = 1", ylim=(0, 1.05))
@@ -158,7 +158,7 @@ def main() -> None:
     if arguments.train is not None:
         return
 
-    captions = balanced_captions("held_out", CAPTIONS)
+    captions = balanced_captions("validation", CAPTIONS)
     prompts, categories = [c.text for c in captions], np.array([c.category for c in captions])
     shown = [name for name in TITLES if name in arguments.methods or (name == "cold" and "ppo" in arguments.methods)]
     policies = {f"{method} {seed}": policy_of(method, seed) for method in shown for seed in SEEDS}
@@ -179,7 +179,7 @@ def report(results: dict[str, MethodScores], categories: np.ndarray, shown: list
     baseline, estimate = exact[GAUSSIAN], lambda scores: bootstrap(scores, list(categories))
     four = best_of(results[GAUSSIAN].scores, 4, "shapes-match")["shapes-exact"] * 100
     lines = [
-        f"Exactly right images in %, held-out detector, {CAPTIONS} held-out captions x {SAMPLES} noises, "
+        f"Exactly right images in %, held-out detector, {CAPTIONS} validation captions x {SAMPLES} noises, "
         "1 network evaluation per image; mean over the six categories, 95 % intervals over captions, gains paired. "
         "Training uses rewards only, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, "
         "Gaussian = 1. Training images include those of earlier stages.",

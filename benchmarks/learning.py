@@ -3,8 +3,8 @@
     python benchmarks/learning.py           # train what is missing, evaluate, write the page
     python benchmarks/learning.py --join    # write the page from existing tables only
 
-Joins the tables of ``few_captions.py`` (trained captions, fresh noise) and ``held_out.py`` (held-out captions). Writes
-``benchmarks/results/learning.md``.
+Joins the tables of ``few_captions.py`` (trained captions, fresh noise) and ``held_out.py`` (validation captions).
+Writes ``benchmarks/results/learning.md``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from noisear_rl.files import write_atomically
 
 HERE = Path(__file__).parent
-PARTS = {"few_captions": "Few trained captions, fresh noise", "held_out": "Held-out captions"}
+PARTS = {"few_captions": "Few trained captions, fresh noise", "held_out": "Validation captions"}
 
 
 def main() -> None:

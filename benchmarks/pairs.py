@@ -2,8 +2,8 @@
 
     python benchmarks/pairs.py
 
-Denoises the target noise of pairs on held-out captions and compares it, paired, with the Gaussian noise that each pair
-started from. Writes ``benchmarks/results/pairs.md``; the defaults of ``configs/shapes/pairs.yaml`` follow from it.
+Denoises the target noise of pairs on validation captions and compares it, paired, with the Gaussian noise that each
+pair started from. Writes ``benchmarks/results/pairs.md``; the defaults of ``configs/shapes/pairs.yaml`` follow from it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAPTIONS, SAMPLES = 240, 3
 def main() -> None:
     """Measures every setting and writes the table."""
     denoiser, reward = load_denoiser("shapes"), load_reward("shapes-exact")
-    captions = balanced_captions("held_out", CAPTIONS)
+    captions = balanced_captions("validation", CAPTIONS)
     prompts = [caption.text for caption in captions for _ in range(SAMPLES)]
     categories = [caption.category for caption in captions]
     noise = standard_noise(range(len(prompts)), denoiser.latent_shape)
@@ -51,7 +51,7 @@ def main() -> None:
 
     start = exact(noise)
     lines = [
-        f"Exactly right in %, {CAPTIONS} held-out captions x {SAMPLES} noises, held-out detector, default denoising; "
+        f"Exactly right in %, {CAPTIONS} validation captions x {SAMPLES} noises, held-out detector, default denoising; "
         "the gain is paired, with a 95 % interval over captions. Weak guidance 1.",
         "",
         "| DDIM steps | strong guidance | rounds | inversion | k | RMS shift | overall | gain |",

@@ -1,4 +1,4 @@
-"""Compares all ways of choosing the noise on `shapes-turbo`, with held-out captions, a held-out judge and their costs.
+"""Compares all ways of choosing the noise on `shapes-turbo`: validation captions, a held-out judge, and their costs.
 
     python benchmarks/shapes.py                     # train what is missing, evaluate, write the page
     python benchmarks/shapes.py --train 0           # train one seed and stop; several processes can share the seeds
@@ -88,7 +88,7 @@ def page(results: Results, command: str) -> str:
     baseline, seconds = results.methods[results.baseline], results.seconds_per_image()
     start = 100 * baseline.scores[judge]
     lines = [
-        f"Exactly right images in %, held-out detector (`{judge}`), {len(results.prompts)} held-out captions x "
+        f"Exactly right images in %, held-out detector (`{judge}`), {len(results.prompts)} validation captions x "
         f"{results.samples} noises, mean over six categories. 95 % intervals over captions (scores averaged over "
         "training seeds first), gains paired; * excludes 0. NFE: network evaluations per image, including those of "
         "searches; `reno-8` also has 6 backward passes. Searches choose by the training reward. Diversity within a "
@@ -160,7 +160,7 @@ def chart(path: Path, results: Results) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle("Held-out captions, held-out judge, three training seeds, 95 % intervals", fontsize=10)
+    figure.suptitle("Validation captions, held-out judge, three training seeds, 95 % intervals", fontsize=10)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/shapes_quality.py
 
-Writes ``benchmarks/results/shapes_quality.md``: exactly right images on held-out captions by the held-out detector,
+Writes ``benchmarks/results/shapes_quality.md``: exactly right images on validation captions by the held-out detector,
 images per second at batch size 64, and peak memory.
 """
 
@@ -28,12 +28,12 @@ CAPTIONS, SAMPLES = 300, 4
 
 def main() -> None:
     """Measures every setting and writes the table."""
-    captions = balanced_captions("held_out", CAPTIONS)
+    captions = balanced_captions("validation", CAPTIONS)
     categories = [caption.category for caption in captions]
     reward = load_reward({"shapes-exact": 1.0})
     lines = [
-        f"Exactly right in %, {CAPTIONS} held-out captions x {SAMPLES} noises, held-out detector, 95 % intervals over "
-        "captions. The first row is the default.",
+        f"Exactly right in %, {CAPTIONS} validation captions x {SAMPLES} noises, held-out detector, 95 % intervals "
+        "over captions. The first row is the default.",
         "",
         "| steps | guidance | " + " | ".join(CATEGORIES) + " | overall | images/s |",
         "|" + "---|" * (len(CATEGORIES) + 4),

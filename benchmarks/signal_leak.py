@@ -2,7 +2,7 @@
 
     python benchmarks/signal_leak.py
 
-Denoises Gaussian noise for held-out captions, keeps the images that the training reward accepts, and denoises their
+Denoises Gaussian noise for validation captions, keeps the images that the training reward accepts, and denoises their
 leak ``strength·√ᾱ·z0 + noise_scale·ε`` with fresh noise: what a policy would achieve that knew a good layout for every
 caption. Writes ``benchmarks/results/signal_leak.md``; ``configs/shapes/signal_leak.yaml`` follows from it.
 """
@@ -30,7 +30,7 @@ SETTINGS = ((0, 1), (0, 0.7), (1, 1), (1, 0.7), (1.5, 1), (1.5, 0.7), (1.5, 0.5)
 def main() -> None:
     """Measures every setting and writes the table."""
     denoiser, reward, judge = load_denoiser("shapes-turbo"), load_reward("shapes-match"), load_reward("shapes-exact")
-    captions = [caption for caption in balanced_captions("held_out", CAPTIONS) for _ in range(SAMPLES)]
+    captions = [caption for caption in balanced_captions("validation", CAPTIONS) for _ in range(SAMPLES)]
     prompts = [caption.text for caption in captions]
     conditioning = denoiser.encode(prompts)
     images, latents = denoiser.denoise_with_latents(
@@ -52,8 +52,8 @@ def main() -> None:
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     lines = [
         f"Exactly right in %, held-out detector, `shapes-turbo`: {len(good)} of {CAPTIONS * SAMPLES} images of "
-        "held-out captions that the training reward accepted, each denoised again from its leak with fresh noise (mean "
-        "over categories). KL to N(0, I) in nats, due to the mean and due to the smaller variance.",
+        "validation captions that the training reward accepted, each denoised again from its leak with fresh noise "
+        "(mean over categories). KL to N(0, I) in nats, due to the mean and due to the smaller variance.",
         "",
         "| strength | noise scale | KL of mean | KL of variance | right | " + " | ".join(CATEGORIES) + " |",
         "|---" * (5 + len(CATEGORIES)) + "|",

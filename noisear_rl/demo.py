@@ -2,7 +2,7 @@
 
 Builds weak-to-strong pairs, pretrains a policy on them, improves it by REINFORCE on a few hard captions, and
 compares it with Gaussian noise by the held-out judge at equal cost: on the captions it was trained on, with fresh
-noise, and on held-out captions, where a policy trained on so few captions is not expected to gain.
+noise, and on validation captions, where a policy trained on so few captions is not expected to gain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HARD_CAPTIONS = (
     "a photo of a blue circle left of a yellow square",
     "a photo of a green triangle above a purple cross",
     "a photo of three yellow squares",
-    "a photo of a yellow circle and a green cross",
+    "a photo of a yellow circle and a black cross",
 )
 
 
@@ -55,7 +55,7 @@ class DemoConfig:
     samples: int = 64
     """Fresh noises per trained caption in the comparison."""
     held_out_prompts: int = 120
-    """Held-out captions in the comparison, 4 noises each."""
+    """Validation captions in the comparison, 4 noises each."""
     seed: int = 0
     """Seed of everything."""
 
@@ -90,8 +90,8 @@ def run(config: DemoConfig) -> str:
     policies = {GAUSSIAN: None, "NLL": pretrained, "NLL + REINFORCE": improved}
     trained = list(config.captions)
     on_trained = evaluate(denoiser, reward, policies, trained, config.samples, seed=1_000_000, keep_images=6)
-    held_out = [caption.text for caption in balanced_captions("held_out", config.held_out_prompts)]
-    on_held_out = evaluate(denoiser, reward, policies, held_out, 4, seed=2_000_000)
+    untrained = [caption.text for caption in balanced_captions("validation", config.held_out_prompts)]
+    on_untrained = evaluate(denoiser, reward, policies, untrained, 4, seed=2_000_000)
     shown = {GAUSSIAN: on_trained[GAUSSIAN], "NLL + REINFORCE": on_trained["NLL + REINFORCE"]}
     comparison(
         folder / "report.png",
@@ -108,9 +108,9 @@ def run(config: DemoConfig) -> str:
             "",
             table(on_trained, categories_of(trained), resample="noise"),
             "",
-            f"On {len(held_out)} held-out captions, 4 noises each:",
+            f"On {len(untrained)} validation captions, 4 noises each:",
             "",
-            table(on_held_out, categories_of(held_out)),
+            table(on_untrained, categories_of(untrained)),
             "",
             f"{time.time() - began:.0f} s in all; images: {folder / 'report.png'}; "
             f"curves: tensorboard --logdir {folder}",
@@ -120,7 +120,7 @@ def run(config: DemoConfig) -> str:
     record = {
         "provenance": provenance(),
         "trained": summary(on_trained, trained),
-        "held_out": summary(on_held_out, held_out),
+        "held_out": summary(on_untrained, untrained),
     }
     write_atomically(folder / "results.json", json.dumps(record))
     return text

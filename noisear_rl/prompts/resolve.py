@@ -23,15 +23,20 @@ EXAMPLE_PROMPTS = (
 
 
 def resolve_prompts(
-    prompts: str | Sequence[str] | None, denoiser: str, *, count: int | None = None, skip_bad_rows: bool = False
+    prompts: str | Sequence[str] | None,
+    denoiser: str,
+    *,
+    count: int | None = None,
+    skip_bad_rows: bool = False,
+    allow_test: bool = False,
 ) -> PromptSet:
     """Resolves the ``prompts`` option of every command.
 
     Args:
         prompts: A list of prompts; or one string:
 
-            * for the embedded denoisers a split of the shapes world (``train``, ``held_out``), or a split with equal
-              shares of the categories, with captions of small categories repeated (``train-balanced``);
+            * for the embedded denoisers a split of the shapes world (``train``, ``validation``, ``test``), or a split
+              with equal shares of the categories, with captions of small categories repeated (``train-balanced``);
             * ``geneval-style``: generated prompts in the style of GenEval;
             * a file, or the name of a published set (:mod:`noisear_rl.prompts.sets`); a repeated prompt in a file
               counts once;
@@ -42,9 +47,12 @@ def resolve_prompts(
         count: Number of prompts. A split and ``geneval-style`` give equal shares of the categories, with captions of
             small categories repeated; anything else gives its first prompts. ``None`` for all.
         skip_bad_rows: Skip malformed rows of a file with a warning.
+        allow_test: Allow the split ``test``. Only ``noisear evaluate`` sets this, so that nothing is trained or chosen
+            on the captions of published results.
 
     Raises:
-        ValueError: If there is no prompt, one is empty, ``count`` is below 1, or a file is malformed.
+        ValueError: If there is no prompt, one is empty, ``count`` is below 1, a file is malformed, or the split is
+            ``test`` without ``allow_test``.
         FileNotFoundError: If a string without spaces is neither a split, a file, nor the name of a published set.
     """
     if count is not None and count < 1:
@@ -56,6 +64,11 @@ def resolve_prompts(
         found = _as_they_are(prompts, count)
     elif embedded and prompts in (*SPLITS, *BALANCED):
         split = next(split for split in SPLITS if prompts.removesuffix("-balanced") == split)
+        if split == "test" and not allow_test:
+            raise ValueError(
+                f"prompts: {prompts!r} is kept for published results, so that nothing is trained or chosen on it; only "
+                f"`noisear evaluate` reads it. Use {prompts.replace('test', 'validation')!r}"
+            )
         number = count or (BALANCED_COUNT if prompts in BALANCED else None)
         captions = balanced_captions(split, number) if number else captions_of(split)
         return PromptSet(f"shapes-{split}", [c.text for c in captions], [c.category for c in captions])

@@ -157,9 +157,9 @@ def test_bad_input(shapes, tmp_path):
         load_denoiser(str(broken))
 
 
-def test_judges_on_rendered_held_out_images():
+def test_judges_on_rendered_validation_images():
     rng = np.random.default_rng(12345)
-    captions = balanced_captions("held_out", 600)
+    captions = balanced_captions("validation", 600)
     images = render(sample_scenes(captions, rng), rng)
     crowded = random_scenes(200, rng)
     crowds = render(crowded, rng)
@@ -186,10 +186,10 @@ def test_judges_on_hand_labelled_generated_images():
         assert len(agree) >= 50 and np.mean(agree) >= 0.9, name
 
 
-def test_quality_on_held_out_captions():
+def test_quality_on_validation_captions():
     """Gaussian noise is right often enough for a useful model and wrong often enough to leave room for improvement."""
     denoiser, reward = load_denoiser("shapes"), load_reward("shapes-exact")
-    captions = balanced_captions("held_out", 180)
+    captions = balanced_captions("validation", 180)
     prompts = [caption.text for caption in captions]
     scores = evaluate(denoiser, reward, {GAUSSIAN: None}, prompts, 1)[GAUSSIAN].scores["shapes-exact"]
     names = np.array([caption.category for caption in captions])

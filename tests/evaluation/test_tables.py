@@ -31,7 +31,7 @@ def write(folder, methods: dict, **changes) -> str:
     """Writes an evaluation's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"version": 1, "provenance": {"commit": "abc", "device": "x86_64", "threads": 2}, "config": {}}
-    record |= {"denoiser": "shapes-turbo", "prompt_set": "held_out", "prompts": ["p0", "p1", "p2", "p3"]}
+    record |= {"denoiser": "shapes-turbo", "prompt_set": "validation", "prompts": ["p0", "p1", "p2", "p3"]}
     record |= {"categories": CATEGORIES, "samples": 2, "judge": "shapes-exact", "methods": methods}
     (folder / "results.json").write_text(json.dumps(record | changes))
     return str(folder)
@@ -123,7 +123,9 @@ def test_results_in_markdown(shapes, capsys):
     assert gaussian["gain (%)"] == "–" and search["gain (%)"] == "+0.0 [0.0, 0.0]"
     assert (ppo["KL (nats)"], search["KL (nats)"], search["NFE"]) == ("210.0", "–", "4")
     assert (ppo["diversity by shapes-clip (baseline 1)"], ppo["std of seeds"]) == ("0.50", "8.8")
-    assert "held_out: 4 prompts × 2 samples, denoiser shapes-turbo, judge shapes-exact (%), baseline Gaussian." in text
+    assert (
+        "validation: 4 prompts × 2 samples, denoiser shapes-turbo, judge shapes-exact (%), baseline Gaussian." in text
+    )
     assert text == run(capsys, shapes)  # byte for byte
 
 
@@ -229,7 +231,7 @@ def test_ablations(shapes, drawbench, capsys):
     assert (rows[6]["value"], rows[6]["method"], rows[6]["CLIPScore↑ (%)"]) == ("4", "PPO (ours)", "–")
     assert rows[6]["judge"].startswith("81.2") and rows[6]["gain"].startswith("+43.8")
     assert rows[-1]["CLIPScore↑ (%)"] == "94.00" and rows[-1]["ImageReward↑ (×100)"] == "70.00"
-    assert "patch_size 4 (ours): held_out: 4 prompts" in text and "patch_size (paper): the five sizes" in text
+    assert "patch_size 4 (ours): validation: 4 prompts" in text and "patch_size (paper): the five sizes" in text
     assert len(read_csv(run(capsys, "--table", "4", "--format", "csv"))) == 15
 
 

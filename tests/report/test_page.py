@@ -55,7 +55,7 @@ def write_evaluation(folder: Path, *, images: bool = True, **changes) -> Path:
         "provenance": {"commit": "abc1234", "device": "x86_64"},
         "config": {"methods": ["PPO 0=runs/a", "PPO 1=runs/b"], "samples": 4, "seed": 100},
         "denoiser": "shapes",
-        "prompt_set": "held_out",
+        "prompt_set": "validation",
         "prompts": PROMPTS,
         "categories": CATEGORIES,
         "samples": 4,

@@ -20,7 +20,7 @@ from noisear_rl.samplers import GAUSSIAN
 def drawn():
     import random
 
-    captions = balanced_captions("held_out", 300)
+    captions = balanced_captions("validation", 300)
     rng = np.random.default_rng(3)
     images = render(sample_scenes(captions, rng), rng)
     negatives = [hard_negative(caption, random.Random(i)).text for i, caption in enumerate(captions)]

@@ -31,7 +31,7 @@ def exact():
 @pytest.fixture(scope="module")
 def captions():
     """Held-out captions and a seed for each."""
-    return [caption.text for caption in balanced_captions("held_out", 24)], list(range(24))
+    return [caption.text for caption in balanced_captions("validation", 24)], list(range(24))
 
 
 @pytest.fixture(scope="module")
