@@ -27,7 +27,7 @@ from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.envs import make_vector_env
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
-from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256
+from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256, text_encoder_of
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -44,7 +44,7 @@ class CollectConfig:
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     policy: str | None = None
-    """Checkpoint, run folder or Hub id that draws the noise; unset for Gaussian noise."""
+    """Checkpoint, run folder, `shapes/NAME` or Hub id that draws the noise; unset for Gaussian noise."""
     output_dir: Path = Path("runs/rollouts")
     """Folder for the shards and the manifest."""
     num_prompts: int = 256
@@ -72,14 +72,14 @@ def collect(config: CollectConfig) -> None:
         raise ValueError("num_prompts, samples_per_prompt and prompts_per_shard must be at least 1")
     state, k = PartialState(), config.samples_per_prompt
     batch = config.prompts_per_shard * k
+    gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options["text_encoder"] = text_encoder_of(config.policy, gaussian)
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     if task.reward.normalize == "running":
         raise ValueError("running statistics depend on earlier rollouts; use normalize: fixed")
 
-    # Policy; an untrained one draws Gaussian noise.
-    gaussian = NoiseARConfig(log_variance="fixed")
     policy = initial_policy(config.policy, gaussian, task.policy_sizes, str(task)).to(state.device)
 
     # Prompts and manifest.

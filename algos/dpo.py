@@ -38,7 +38,8 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.seeds import Stream, stream_rng
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class DPOConfig:
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     init_from: str | None = None
-    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     reference: Literal["initial", "gaussian"] = "initial"
     """The frozen reference: `initial` (the policy at the start) or `gaussian` (N(0, I))."""
     policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
@@ -132,13 +133,15 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     strength = Strength(config.beta, config.label_smoothing, config.discopop_tau)
     check_losses(config.loss_type, weights, strength)
 
-    # Data: every rollout's patches; text embeddings are computed once and kept by the denoiser.
+    # Data: every rollout's patches; each prompt's text is computed once and kept.
     rollouts = load_rollouts(config.rollouts)
     pairs = preference_pairs(rollouts, config.threshold, config.strategy, config.seed)
     print(pairs, flush=True)
     torch.manual_seed(config.seed)
-    policy = initial_policy(config.init_from, config.policy, rollouts.policy_sizes, str(config.rollouts))
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
+    reader = PromptReader(text_encoder_of(config.init_from, config.policy), denoiser)
+    sizes = rollouts.policy_sizes | reader.sizes
+    policy = initial_policy(config.init_from, config.policy, sizes, str(config.rollouts))
     prompts, patches = rollouts.prompts, rollouts.patches()  # (R,), (R, N, A)
 
     # Prompts of held-out pairs are not trained on.
@@ -152,7 +155,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     # Policy in eval mode: no dropout, so that log-ratios to the frozen reference start at exactly 0.
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     policy = policy.to(run.device)
-    fit_text(policy, denoiser, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
+    fit_text(policy, reader, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
     reference = copy.deepcopy(policy) if config.reference == "initial" else NoiseARPolicy(policy.config).to(run.device)
     reference.eval().requires_grad_(False)
     optimizer = PolicyOptimizer(
@@ -178,7 +181,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
 
         # Loss and step.
-        batch = batch_of(rows, pairs, patches, prompts, denoiser, run.device)
+        batch = batch_of(rows, pairs, patches, prompts, reader, run.device)
         scored, _, _ = score(policy, reference, batch)
         loss = preference_loss(scored, config.loss_type, weights, strength)
         policy.zero_grad(set_to_none=True)
@@ -190,7 +193,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
             record = trl_metrics(scored, loss, config.beta) | {"losses/approx_kl": kl}
             chunks = np.array_split(held_out, -(-len(held_out) // VALIDATION_BATCH))
-            batches = (batch_of(chunk, pairs, patches, prompts, denoiser, run.device) for chunk in chunks)
+            batches = (batch_of(chunk, pairs, patches, prompts, reader, run.device) for chunk in chunks)
             validated, drift = validate(policy, reference, batches)
             held_out_loss = preference_loss(validated, config.loss_type, weights, strength)
             metrics = trl_metrics(validated, held_out_loss, config.beta)
@@ -222,13 +225,13 @@ def batch_of(
     pairs: PreferencePairs,
     patches: torch.Tensor,
     prompts: Sequence[str],
-    denoiser: Denoiser,
+    reader: PromptReader,
     device: torch.device,
 ) -> Batch:
     """The chosen rollouts of ``b`` pairs, then the rejected ones."""
     rollouts = np.concatenate([pairs.chosen[rows], pairs.rejected[rows]])  # (2b,)
-    text = denoiser.encode([prompts[i] for i in rollouts]).to(device)
-    return patches[rollouts].float().to(device), text.policy_embeds, text.policy_mask
+    text, mask = reader.read_prompts([prompts[i] for i in rollouts])
+    return patches[rollouts].float().to(device), text.to(device), mask.to(device)
 
 
 def score(

@@ -33,7 +33,8 @@ from noisear_rl.learning.losses import nll_loss, reconstruction_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -44,11 +45,11 @@ class NLLConfig:
     pairs: Path = Path("runs/pairs")
     """Folder that `noisear pairs` or `noisear shared-noise` wrote."""
     init_from: str | None = None
-    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     output_dir: Path = Path("runs/nll")
     """Run folder."""
     denoiser: str = "shapes"
-    """Denoiser whose text embeddings the policy reads."""
+    """Denoiser that the pairs were made with; the policy reads its text embeddings or its tokens."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     policy: NoiseARConfig = field(default_factory=NoiseARConfig)
@@ -89,7 +90,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     """
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Data and denoiser; text embeddings are computed once and kept by it.
+    # Data and denoiser.
     pairs = load_pairs(config.pairs).with_format("numpy")
     manifest = read_manifest(config.pairs)
     if manifest["denoiser"] != config.denoiser:
@@ -103,9 +104,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     # Policy.
     torch.manual_seed(config.seed)
     shape, owner = tuple(denoiser.latent_shape), f"denoiser {denoiser.name!r}"
-    sizes = policy_sizes(denoiser, denoiser.patch_size)
+    reader = PromptReader(text_encoder_of(config.init_from, config.policy), denoiser)
+    sizes = policy_sizes(denoiser, denoiser.patch_size) | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
-    fit_text(policy, denoiser, [prompts[row] for row in train_rows], config.seed)
+    fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
@@ -116,12 +118,12 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     def losses(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         latents = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
         target = patchify(latents, policy.config.patch_size).to(run.device)  # (b, N, A)
-        text = denoiser.encode([prompts[row] for row in rows]).to(run.device)
+        text, mask = (part.to(run.device) for part in reader.read_prompts([prompts[row] for row in rows]))
         noise = torch.from_numpy(rng.standard_normal(target.shape)).to(target)
         prefix = target
         if noise_scale:
             prefix = target + noise_scale * torch.from_numpy(rng.standard_normal(target.shape)).to(target)
-        distribution = policy.distribution(prefix, text.policy_embeds, text.policy_mask)
+        distribution = policy.distribution(prefix, text, mask)
         return {
             "losses/nll": nll_loss(distribution, target, noise_scale),
             "losses/reconstruction": reconstruction_loss(distribution, target, noise),

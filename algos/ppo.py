@@ -34,7 +34,7 @@ from noisear_rl.learning.losses import finite_episodes, generalized_advantages, 
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -52,7 +52,7 @@ class PPOConfig:
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
-    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
     """A fresh policy, in the environment's sizes. Its log-variance is fixed: learning it spends KL on noise."""
     output_dir: Path = Path("runs/ppo")
@@ -128,6 +128,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     # Environment: all episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
@@ -136,7 +137,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
-    fit_text(policy, task.denoiser, task.prompts, config.seed)
+    fit_text(policy, task.reader, task.prompts, config.seed)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
     optimizer = PolicyOptimizer(
         policy,

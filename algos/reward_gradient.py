@@ -27,7 +27,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.samplers.reno import norm_regularizer
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -45,7 +45,7 @@ class RewardGradientConfig:
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
     init_from: str | None = None
-    """Checkpoint, run folder or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
+    """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     policy: NoiseARConfig = field(default_factory=lambda: NoiseARConfig(log_variance="fixed"))
     """A fresh policy, in the denoiser's sizes. A learned variance would collapse: one good noise is enough."""
     output_dir: Path = Path("runs/reward-gradient")
@@ -87,12 +87,13 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     """Improves a policy and returns it in eval mode; see the module's docstring."""
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
-    task = NoiseTask(denoiser, config.reward, config.prompts)
+    text_encoder = text_encoder_of(config.init_from, config.policy)
+    task = NoiseTask(denoiser, config.reward, config.prompts, text_encoder=text_encoder)
     batch = config.prompts_per_update * config.samples_per_prompt
 
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
-    fit_text(policy, task.denoiser, task.prompts, config.seed)
+    fit_text(policy, task.reader, task.prompts, config.seed)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -109,7 +110,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         chosen = next_prompts(task.prompts, config.prompts_per_update, update, config.seed)
         prompts = [chosen[i % len(chosen)] for i in range(batch)]
         conditioning = task.denoiser.encode(prompts)
-        text, mask = conditioning.policy_embeds.to(run.device), conditioning.policy_mask.to(run.device)
+        text, mask = (part.to(run.device) for part in task.reader.read(conditioning))
         seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)
 
         # Gradient of the reward by the noise: the part through the denoiser, which needs no policy.

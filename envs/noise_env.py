@@ -13,6 +13,7 @@ from gymnasium.error import ResetNeeded
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.images import to_uint8
+from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import WeightedReward
 
 
@@ -32,7 +33,7 @@ class NoiseEnv(gymnasium.Env):
     |-------------|------------------------------|------------------------------------------------|
     | `patches`   | `Box(-10, 10, (N, A))`       | the patches so far, then zeros                 |
     | `step`      | `Discrete(N + 1)`            | number of patches so far                       |
-    | `text`      | `Box(-inf, inf, (L, D))`     | the prompt's embedding                         |
+    | `text`      | `Box(-inf, inf, (L, D))`     | the prompt as `text_encoder` reads it          |
     | `text_mask` | `MultiBinary(L)`             | 1 for tokens, 0 for padding                    |
 
     For `shapes` N = 16, A = 16, L = 16, D = 256; for SDXL N = 16, A = 4096, L = 77, D = 2048.
@@ -48,8 +49,9 @@ class NoiseEnv(gymnasium.Env):
     ``terminated`` at patch N. Never truncated. ``info["noise"]`` holds the noise ``(C, h, w)``.
 
     ## Arguments
-    ``denoiser``, ``reward``, ``prompts``, ``patch_size`` and the denoiser's options: names and numbers, so
-    that ``env.spec`` can be serialised; objects are accepted too. See :class:`~noisear_rl.envs.noise_task.NoiseTask`.
+    ``denoiser``, ``reward``, ``prompts``, ``patch_size``, ``text_encoder`` and the denoiser's options: names and
+    numbers, so that ``env.spec`` can be serialised; objects are accepted too. See
+    :class:`~noisear_rl.envs.noise_task.NoiseTask`.
 
     ## Vectorized environment
     ``gymnasium.make_vec(id, num_envs=B)`` denoises all B noises in one batch.
@@ -67,11 +69,12 @@ class NoiseEnv(gymnasium.Env):
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         render_mode: str | None = None,
+        text_encoder: str = DENOISER,
         **denoiser_options: Any,
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-        self.task = NoiseTask(denoiser, reward, prompts, patch_size, **denoiser_options)
+        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, **denoiser_options)
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
         self.render_mode = render_mode
         self._image: torch.Tensor | None = None
@@ -84,8 +87,8 @@ class NoiseEnv(gymnasium.Env):
         super().reset(seed=seed)
         self._prompt, self._seed = self.task.draw(self.np_random, (options or {}).get("prompt"))
         self._conditioning = self.task.denoiser.encode([self._prompt])
-        self._text = self._conditioning.policy_embeds[0].float().cpu().numpy()
-        self._mask = self._conditioning.policy_mask[0].cpu().numpy().astype(np.int8)
+        text, mask = self.task.reader.read(self._conditioning)
+        self._text, self._mask = text[0].float().cpu().numpy(), mask[0].cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.task.n_patches, self.task.patch_dim), np.float32)
         self._step, self._image = 0, None
         return self._observation(), {"prompt": self._prompt}

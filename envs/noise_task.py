@@ -16,7 +16,9 @@ from gymnasium import spaces
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser, policy_sizes
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
+from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
@@ -48,6 +50,8 @@ class NoiseTask:
         prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
             takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
+        text_encoder: What observations give of the prompt, as in the policy's configuration
+            (:class:`~noisear_rl.policy.NoiseARConfig`).
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
     Raises:
@@ -61,6 +65,7 @@ class NoiseTask:
         reward: str | Mapping[str, float] | WeightedReward | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
+        text_encoder: str = DENOISER,
         **denoiser_options: Any,
     ):
         if isinstance(denoiser, str):
@@ -76,7 +81,8 @@ class NoiseTask:
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward)
         self.patch_size = patch_size or denoiser.patch_size
         self.n_patches, self.patch_dim = n, a = sequence_shape(denoiser.latent_shape, self.patch_size)
-        length, width = denoiser.text_shape
+        self.reader = PromptReader(text_encoder, denoiser)
+        length, width = self.reader.shape
         self.action_space = spaces.Box(-ACTION_BOUND, ACTION_BOUND, (a,), np.float32)
         self.observation_space = spaces.Dict(
             {
@@ -90,7 +96,7 @@ class NoiseTask:
     @property
     def policy_sizes(self) -> dict[str, Any]:
         """What a policy must agree on with this task."""
-        return policy_sizes(self.denoiser, self.patch_size)
+        return policy_sizes(self.denoiser, self.patch_size) | self.reader.sizes
 
     def __str__(self) -> str:
         return f"denoiser {self.denoiser.name!r}"

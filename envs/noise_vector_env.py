@@ -16,6 +16,7 @@ from gymnasium.vector.utils import batch_space
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.images import to_uint8
+from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import WeightedReward
 
 
@@ -42,6 +43,7 @@ class NoiseVectorEnv(VectorEnv):
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         render_mode: str | None = None,
+        text_encoder: str = DENOISER,
         **denoiser_options: Any,
     ):
         if num_envs < 1:
@@ -49,7 +51,7 @@ class NoiseVectorEnv(VectorEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.task = NoiseTask(denoiser, reward, prompts, patch_size, **denoiser_options)
+        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, **denoiser_options)
         self.single_observation_space = self.task.observation_space
         self.single_action_space = self.task.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -75,8 +77,8 @@ class NoiseVectorEnv(VectorEnv):
         drawn = [self.task.draw(rng, prompt) for rng, prompt in zip(self._generators, prompts, strict=True)]
         self._prompts, self.denoise_seeds = [prompt for prompt, _ in drawn], [s for _, s in drawn]
         self._conditioning = self.task.denoiser.encode(self._prompts)
-        self._text = self._conditioning.policy_embeds.float().cpu().numpy()
-        self._mask = self._conditioning.policy_mask.cpu().numpy().astype(np.int8)
+        text, mask = self.task.reader.read(self._conditioning)
+        self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
         self._step, self.images = 0, None
         return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))

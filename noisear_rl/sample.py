@@ -1,5 +1,6 @@
 """Draws images from Gaussian noise and from a policy's noise side by side, without any training.
 
+    noisear sample "a photo of a red circle left of a blue square"    # the best policy that comes with the library
     noisear sample "a photo of two squares" --denoiser shapes-turbo --policy runs/ppo
     noisear sample "a lighthouse at dawn" --denoiser sdxl --policy OWNER/POLICY --seeds 0 1 2 3
 
@@ -20,10 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from noisear_rl.config import parse_config
-from noisear_rl.denoisers import Denoiser, load_denoiser, policy_sizes
+from noisear_rl.denoisers import EMBEDDED, Denoiser, load_denoiser
 from noisear_rl.files import atomic
 from noisear_rl.images import to_uint8
 from noisear_rl.policy import NoiseARPolicy, load_policy
+from noisear_rl.policy.loading import best_shipped
 from noisear_rl.report.plots import save_figure
 from noisear_rl.samplers import GAUSSIAN, as_sampler
 
@@ -34,8 +36,10 @@ class SampleConfig:
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts that describe the images."""
-    policy: str = ""
-    """Checkpoint, run folder or Hub id; unset for Gaussian noise only."""
+    policy: str | None = None
+    """Checkpoint, run folder, name of a policy that comes with the library (`shapes/NAME`) or Hub id; `gaussian` for
+    Gaussian noise only. Unset for `shapes/ppo` with the embedded denoisers, and for Gaussian noise only with others or
+    if that policy is not installed."""
     denoiser: str = "shapes"
     """Name or folder of the denoiser."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -63,6 +67,13 @@ def draw(
     return drawn.noise, drawn.images
 
 
+def policy_of(config: SampleConfig) -> str | None:
+    """Path or name of the policy to sample from; ``None`` for Gaussian noise only."""
+    if config.policy is None:
+        return best_shipped() if config.denoiser in EMBEDDED else None
+    return None if config.policy == "gaussian" else config.policy
+
+
 def sample(config: SampleConfig) -> Path:
     """Writes the images and the noise; returns the path of the comparison.
 
@@ -74,9 +85,9 @@ def sample(config: SampleConfig) -> Path:
         raise ValueError('expected at least one prompt and one seed: noisear sample "a photo of two squares"')
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
-    if config.policy:
-        policy = load_policy(config.policy)
-        policy.config.check_sizes(policy_sizes(denoiser), f"denoiser {denoiser.name!r}")
+    if name := policy_of(config):
+        policy = load_policy(name)
+        as_sampler(denoiser, policy)  # fails early on a mismatched checkpoint
         if config.temperature is not None:
             policy.config = replace(policy.config, temperature=config.temperature)
         methods["policy"] = policy
@@ -106,7 +117,8 @@ def sample(config: SampleConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    print(f"images: {sample(parse_config(SampleConfig, argv, __doc__))}")
+    config = parse_config(SampleConfig, argv, __doc__)
+    print(f"images: {sample(config)}; policy: {policy_of(config) or 'none, Gaussian noise only'}")
 
 
 if __name__ == "__main__":

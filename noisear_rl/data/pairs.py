@@ -29,6 +29,7 @@ from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.prompts import resolve_prompts
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward, load_reward
 from noisear_rl.samplers.base import resolve_denoising_seeds
 
@@ -56,8 +57,8 @@ class PairsConfig:
     min_reward: float = 0.8
     """Signal leak: minimum score of an image."""
     policy: str | None = None
-    """Signal leak: checkpoint, run folder or Hub id of the policy that draws the first noise; unset for Gaussian
-    noise."""
+    """Signal leak: checkpoint, run folder, `shapes/NAME` or Hub id of the policy that draws the first noise; unset for
+    Gaussian noise."""
     signal_strength: float = 1.5
     """Signal leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
     noise_scale: float = 0.8
@@ -110,6 +111,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     if leak and not denoiser.signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
     policy = load_policy(config.policy) if leak and config.policy else None
+    reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
     prompts = resolve_prompts(config.prompts, denoiser.name).prompts
     manifest = to_mapping(config) | {
         "noise_scale": config.noise_scale if leak else 0.0,
@@ -146,6 +148,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
                     signal_strength=config.signal_strength,
                     noise_scale=config.noise_scale,
                     rounds=config.rounds,
+                    reader=reader,
                 )
             else:
                 found = _weak_to_strong(denoiser, reward, config, texts, seeds)

@@ -18,6 +18,7 @@ import torch
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward
 from noisear_rl.samplers.base import resolve_denoising_seeds
 
@@ -33,6 +34,7 @@ def signal_leak(
     signal_strength: float,
     noise_scale: float,
     rounds: int,
+    reader: PromptReader | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Computes the leaks of good images, round by round; each round after the first starts from the last good leak.
 
@@ -46,6 +48,7 @@ def signal_leak(
         signal_strength: Factor on the layout's share; 1 is the share that the denoiser saw in training.
         noise_scale: Standard deviation of the noise added to a leak.
         rounds: Images per pair.
+        reader: Reads the prompts for the policy; ``None`` to make one.
 
     Returns:
         For every round the means of the targets ``(B, C, h, w)``, without their noise, and a mask ``(B,)`` of those to
@@ -53,12 +56,13 @@ def signal_leak(
     """
     conditioning = denoiser.encode(prompts)
     if policy is not None:
-        policy.to(conditioning.policy_embeds.device)
+        reader = reader or PromptReader(policy.config.text_encoder, denoiser)
+        text, mask = reader.read(conditioning)
+        policy.to(text.device)
     level = signal_strength * denoiser.signal_level
     good = torch.zeros(len(seeds), dtype=torch.bool)  # samples with a good image so far
     mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good image
     found = []
-    text, mask = conditioning.policy_embeds, conditioning.policy_mask
     for i in range(rounds):
         own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
         fresh = standard_noise(own, denoiser.latent_shape)

@@ -10,24 +10,24 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from noisear_rl.denoisers import Conditioning, Denoiser
 from noisear_rl.learning.losses import reinforce_loss
 from noisear_rl.learning.natural_gradient import assign_parameters
 from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.seeds import Stream, stream_rng
 
 STATISTICS_PROMPTS, ENCODE_BATCH = 1024, 64
 EPISODES, OTHERS, RELATIVE_STEP = 64, 16, 1e-3  # of one prompt, other prompts, and the step's share of the parameters
 
 
-def fit_text(policy: NoiseARPolicy, denoiser: Denoiser, prompts: Sequence[str], seed: int) -> None:
+def fit_text(policy: NoiseARPolicy, reader: PromptReader, prompts: Sequence[str], seed: int) -> None:
     """Fits the text statistics of a policy that whitens its text, on up to 1,024 of the training prompts.
 
     Does nothing for a policy that needs no statistics or has them, so that resuming and fine-tuning keep them.
 
     Args:
         policy: The policy.
-        denoiser: Supplies the text embeddings.
+        reader: Reads the prompts.
         prompts: Training prompts.
         seed: Seed of the choice among them.
     """
@@ -37,8 +37,8 @@ def fit_text(policy: NoiseARPolicy, denoiser: Denoiser, prompts: Sequence[str], 
     order = stream_rng(seed, Stream.TEXT_STATISTICS).permutation(len(distinct))[:STATISTICS_PROMPTS]
     chosen = [distinct[i] for i in order]
     batches = range(0, len(chosen), ENCODE_BATCH)
-    encoded = Conditioning.concatenate([denoiser.encode(chosen[i : i + ENCODE_BATCH]).to("cpu") for i in batches])
-    policy.fit_text(encoded.policy_embeds, encoded.policy_mask)
+    read = [reader.read_prompts(chosen[i : i + ENCODE_BATCH]) for i in batches]
+    policy.fit_text(torch.cat([text.cpu() for text, _ in read]), torch.cat([mask.cpu() for _, mask in read]))
 
 
 def cross_talk(

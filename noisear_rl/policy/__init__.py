@@ -1,7 +1,7 @@
 """The policy: an autoregressive Gaussian over the patches of the initial noise (NoiseAR §2)."""
 
 from noisear_rl.policy.config import NoiseARConfig
-from noisear_rl.policy.loading import initial_policy, load_policy, load_released, policy_sha256
+from noisear_rl.policy.loading import initial_policy, load_policy, load_released, policy_sha256, text_encoder_of
 from noisear_rl.policy.model import NoiseARPolicy, PolicySample
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "load_policy",
     "load_released",
     "policy_sha256",
+    "text_encoder_of",
 ]

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from noisear_rl.config import check_choices
 from noisear_rl.patches import sequence_shape
 
-SIZES = ("latent_shape", "patch_size", "text_dim")  # what a policy and a denoiser must agree on
+# What a policy and a denoiser must agree on; for "tokens" the last two are the tokenizer's.
+SIZES = ("latent_shape", "patch_size", "text_dim", "text_vocabulary", "text_length")
+DENOISER, TOKENS = "denoiser", "tokens"  # the text encoders that are not names of models
 
 
 @dataclass
@@ -19,7 +21,15 @@ class NoiseARConfig:
     Attributes:
         latent_shape: ``(C, *spatial)`` of the denoiser's initial noise.
         patch_size: Patch side along every spatial axis.
-        text_dim: Width ``D`` of the text embedding.
+        text_encoder: What the policy reads of a prompt: ``"denoiser"`` (the denoiser's frozen text embedding),
+            ``"tokens"`` (the denoiser's token ids, embedded by a table and positions that are trained with the
+            policy), or the folder or Hub id of another frozen encoder that ``transformers`` loads, such as T5, a
+            sentence encoder or a language model. :class:`~noisear_rl.prompts.reader.PromptReader` computes it.
+        text_layers: Layers of self-attention over the text before the policy attends to it, trained with the policy;
+            ``"paper"`` only. ``"tokens"`` has at least one: without it, no word would know its neighbours.
+        text_dim: Width ``D`` of the text embedding; 1 for ``"tokens"``.
+        text_vocabulary: With ``"tokens"``, number of tokens, taken from the tokenizer.
+        text_length: With ``"tokens"``, the longest prompt in tokens, taken from the tokenizer.
         d_model: Width ``d``.
         d_ff: Hidden width of the feed-forward layers.
         n_heads: Attention heads.
@@ -43,7 +53,11 @@ class NoiseARConfig:
 
     latent_shape: tuple[int, ...] = (4, 8, 8)
     patch_size: int = 2
+    text_encoder: str = DENOISER
+    text_layers: int = 0
     text_dim: int = 256
+    text_vocabulary: int = 0
+    text_length: int = 0
     d_model: int = 128
     d_ff: int = 256
     n_heads: int = 4
@@ -61,6 +75,12 @@ class NoiseARConfig:
         self.latent_shape = tuple(self.latent_shape)
         sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
         check_choices(self, "policy")
+        if not self.text_encoder or self.text_layers < 0:
+            raise ValueError(f"text_encoder must not be empty and text_layers not negative, got {self.text_layers}")
+        if self.text_encoder == TOKENS:
+            self.text_dim, self.text_layers = 1, max(1, self.text_layers)
+            if self.text_features == "whitened":
+                raise ValueError("text_features='whitened' is of embeddings, and text_encoder='tokens' reads none")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
         if not self.temperature > 0:
@@ -69,6 +89,8 @@ class NoiseARConfig:
             raise ValueError(f"text_scale must be positive, got {self.text_scale}")
         if self.architecture == "released" and (self.text_features, self.text_scale) != ("normalized", 1.0):
             raise ValueError("text_features and text_scale belong to architecture='paper'")
+        if self.architecture == "released" and self.text_layers:
+            raise ValueError("text_layers and text_encoder='tokens' belong to architecture='paper'")
         if self.architecture == "paper" and self.n_prediction_head:
             raise ValueError("n_prediction_head belongs to architecture='released'")
         if self.architecture == "released" and self.log_variance != "predicted":

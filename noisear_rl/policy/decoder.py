@@ -14,8 +14,17 @@ import torch
 from torch import nn
 
 from noisear_rl.patches import sequence_shape
-from noisear_rl.policy.config import NoiseARConfig
-from noisear_rl.policy.layers import Whitening, attend, prediction_head, project_keys_values, sinusoidal_encoding
+from noisear_rl.policy.config import TOKENS, NoiseARConfig
+from noisear_rl.policy.layers import (
+    TextLayer,
+    TokenEmbedding,
+    Whitening,
+    attend,
+    feed_forward,
+    prediction_head,
+    project_keys_values,
+    sinusoidal_encoding,
+)
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Text = tuple[list[KeysValues], torch.Tensor | None]  # keys and values per block, and the attention mask (B, 1, 1, L)
@@ -41,16 +50,7 @@ class Decoder(nn.Module):
         self.self_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
         self.cross_attn_layers = nn.ModuleList(nn.MultiheadAttention(d, **attention) for _ in layers)
         self.cross_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
-        self.ffn_layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(d, config.d_ff),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Linear(config.d_ff, d),
-                nn.Dropout(config.dropout),
-            )
-            for _ in layers
-        )
+        self.ffn_layers = nn.ModuleList(feed_forward(d, config.d_ff, config.dropout) for _ in layers)
         self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
 
     def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
@@ -110,14 +110,21 @@ class PaperDecoder(Decoder):
         # Small at first: a step on few samples would otherwise be spent on telling their prefixes apart.
         nn.init.normal_(self.latent_patch_encoder.weight, std=0.1 / a**0.5)
         self.learnable_start_token_emb = nn.Parameter(torch.randn(d) * 0.1)
-        whitened = config.text_features == "whitened"
-        self.text_norm = Whitening(config.text_dim) if whitened else nn.LayerNorm(config.text_dim)
-        self.dim_adapter = nn.Linear(config.text_dim, d)
+        self.token_embedding: TokenEmbedding | None = None
+        if config.text_encoder == TOKENS:
+            self.token_embedding = TokenEmbedding(config.text_vocabulary, config.text_length, d)
+        else:
+            whitened = config.text_features == "whitened"
+            self.text_norm = Whitening(config.text_dim) if whitened else nn.LayerNorm(config.text_dim)
+            self.dim_adapter = nn.Linear(config.text_dim, d)
         encoding = sinusoidal_encoding(n + 1, d)
         if config.positions == "learned":
             self.pos_encoding = nn.Parameter(torch.randn_like(encoding))  # nearly orthogonal positions
         else:
             self.register_buffer("pos_encoding", encoding)
+        layers = range(config.text_layers)
+        self.text_layers = nn.ModuleList(TextLayer(d, config.d_ff, config.n_heads, config.dropout) for _ in layers)
+        self.text_final_norm = nn.LayerNorm(d) if config.text_layers else nn.Identity()
         self.add_blocks(config)
         with torch.no_grad():
             for layer in self.cross_attn_layers:
@@ -131,8 +138,14 @@ class PaperDecoder(Decoder):
 
     def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
         """See :meth:`Decoder.read`; padding is masked."""
-        text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype)))  # (B, L, d)
-        mask = None if text_mask is None else text_mask.bool()[:, None, None]
+        if self.token_embedding is not None:
+            text = self.token_embedding(text[..., 0].long())  # (B, L, d)
+        else:
+            text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype)))
+        mask = None if text_mask is None else text_mask.bool()[:, None, None]  # (B, 1, 1, L)
+        for layer in self.text_layers:
+            text = layer(text, mask)
+        text = self.text_final_norm(text)
         return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
 
     def forward(self, x: torch.Tensor, text: Text, cache: list[KeysValues | None] | None = None) -> torch.Tensor:

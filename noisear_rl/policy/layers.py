@@ -94,6 +94,60 @@ class Whitening(nn.Module):
         return (text - self.mean) @ self.transform
 
 
+class TokenEmbedding(nn.Module):
+    """Token ids as vectors: a learned table plus learned positions.
+
+    Args:
+        vocabulary: Number of tokens.
+        length: The longest prompt in tokens.
+        width: Width ``d``.
+
+    Raises:
+        ValueError: If a size is not set.
+    """
+
+    def __init__(self, vocabulary: int, length: int, width: int):
+        super().__init__()
+        if min(vocabulary, length) < 1:
+            raise ValueError("text_encoder='tokens' needs text_vocabulary and text_length: see PromptReader.sizes")
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.randn(length, width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``(B, L)`` → ``(B, L, d)``."""
+        return self.words(ids) + self.positions[: ids.shape[1]]
+
+
+class TextLayer(nn.Module):
+    """Pre-norm self-attention over the text and a feed-forward layer; every token sees all others.
+
+    Args:
+        width: Width ``d``.
+        hidden: Hidden width of the feed-forward layer.
+        n_heads: Attention heads.
+        dropout: Dropout probability, active in train mode only.
+    """
+
+    def __init__(self, width: int, hidden: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, n_heads, dropout, batch_first=True)
+        self.feed_forward = feed_forward(width, hidden, dropout)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """``(B, L, d)`` → ``(B, L, d)``; ``mask`` ``(B, 1, 1, L)`` is true where a token counts."""
+        normed = self.attention_norm(x)
+        x = x + attend(self.attention, normed, project_keys_values(self.attention, normed), mask)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Two linear layers with a GELU between them."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+    )
+
+
 def prediction_head(width: int, out: int, blocks: int) -> nn.Sequential:
     """Two linear layers, or ``blocks`` pairs of them and one more (the authors' ablation)."""
     layers: list[nn.Module] = []

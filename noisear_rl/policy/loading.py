@@ -1,4 +1,4 @@
-"""Policies from disk or the Hub, and their fingerprints."""
+"""Policies from disk, from the package or from the Hub, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -14,18 +14,54 @@ from noisear_rl.policy.config import NoiseARConfig
 from noisear_rl.policy.model import NoiseARPolicy
 from noisear_rl.policy.released import released_config
 
+SHIPPED = Path(__file__).parents[1] / "assets/shapes/policies"  # one folder per policy of the embedded denoisers
+FAMILY = "shapes/"  # prefix of their names
+BEST = "shapes/ppo"  # the shipped policy that is used where none is named
+
+
+def shipped_policies() -> list[str]:
+    """Names of the policies that come with the library, as :func:`load_policy` takes them."""
+    return sorted(FAMILY + file.parent.name for file in SHIPPED.glob("[!.]*/config.json"))
+
+
+def best_shipped() -> str | None:
+    """Name of the best policy that comes with the library; ``None`` if it is not installed."""
+    return BEST if BEST in shipped_policies() else None
+
+
+def find_policy(path: str | Path) -> str:
+    """The folder of a shipped policy for its name; any other path or Hub id as it is.
+
+    A path that exists takes precedence over a shipped policy of the same name.
+
+    Raises:
+        FileNotFoundError: If a name ``shapes/…`` is neither on disk nor among the shipped policies.
+    """
+    name = str(path)
+    if Path(path).exists() or not name.startswith(FAMILY):
+        return str(path)
+    shipped = shipped_policies()
+    if name not in shipped:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and no policy of this name comes with the library; those that do: "
+            f"{', '.join(shipped) or 'none'}"
+        )
+    return str(SHIPPED / name.removeprefix(FAMILY))
+
 
 def load_policy(path: str | Path) -> NoiseARPolicy:
     """Loads a policy in eval mode.
 
     Args:
-        path: A checkpoint, a run folder (its newest checkpoint), a Hub id, or a ``.pth`` file of the authors' network
+        path: A checkpoint, a run folder (its newest checkpoint), the name of a policy that comes with the library
+            (:func:`shipped_policies`, such as ``shapes/ppo``), a Hub id, or a ``.pth`` file of the authors' network
             (:func:`load_released`).
 
     Raises:
-        FileNotFoundError: If a folder holds no policy.
+        FileNotFoundError: If a folder holds no policy, or no policy of this name comes with the library.
         ValueError: If the weights are truncated or of another architecture.
     """
+    path = find_policy(path)
     if Path(path).suffix == ".pth":
         return load_released(path)
     return NoiseARPolicy.from_pretrained(find_checkpoint(path, "policy")).eval()
@@ -51,6 +87,11 @@ def load_released(path: str | Path, *, n_heads: int = 1) -> NoiseARPolicy:
     except RuntimeError as error:
         raise ValueError(f"{path}: not the authors' network: {error}") from error
     return policy.eval()
+
+
+def text_encoder_of(path: str | None, config: NoiseARConfig) -> str:
+    """What the policy reads that :func:`initial_policy` returns: a loaded policy's, or else ``config``'s."""
+    return load_policy(path).config.text_encoder if path else config.text_encoder
 
 
 def initial_policy(

@@ -21,7 +21,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from noisear_rl.checkpoints import load_weights
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
-from noisear_rl.policy.config import NoiseARConfig
+from noisear_rl.policy.config import TOKENS, NoiseARConfig
 from noisear_rl.policy.decoder import Decoder, PaperDecoder
 from noisear_rl.policy.layers import Whitening
 from noisear_rl.policy.released import ReleasedDecoder
@@ -87,7 +87,8 @@ class NoiseARPolicy(
 
         Args:
             patches: ``(B, N, A)``, finite.
-            text: Text embedding ``(B, L, D)``.
+            text: Text ``(B, L, D)``, as :class:`~noisear_rl.prompts.reader.PromptReader` reads it for the policy's
+                ``text_encoder``.
             text_mask: ``(B, L)``, true where a token counts; ``None`` for all. ``"released"`` ignores it.
 
         Returns:
@@ -222,10 +223,11 @@ class NoiseARPolicy(
         return unpatchify(sample.patches, self.config.latent_shape, self.config.patch_size)
 
     def _check_text(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> None:
-        if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
+        config, kind = self.config, "token ids" if self.config.text_encoder == TOKENS else "a text embedding"
+        if text.dim() != 3 or text.shape[-1] != config.text_dim or 0 < config.text_length < text.shape[1]:
             raise ValueError(
-                f"expected a text embedding (B, L, {self.config.text_dim}), got {tuple(text.shape)}; "
-                "was the policy made for another denoiser?"
+                f"expected {kind} (B, {config.text_length or 'L'}, {config.text_dim}), got {tuple(text.shape)}; "
+                f"was the policy made for another denoiser? It reads text_encoder={config.text_encoder!r}"
             )
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")

@@ -9,6 +9,7 @@ import torch
 from noisear_rl.denoisers import Denoiser, policy_sizes
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy.model import NoiseARPolicy
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.samplers.base import Sampler, Samples, check_seeds, resolve_denoising_seeds
 
 GAUSSIAN = "Gaussian"
@@ -57,8 +58,9 @@ class PolicySampler:
     """
 
     def __init__(self, denoiser: Denoiser, policy: NoiseARPolicy):
-        policy.config.check_sizes(policy_sizes(denoiser), f"denoiser {denoiser.name!r}")
         self.denoiser, self.policy = denoiser, policy
+        self.reader = PromptReader(policy.config.text_encoder, denoiser)
+        policy.config.check_sizes(policy_sizes(denoiser) | self.reader.sizes, f"denoiser {denoiser.name!r}")
 
     @torch.no_grad()
     def __call__(
@@ -67,7 +69,7 @@ class PolicySampler:
         """See :class:`Sampler`."""
         check_seeds(prompts, seeds)
         conditioning = self.denoiser.encode(prompts)
-        text, mask = conditioning.policy_embeds, conditioning.policy_mask
+        text, mask = self.reader.read(conditioning)
         policy = self.policy.to(text.device)
         sample = policy.sample(text, mask, seeds=seeds)
         noise = policy.noise(sample)

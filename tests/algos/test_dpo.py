@@ -18,6 +18,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import read_records, split_by_prompt
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
+from noisear_rl.prompts.reader import PromptReader
 from tests.conftest import random_policy
 from tests.resuming import assert_same_run, kill_and_resume
 
@@ -59,7 +60,8 @@ def test_the_best_policy_on_held_out_pairs_remains(tmp_path, rollouts):
     data = load_rollouts(rollouts)
     pairs = preference_pairs(data, 0.1)
     held_out = np.flatnonzero(np.isin(pairs.chosen, split_by_prompt(data.prompts, 0.1, 0)[1]))
-    batch = dpo.batch_of(held_out, pairs, data.patches(), data.prompts, load_denoiser("shapes-turbo"), "cpu")
+    reader = PromptReader("denoiser", load_denoiser("shapes-turbo"))
+    batch = dpo.batch_of(held_out, pairs, data.patches(), data.prompts, reader, "cpu")
     scored, drift = dpo.validate(saved, NoiseARPolicy(saved.config).eval(), [batch])
     assert (scored.chosen_ratio > scored.rejected_ratio).float().mean().item() == pytest.approx(max(accuracies))
     assert drift["policy/kl_to_reference"] == pytest.approx(best["policy/kl_to_reference"], rel=1e-3)

@@ -1,27 +1,31 @@
-"""Policies that whiten their text tell prompts apart that differ only in the order of their words."""
+"""Policies that whiten their text or read tokens distinguish prompts that differ only in the order of their words."""
 
 import itertools
 
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from noisear_rl.algos import reinforce
 from noisear_rl.denoisers import Conditioning
 from noisear_rl.learning.run import read_records
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
+from noisear_rl.prompts.reader import PromptReader
 from tests import toys
 
 SIZES = {"latent_shape": (1, 8, 4), "patch_size": 4, "text_dim": 24, "d_model": 64, "d_ff": 64, "n_layers": 1}
-WORDS = "abcd"
+WORDS, SPECIAL = ("a", "b", "c", "d"), ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPTS = tuple(f"{first} {second}" for first, second in itertools.permutations(WORDS, 2))
 WHITENED = {"text_features": "whitened", "text_scale": 4.0}
+TOKENS = {"text_encoder": "tokens", "text_layers": 1}
 
 
 class BagOfWords(toys.NoDenoiser):
     """Embeds a prompt as text encoders do: which words there are makes up nearly all of it, their order 2 %."""
 
-    text_shape = (2, 24)
+    text_shape = (4, 24)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(SPECIAL + WORDS)}, model_max_length=4)
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(24, generator=generator)
     words = dict(zip(WORDS, torch.randn(4, 24, generator=generator), strict=True))
@@ -33,8 +37,9 @@ class BagOfWords(toys.NoDenoiser):
             first, second = prompt.split()
             bag = 2 * self.common + self.words[first] + self.words[second]
             rows.append(torch.stack([bag + 0.02 * self.orders[first], bag - 0.02 * self.orders[second]]))
-        text = torch.stack(rows)
-        return Conditioning(list(prompts), text, torch.ones(len(prompts), 2, dtype=torch.bool), {"text": text})
+        text = torch.nn.functional.pad(torch.stack(rows), (0, 0, 0, 2))
+        mask = torch.tensor([True, True, False, False]).expand(len(prompts), 4)
+        return Conditioning(list(prompts), text, mask, {"text": text})
 
 
 class Order(toys.Obey):
@@ -65,9 +70,10 @@ def trained(folder, **features) -> float:
     return toys.progress(Order(), sum(returns[-3:]) / 3)
 
 
-def test_order_of_words_is_learned_from_whitened_text_alone(tmp_path):
+def test_order_of_words_is_learned_from_whitened_text_and_from_tokens(tmp_path):
     assert trained(tmp_path / "normalized") < 0.3
     assert trained(tmp_path / "whitened", **WHITENED) > 0.8
+    assert trained(tmp_path / "tokens", **TOKENS) > 0.8
     talk = {name: read_records(tmp_path / name)[-1]["policy/cross_talk"] for name in ("normalized", "whitened")}
     assert talk["whitened"] < 0.5 < talk["normalized"]
     assert not load_policy(tmp_path / "whitened").needs_text_statistics  # the checkpoint holds them
@@ -97,19 +103,20 @@ def test_cross_talk_is_the_share_of_a_step_that_others_take():
 
     torch.manual_seed(0)
     whitened = NoiseARPolicy(NoiseARConfig(**SIZES, **WHITENED)).eval()
-    fit_text(whitened, denoiser, PROMPTS, seed=0)
+    fit_text(whitened, PromptReader("denoiser", denoiser), PROMPTS, seed=0)
     assert cross_talk(whitened, *batch(whitened, denoiser, ["a b", "b a"])) < 0.9
 
 
 def test_statistics_are_fitted_once_and_only_where_they_are_needed():
     denoiser = BagOfWords((1, 8, 4), 4)
+    reader = PromptReader("denoiser", denoiser)
     policy = NoiseARPolicy(NoiseARConfig(**SIZES, **WHITENED))
-    fit_text(policy, denoiser, PROMPTS, seed=0)
+    fit_text(policy, reader, PROMPTS, seed=0)
     state = {name: value.clone() for name, value in policy.state_dict().items()}
-    fit_text(policy, denoiser, PROMPTS[:2], seed=0)  # a policy that goes on training keeps its statistics
+    fit_text(policy, reader, PROMPTS[:2], seed=0)  # a policy that goes on training keeps its statistics
     assert all(torch.equal(value, state[name]) for name, value in policy.state_dict().items())
     plain = NoiseARPolicy(NoiseARConfig(**SIZES))
-    fit_text(plain, denoiser, PROMPTS, seed=0)
+    fit_text(plain, reader, PROMPTS, seed=0)
     conditioning = denoiser.encode(PROMPTS)
     for unfit in (policy, plain):
         with pytest.raises(ValueError, match="needs no text statistics"):
