@@ -1,8 +1,8 @@
 """The methods an evaluation compares, by name: trained policies and networks, and searches that start from them.
 
-``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one. ``best-of-N``, ``search-N`` and
-``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they
-denoise per result.
+``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one; a path may be the name of a policy
+that comes with the library, such as ``shapes/ppo``. ``best-of-N``, ``search-N`` and ``reno-N`` start from Gaussian
+noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they denoise per result.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from noisear_rl.config import to_mapping
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.files import sha256
 from noisear_rl.policy import load_policy
+from noisear_rl.policy.loading import find_policy
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers.base import Sampler
 from noisear_rl.samplers.best_of import BestOf
@@ -128,6 +129,7 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
             policy.config = dataclasses.replace(policy.config, temperature=temperature)
         return as_sampler(denoiser, policy)
 
+    paths = [find_policy(path) for path in paths]
     for path in paths:
         make(path)  # fails early on a missing or mismatched checkpoint
     names = [name] if len(paths) == 1 else [f"{name} {seed}" for seed in range(len(paths))]
