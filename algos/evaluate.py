@@ -41,12 +41,12 @@ from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.evaluation.compare import finite_components
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.intervals import Resample
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
 from noisear_rl.prompts import PromptSet, resolve_prompts
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
 from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.shapes import ShapesExact

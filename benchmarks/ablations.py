@@ -28,10 +28,10 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.evaluation.intervals import Estimate, bootstrap, paired_difference, significance_mark
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARPolicy, load_policy
+from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN

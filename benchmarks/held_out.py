@@ -33,10 +33,10 @@ from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.compare import MethodScores, best_of, evaluate
 from noisear_rl.evaluation.diversity import diversity
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import read_manifest, write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARPolicy, load_policy
+from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip

@@ -24,9 +24,9 @@ import torch
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards.clip import VIT_L_14, CLIPScore
 from noisear_rl.rewards.pretrained import load_tokenizer
 

@@ -18,9 +18,9 @@ from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 
 # (schedule length, strong guidance, rounds, inversion)

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from noisear_rl.demo import HARD_CAPTIONS
 from noisear_rl.denoisers import Conditioning, load_denoiser
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import group_advantages, reinforce_loss
 from noisear_rl.learning.natural_gradient import natural_step
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.provenance import provenance
 
 UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
 FULL_PREFIX = 10.0  # undoes the small initialisation of the patch encoder

@@ -50,13 +50,13 @@ from noisear_rl.config import load_yaml
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.weak_to_strong import network_evaluations
 from noisear_rl.denoisers.presets import PRESETS
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
 from noisear_rl.learning.natural_gradient import fisher_product, twice_differentiable
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.critic import NoiseARCritic
+from noisear_rl.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 GIB, KIB = 2**30, 2**10

@@ -17,8 +17,8 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 
 CAPTIONS, SAMPLES = 180, 4

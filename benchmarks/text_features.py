@@ -21,10 +21,10 @@ from noisear_rl.algos import reinforce
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.evaluation.compare import evaluate
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 

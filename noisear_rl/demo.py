@@ -23,10 +23,10 @@ from noisear_rl.data.pairs import PairsConfig, build_pairs
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.compare import evaluate, summary, table
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import write_atomically
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.prompts import categories_of
+from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import comparison
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN

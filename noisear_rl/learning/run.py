@@ -1,9 +1,10 @@
 """What every training script needs and none should repeat: the run folder, its logs and its checkpoints.
 
-A run folder holds ``config.yaml`` (the resolved configuration), ``metrics.jsonl`` and TensorBoard files (one
-record per update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule,
-counters) and the configuration. All randomness of update ``u`` follows from ``(seed, u)``, so a resumed
-run equals an uninterrupted one without any saved generator.
+A run folder holds ``config.yaml`` (the resolved configuration), ``provenance.json`` (commit, versions, hardware and
+command of the first start, and of every resumption that differs), ``metrics.jsonl`` and TensorBoard files (one record
+per update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule, counters) and
+the configuration. All randomness of update ``u`` follows from ``(seed, u)``, so a resumed run equals an uninterrupted
+one without any saved generator.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from accelerate.utils import ProjectConfiguration
 from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
 from noisear_rl.config import check_choices, to_mapping
 from noisear_rl.files import write_atomically
+from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -112,6 +114,9 @@ class Run:
             raise ValueError("training runs in a single process: start it without a distributed launcher")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
         self.accelerator.init_trackers("noisear-rl")
+        self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
+        if not list_checkpoints(self.folder):
+            self._record_start()
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +125,7 @@ class Run:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Writes one record to TensorBoard and ``metrics.jsonl``."""
+        self._record_start()
         self.accelerator.log(values, step=step)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -152,6 +158,8 @@ class Run:
             part.load_state_dict(state[name])
         counters = Counters(**state["counters"])
         self._forget_after(counters.step)
+        if self._start is not None:
+            self._start["step"] = counters.step
         return counters
 
     def _forget_after(self, step: int) -> None:
@@ -160,6 +168,18 @@ class Run:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
             write_atomically(path, "".join(f"{line}\n" for line in lines))
+
+    def _record_start(self) -> None:
+        """Adds this process to ``provenance.json``, once, unless it is what the updates before it ran with."""
+        if self._start is None:
+            return
+        path, step = self.folder / "provenance.json", self._start["step"]
+        known = json.loads(path.read_text()) if path.exists() else []
+        starts = [start for start in known if start["step"] < step]  # the updates of later ones are repeated
+        if not starts or starts[-1] | {"step": step} != self._start:
+            starts.append(self._start)
+        write_atomically(path, json.dumps(starts, indent=1) + "\n")
+        self._start = None
 
     def close(self) -> None:
         """Flushes the logs."""

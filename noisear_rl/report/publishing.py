@@ -24,9 +24,9 @@ from noisear_rl import ENVIRONMENTS
 from noisear_rl.checkpoints import find_checkpoint, load_state
 from noisear_rl.config import parse_config
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.evaluation.provenance import provenance
 from noisear_rl.files import read_manifest, sha256
 from noisear_rl.policy import NoiseARPolicy, load_policy, loading
+from noisear_rl.provenance import provenance
 from noisear_rl.samplers import as_sampler
 
 LIMIT = 5_000_000  # bytes of weights

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.config import check_choices, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
+from noisear_rl.learning import run as run_module
 from noisear_rl.learning.run import Counters, Run, next_prompts, split_by_prompt
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig
@@ -182,6 +184,33 @@ def test_checkpoint_round_trip(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     with pytest.raises(ValueError, match="another configuration"):
         Run(tmp_path, Options(), resume=True).load(random_policy(n_layers=2))
+
+
+def test_provenance_of_a_run_and_of_its_resumptions(tmp_path, monkeypatch):
+    starts = lambda: json.loads((tmp_path / "provenance.json").read_text())
+    commit = lambda name: monkeypatch.setattr(run_module, "provenance", lambda: {"commit": name, "torch": "2"})
+    monkeypatch.setattr(run_module, "command_line", lambda: "noisear ppo")
+    policy = random_policy(n_layers=1)
+    commit("a")
+    run = Run(tmp_path, Options())
+    first = {"step": 0, "commit": "a", "torch": "2", "command": "noisear ppo"}
+    assert starts() == [first]  # before anything is trained
+    run.log({"x": 1.0}, 1)
+    run.save(policy, Counters(1))
+    Run(tmp_path, Options(), resume=True).load(policy)
+    again = Run(tmp_path, Options(), resume=True)
+    again.load(policy)
+    again.log({"x": 1.0}, 2)
+    assert starts() == [first]  # nothing has changed
+    commit("b")
+    Run(tmp_path, Options(), resume=True).load(policy)
+    assert starts() == [first]  # loads a finished run, and trains nothing
+    for name in ("b", "c"):  # b is killed before it saves
+        commit(name)
+        resumed = Run(tmp_path, Options(), resume=True)
+        resumed.load(policy)
+        resumed.log({"x": 1.0}, 2)
+        assert starts() == [first, first | {"step": 1, "commit": name}]
 
 
 def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
