@@ -15,6 +15,7 @@ COMMANDS = {
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
     "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
     "ppo": ("noisear_rl.algos.ppo", "improve a policy with PPO"),
+    "train-prior": ("noisear_rl.algos.prior", "train a noise prior: try shared noises, choose, pretrain, PPO"),
     "collect": ("noisear_rl.algos.collect", "collect rollouts to disk"),
     "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
     "reward-gradient": (
