@@ -5,8 +5,10 @@ Shapes: ``B`` prompts, ``L`` text tokens, ``D`` text width.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -188,17 +190,16 @@ def _load(name: str) -> tuple[Any, Any]:
             model = model.get_encoder()
         return tokenizer, getattr(model, "text_model", model)  # of a model for images and text, the part for text
 
+    is_local = Path(name).is_dir()
     try:
-        with quietly():
-            return load(local=True)
-    except Exception as error:  # from many libraries: no such folder, incomplete, of an unknown kind
-        cause: Exception = error
-    try:
-        HfApi().model_info(name, timeout=REACHABLE_WITHIN)
-        with quietly(progress_bars=True):
-            return load(local=False)
-    except Exception as error:
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        if not is_local:
+            with quietly(), contextlib.suppress(OSError, ValueError):  # not in the Hub's cache
+                return load(local=True)
+            HfApi().model_info(name, timeout=REACHABLE_WITHIN)
+        with quietly(progress_bars=not is_local):
+            return load(local=is_local)
+    except Exception as error:  # from many libraries: no such model, unreachable, incomplete, of an unknown kind
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
             f"text_encoder {name!r} could not be loaded: expected 'denoiser', 'tokens', or the folder or Hub id of a "
             "transformers model with its tokenizer, as safetensors and without code of its own. With access to the "
