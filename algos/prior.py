@@ -1,4 +1,4 @@
-"""Trains a noise prior from rewards alone, in four stages that are also commands of their own:
+"""Trains a noise prior from rewards alone, in four stages that are also commands of their own.
 
 1. ``tried``: many prompts are tried on the same noises (``noisear collect --same-noise``).
 2. ``shared``: one of these noises is chosen for every prompt (``noisear shared-noise``).

@@ -1,33 +1,46 @@
-"""A few noises shared by many prompts: chooses one noise per prompt and writes pairs to pretrain on.
+"""Noises shared by many prompts: chooses one noise per prompt and writes pairs to pretrain on.
 
 A noise that gives one image a good layout tends to suit similar images too ("golden" seeds: Xu et al. 2024, arXiv
 2405.14828). The choice uses prompts that were all tried on the same noises. They share strength by kernel ridge
-regression from text embeddings to the rewards of every noise; the ridge is chosen by the rewards of left-out prompts.
-A few noises for all prompts are a target that a Gaussian policy can learn: separate good noises for each prompt have
-many layouts, whose average has none. This needs only rewards, no reward gradients.
+regression from what the policy reads of a prompt (its words at their places, and pairs of them) to the rewards of every
+noise; the ridge is chosen by the rewards of left-out prompts. Prompts of one kind thus get the same layout, which a
+Gaussian policy can learn: separate good noises for each prompt have many layouts, whose average has none. This needs
+only rewards, no reward gradients.
+
+Two kinds of targets: the chosen ``noise`` itself, or the ``leak`` of the image that it gives
+(:mod:`~noisear_rl.data.signal_leak`): the same layout for a fraction of the KL divergence, if the denoiser's schedule
+does not start from pure noise.
 
     python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
     noisear shared-noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
     python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/shared
 
-Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``D`` text width.
+Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``F`` text features.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch.nn.functional as F
+from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config
+from noisear_rl.config import check_choices, parse_config
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
-from noisear_rl.data.shards import write_shard
+from noisear_rl.data.shards import shard_file, write_shard
+from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.files import check_manifest, sha256
+from noisear_rl.policy.layers import Whitening
 from noisear_rl.prompts import resolve_prompts
+from noisear_rl.prompts.reader import PromptReader
+from noisear_rl.rewards import load_reward
 
 RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
 
@@ -44,8 +57,21 @@ class SharedNoiseConfig:
     """Prompts to choose for, a text file, or a split of `shapes`; unset for the prompts that were tried."""
     noises: int = 8
     """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
+    text_encoder: str = "denoiser"
+    """What the choice reads of a prompt, as a policy would: `denoiser`, `tokens`, or an encoder's folder or Hub id."""
+    target: Literal["noise", "leak"] = "noise"
+    """What the policy learns: the chosen noise, or the leak of the image that it gives."""
     noise_scale: float = 0.5
-    """Standard deviation of fresh noise in a target; the shared noise makes up the rest of the unit variance."""
+    """Standard deviation of fresh noise in a target; with `noise`, the shared noise makes up the rest of the unit
+    variance."""
+    signal_strength: float = 1.5
+    """Leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
+    min_reward: float = 0.8
+    """Leak: minimum reward of an image; other prompts get no pair."""
+    rounds: int = 1
+    """Leak: images per prompt; each image after the first starts from the leak of the last good one."""
+    batch_size: int = 128
+    """Leak: prompts per batch."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
 
@@ -99,7 +125,8 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
     relative = rewards - rewards.mean(1, keepdims=True)  # a prompt's difficulty says nothing about noises
     centred = tried - tried.mean(0)
     scale = max(np.square(centred).sum(1).mean(), 1e-12)
-    kernel = lambda x: (x - tried.mean(0)) @ centred.T / scale + 1  # + 1: a noise may suit all prompts
+    # Products of two features, such as a word and its place; + 1: a noise may suit all prompts.
+    kernel = lambda x: ((x - tried.mean(0)) @ centred.T / scale + 1) ** 2
     values, vectors = np.linalg.eigh(kernel(tried))
     rotated, rows = vectors.T @ relative, np.arange(len(rewards))
     best: tuple[float, float, np.ndarray, np.ndarray] | None = None
@@ -149,38 +176,97 @@ def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndar
     return prompts[complete].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
 
 
-def text_features(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    """Mean token embedding of each prompt: ``(P, D)``."""
-    conditioning = denoiser.encode(prompts)
-    weight = conditioning.policy_mask.float()[..., None]
-    return ((conditioning.policy_embeds * weight).sum(1) / weight.sum(1)).cpu().numpy()
+def text_features(reader: PromptReader, prompts: Sequence[str], tried: Sequence[str]) -> np.ndarray:
+    """What is read of each prompt, token by token at its place: ``(Q, F)``, with ``F = L · D``.
+
+    Embeddings are whitened, by statistics of the prompts that were tried; token ids become unit vectors.
+    """
+    text, mask = (part.cpu() for part in reader.read_prompts(prompts))
+    if "text_vocabulary" in reader.sizes:
+        features = F.one_hot(text[..., 0].long(), reader.sizes["text_vocabulary"]).float()
+    else:
+        known, known_mask = (part.cpu() for part in reader.read_prompts(tried))
+        whiten = Whitening(known.shape[-1])
+        whiten.fit(known[known_mask.bool()])
+        features = whiten(text)
+    return (features * mask[..., None]).flatten(1).numpy()
 
 
 def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> Choice:
-    """Writes one pair per prompt in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
+    """Writes up to one pair per prompt in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
 
     Args:
         config: Options.
         denoiser: Denoiser to use instead of the one named in the rollouts' manifest.
 
     Raises:
-        ValueError: If an option is out of range, the prompts were not tried on the same noises, or the folder contains
-            pairs of other settings.
+        ValueError: If an option is out of range, the prompts were not tried on the same noises, no image was good
+            enough to leak, or the folder contains pairs of other settings.
     """
+    check_choices(config, "shared-noise")
+    leak = config.target == "leak"
     if not 0 < config.noise_scale < 1:
         raise ValueError(f"noise_scale must be between 0 and 1, got {config.noise_scale}")
+    if leak and not (config.signal_strength > 0 and config.rounds > 0 and config.batch_size > 0):
+        raise ValueError("signal_strength, rounds and batch_size must be positive")
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
+    if leak and not denoiser.signal_level > 0:
+        raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise: use target: noise")
     prompts = tried if config.prompts is None else resolve_prompts(config.prompts, denoiser.name).prompts
-    choice = choose_noise(rewards, text_features(denoiser, tried), text_features(denoiser, prompts), config.noises)
-    manifest = rollouts.manifest | {"kind": "shared_noise", "noises": config.noises, "noise_scale": config.noise_scale}
-    manifest["asked_sha256"] = sha256(prompts)
-    check_manifest(config.output_dir, manifest)
-    targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
-    rows = {"prompt": prompts, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
-    write_shard(config.output_dir, 0, rows, PAIR_FEATURES)
+    reader = PromptReader(config.text_encoder, denoiser)
+    asked = list(dict.fromkeys(prompts))
+    choice = choose_noise(
+        rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
+    )
+    own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target")}
+    if leak:
+        own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "rounds")}
+    check_manifest(
+        config.output_dir, rollouts.manifest | own | {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
+    )
+    if shard_file(config.output_dir, 0).exists():
+        return choice
+    if leak:
+        rows = _leaks(config, denoiser, rollouts.manifest, asked, [seeds[i] for i in choice.noise])
+        if not rows["prompt"]:
+            raise ValueError(f"no image reached min_reward {config.min_reward}: lower it, or use target: noise")
+    else:
+        targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
+        rows = {"prompt": asked, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
+    times = Counter(prompts)  # a repeated prompt counts more
+    repeated = [i for i, prompt in enumerate(rows["prompt"]) for _ in range(times[prompt])]
+    write_shard(config.output_dir, 0, {key: [part[i] for i in repeated] for key, part in rows.items()}, PAIR_FEATURES)
     return choice
+
+
+def _leaks(
+    config: SharedNoiseConfig, denoiser: Denoiser, manifest: dict[str, Any], prompts: list[str], seeds: list[int]
+) -> dict[str, list[Any]]:
+    """The leak of the last good image of each prompt, as columns of pairs."""
+    reward = load_reward(manifest.get("reward_spec") or manifest["reward"])
+    rows: dict[str, list[Any]] = {"prompt": [], "seed": [], "target": []}
+    for start in tqdm(range(0, len(prompts), config.batch_size), desc="leaks", unit="batch"):
+        part = slice(start, start + config.batch_size)
+        found = signal_leak(
+            denoiser,
+            None,  # the first noise is that of the seed: the chosen one
+            reward,
+            prompts[part],
+            seeds[part],
+            min_reward=config.min_reward,
+            signal_strength=config.signal_strength,
+            noise_scale=config.noise_scale,
+            rounds=config.rounds,
+        )
+        for i, prompt in enumerate(prompts[part]):
+            good = [target[i] for target, kept in found if kept[i]]
+            if good:
+                rows["prompt"].append(prompt)
+                rows["seed"].append(seeds[start + i])
+                rows["target"].append(good[-1].flatten().half().numpy())
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
