@@ -8,9 +8,17 @@ from noisear_rl.algos import nll
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs, choose_noise, rewards_by_noise
+from noisear_rl.data.shared_noise import (
+    SharedNoiseConfig,
+    build_pairs,
+    choose_noise,
+    rewards_by_noise,
+    text_features,
+)
+from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARConfig
+from noisear_rl.prompts.reader import PromptReader
 
 
 def world(prompts, noises, luck, seed=0):
@@ -39,6 +47,17 @@ def test_prompts_that_were_not_tried_get_the_noise_of_their_kind():
     assert (choose_noise(rewards, features, asked, noises=4).noise == right).all()
 
 
+def test_pairs_of_features_decide():
+    """Like a word and its place: neither of two features says which noise is right, both together do."""
+    rng = np.random.default_rng(0)
+    features = rng.choice([-1.0, 1.0], size=(200, 6))
+    right = np.where(features[:, 0] * features[:, 1] > 0, 3, 7)
+    rewards = 0.5 * rng.standard_normal((200, 10))
+    rewards[np.arange(200), right] += 1
+    choice = choose_noise(rewards[:120], features[:120], features[120:], noises=10)
+    assert (choice.noise == right[120:]).mean() > 0.95
+
+
 def test_expectation_is_not_fooled_by_luck():
     """If prompts have nothing in common, the recommendation of other prompts is worth nothing."""
     rng = np.random.default_rng(0)
@@ -52,7 +71,7 @@ def test_leaving_out_in_closed_form_equals_fitting_without():
     choice = choose_noise(rewards, features, features, noises=5)
     relative = rewards - rewards.mean(1, keepdims=True)
     x = features - features.mean(0)
-    kernel = x @ x.T / np.square(x).sum(1).mean() + 1
+    kernel = (x @ x.T / np.square(x).sum(1).mean() + 1) ** 2
     picked = []
     for i in range(12):
         rest = np.delete(np.arange(12), i)
@@ -128,7 +147,39 @@ def test_pairs_hold_the_chosen_noise_and_nll_learns_it(tried, tmp_path, turbo):
     assert 0.6 < sample.std(0).mean() < 0.8
 
 
+@pytest.mark.parametrize("encoder", ["denoiser", "tokens"])
+def test_features_are_words_at_their_places(turbo, encoder):
+    reader = PromptReader(encoder, turbo)
+    prompts = [
+        f"a photo of a {a} {r} a {b}" for a, b in (("circle", "square"), ("square", "circle")) for r in RELATIONS
+    ]
+    features = text_features(reader, prompts, prompts)
+    assert features.shape == (8, features.shape[1]) and len(np.unique(features.round(3), axis=0)) == 8
+    alone = text_features(reader, prompts[3:4], prompts)
+    np.testing.assert_allclose(alone[0], features[3], atol=1e-4)
+    if encoder == "tokens":  # two words differ
+        length = len(prompts[0].split()) + 2  # start and end
+        assert features[0] @ features[0] == length and features[0] @ features[4] == length - 2
+
+
+def test_a_leak_is_the_layout_of_the_chosen_noise(tried, tmp_path, turbo):
+    config = SharedNoiseConfig(tried, tmp_path / "pairs", noises=2, target="leak", min_reward=-1.0, noise_scale=0.8)
+    choice = build_pairs(config, turbo)
+    prompts, _, noise, seeds = rewards_by_noise(load_rollouts(tried))
+    rows = load_pairs(tmp_path / "pairs").with_format("numpy")[:]
+    assert list(rows["prompt"]) == prompts and list(rows["seed"]) == [seeds[i] for i in choice.noise]
+    chosen = torch.from_numpy(noise[choice.noise]).unflatten(1, turbo.latent_shape)
+    _, latents = turbo.denoise_with_latents(chosen, turbo.encode(prompts))
+    expected = 1.5 * turbo.signal_level * latents.flatten(1).numpy()
+    np.testing.assert_allclose(rows["target"], expected, atol=0.05)
+    assert str(build_pairs(config, turbo)) == str(choice)  # finished: returns immediately
+    with pytest.raises(ValueError, match=r"no image reached min_reward 2\.0"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "none", noises=2, target="leak", min_reward=2.0), turbo)
+
+
 def test_rejects_bad_settings(tried, tmp_path, turbo):
+    with pytest.raises(ValueError, match=r"target must be one of .*did you mean 'leak'"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "a", target="leaks"), turbo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise_scale"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
     own = tmp_path / "own"
