@@ -8,9 +8,11 @@ Shapes: ``P`` prompts, ``S`` samples per prompt, ``B`` batch, images ``(B, 3, H,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,10 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.evaluation.intervals import Resample, bootstrap
+from noisear_rl.evaluation.intervals import Resample, bootstrap, category_means
+from noisear_rl.evaluation.results import MethodResult, Results
 from noisear_rl.policy import NoiseARPolicy
+from noisear_rl.provenance import provenance
 from noisear_rl.rewards import WeightedReward
 from noisear_rl.samplers import Sampler, as_sampler
 
@@ -36,6 +40,7 @@ class MethodScores:
         nfe: Network evaluations per image.
         seconds_per_image: Time for sampling and denoising, without scoring.
         images: ``(P, keep_images, 3, H, W)``, the first images of each prompt; empty if none are kept.
+        prompts: ``P`` prompts; rows of the same prompt are samples of one prompt.
     """
 
     scores: dict[str, np.ndarray]
@@ -45,6 +50,7 @@ class MethodScores:
     nfe: float
     seconds_per_image: float
     images: torch.Tensor
+    prompts: list[str]
 
 
 def evaluate(
@@ -108,6 +114,7 @@ def evaluate(
             nfe / (p * s),
             seconds / (p * s),
             torch.stack(images).unflatten(0, (p, -1)) if images else torch.zeros(0),
+            list(prompts),
         )
     bar.close()
     return results
@@ -165,15 +172,14 @@ def table(
         scale: Factor on the scores; 100 for percent.
     """
     order = list(dict.fromkeys(categories))
-    names = np.array(categories)
     columns = ["method", *order, "overall", "gain", "KL", "NFE"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     baseline = next(iter(results.values())).scores[scorer]
     for method, result in results.items():
-        scores = result.scores[scorer] * scale
-        cells = [f"{scores[names == name].mean():.1f}" for name in order]
-        cells.append(str(bootstrap(scores, categories, resample=resample)))
-        gain = bootstrap(scores - baseline * scale, categories, resample=resample)
+        scores, prompts = result.scores[scorer] * scale, result.prompts
+        cells = [f"{mean:.1f}" for mean in category_means(scores, categories, prompts).values()]
+        cells.append(str(bootstrap(scores, categories, prompts=prompts, resample=resample)))
+        gain = bootstrap(scores - baseline * scale, categories, prompts=prompts, resample=resample)
         cells.append("" if result.scores[scorer] is baseline else ("+" if gain.mean >= 0 else "") + str(gain))
         lines.append("| " + " | ".join([method, *cells, f"{result.kl_to_gaussian:.1f}", f"{result.nfe:g}"]) + " |")
     return "\n".join(lines)
@@ -192,3 +198,60 @@ def summary(results: Mapping[str, MethodScores], prompts: Sequence[str]) -> dict
             "seconds_per_image": result.seconds_per_image,
         }
     return {"prompts": list(prompts), "methods": methods}
+
+
+def as_results(
+    evaluated: Mapping[str, MethodScores],
+    categories: Sequence[str],
+    *,
+    denoiser: str,
+    prompt_set: str,
+    judge: str = "shapes-exact",
+    groups: Mapping[str, Sequence[str]] | None = None,
+    diversity: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Results:
+    """Puts the output of :func:`evaluate` into the form of an evaluation on disk, for its tables and as data.
+
+    Args:
+        evaluated: Output of :func:`evaluate`; the first method is the baseline.
+        categories: ``P`` category names.
+        denoiser: Name of the denoiser.
+        prompt_set: Name of the prompts.
+        judge: The held-out scorer.
+        groups: Methods that are training seeds of one method, by its name; other methods have a group of their own.
+        diversity: ``(P,)`` distances by method and by the features that measure them.
+        facts: Plain values that a table also shows.
+    """
+    group_of = {name: group for group, names in (groups or {}).items() for name in names}
+    methods = {
+        name: MethodResult(
+            group=group_of.get(name, name),
+            slug=name,
+            scores=result.scores,
+            nfe=result.nfe,
+            kl_to_gaussian=None if math.isnan(result.kl_to_gaussian) else result.kl_to_gaussian,
+            noise_mean=result.noise_mean,
+            noise_std=result.noise_std,
+            radial_spectrum=np.zeros(0),
+            noise_map=np.zeros(0),
+            diversity=dict((diversity or {}).get(name, {})),
+            trained=name in group_of,
+        )
+        for name, result in evaluated.items()
+    }
+    first = next(iter(evaluated.values()))
+    return Results(
+        folder=Path(),
+        prompts=first.prompts,
+        categories=list(categories),
+        samples=first.scores[judge].shape[1],
+        judge=judge,
+        methods=methods,
+        denoiser=denoiser,
+        prompt_set=prompt_set,
+        config={},
+        provenance=dict(provenance()),
+        timing={name: result.seconds_per_image for name, result in evaluated.items()},
+        facts=dict(facts or {}),
+    )

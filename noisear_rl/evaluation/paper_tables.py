@@ -4,8 +4,8 @@
     noisear table runs/drawbench runs/geneval --table 1 --format latex -o table1.tex
     noisear table patch_size=2:runs/patch2 patch_size=4:runs/patch4 --table 4
 
-Each row is a group: the training seeds of one method are averaged for each prompt and sample. `results` shows means
-over categories with 95 % intervals; the columns of the paper are means over all images. In CSV, every number has its
+Each row is a group: a method with its training seeds. `results` shows means over categories with 95 % intervals; the
+columns of the paper are means over all images. In CSV, every number has its
 own column; missing numbers are empty.
 """
 
@@ -33,7 +33,9 @@ from noisear_rl.evaluation.tables import (
     Format,
     Row,
     compared,
+    corrected,
     describe,
+    interval_note,
     judged,
     load,
     render,
@@ -89,7 +91,7 @@ def paper_cells(results: Results, group: str, names: Sequence[str]) -> Row:
                 value = compared(results, group, scorer, compare).mean()
                 row[Column(title.replace("↑", ending))] = float(value)
         elif scorer:
-            row[Column(title)] = scale_of(results, scorer)[0] * float(results.pooled(group, scorer).mean())
+            row[Column(title)] = scale_of(results, scorer)[0] * float(results.by_seed(group, scorer).mean())
     return row
 
 
@@ -168,7 +170,9 @@ def ablation_table(ablations: Sequence[str], resample: Resample) -> tuple[list[R
             judge = judged(runs[-1], group, ("judge", "gain"), resample)
             rows.append(place | paper_cells(runs[-1], group, names) | judge)
         notes.append(f"{parts[1]} {parts[2]} (ours): {describe(runs[-1])}.")
-    return together(rows, (ABLATION,)), [*paper_notes(runs, names), *notes]
+    rows, comparisons = corrected(rows)
+    intervals = [interval_note(runs, resample, comparisons)] if runs else []
+    return together(rows, (ABLATION,)), [*paper_notes(runs, names), *notes, *intervals]
 
 
 def make_table(config: TableConfig) -> str:

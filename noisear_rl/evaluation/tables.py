@@ -1,7 +1,10 @@
 """Tables of evaluations in our own layout, as Markdown, LaTeX and CSV.
 
-Each row is a group: the training seeds of one method are averaged for each prompt and sample. Columns are means over
-categories with 95 % intervals. In CSV, every number has its own column; missing numbers are empty.
+Each row is a group: a method with its training seeds. Columns are means over categories with 95 % intervals, which
+cover new prompts and, where there are several, a new training seed. In CSV, every number has its own column; missing
+numbers are empty.
+
+Shapes: ``T`` training seeds, ``P`` prompts, ``S`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ from noisear_rl.evaluation.results import Results, load_results
 Format = Literal["markdown", "latex", "csv"]
 PREFERENCES = ("pickscore", "mps", "shapes-clip")  # scores whose softmax over two images is a preference
 TIMES_100 = ("hpsv2", "hpsv2.1", "image-reward", "clip-score")  # printed times 100, as in the paper
-ENDINGS = {"estimate": ("", " low", " high"), "gain": ("", " low", " high", " excludes 0")}  # suffixes of CSV titles
+ENDINGS = {  # suffixes of CSV titles
+    "estimate": ("", " low", " high"),
+    "gain": ("", " low", " high", " excludes 0", " p", " adjusted p"),
+}
+UNADJUSTED = 5  # comparisons in a table that are marked without a correction
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -64,8 +71,10 @@ def cell_text(cell: Cell, column: Column) -> str:
 def cell_values(cell: Cell, count: int) -> list[str]:
     """Formats a cell for CSV as ``count`` values, each a plain number or empty."""
     if isinstance(cell, Estimate):
-        bounds = ["" if math.isnan(bound) else number(bound, None) for bound in (cell.low, cell.high)]
-        return [number(cell.mean, None), *bounds, str(len(intervals.significance_mark(cell)))][:count]
+        low, high, p, adjusted = (
+            "" if math.isnan(value) else number(value, None) for value in (cell.low, cell.high, cell.p, cell.adjusted)
+        )
+        return [number(cell.mean, None), low, high, str(int(cell.excludes_zero)), p, adjusted][:count]
     text = cell or "" if cell is None or isinstance(cell, str) else number(cell, None)
     return [text] + [""] * (count - 1)
 
@@ -127,10 +136,8 @@ def scorers(results: Results) -> list[str]:
 
 
 def compared(results: Results, group: str, scorer: str, compare: Callable[..., np.ndarray]) -> np.ndarray:
-    """Compares each training seed of a group with the baseline, image by image: ``(P, S)`` in %, mean over seeds."""
-    baseline = results.methods[results.baseline].scores[scorer]
-    seeds = [compare(results.methods[name].scores[scorer], baseline) for name in results.groups[group]]
-    return 100 * np.mean(seeds, axis=0)
+    """Compares each training seed of a group with the baseline, image by image: ``(T, P, S)`` in %."""
+    return 100 * compare(results.by_seed(group, scorer), results.methods[results.baseline].scores[scorer])
 
 
 def scale_of(results: Results, scorer: str) -> tuple[float, str]:
@@ -143,16 +150,20 @@ def scale_of(results: Results, scorer: str) -> tuple[float, str]:
 
 def judged(results: Results, group: str, titles: tuple[str, str], resample: Resample) -> Row:
     """Returns the mean of the judge and the gain over the baseline, under ``titles``; the baseline has no gain."""
-    factor, categories = scale_of(results, results.judge)[0], results.categories
-    scores, start = factor * results.pooled(group, results.judge), results.methods[results.baseline]
-    row: Row = {Column(titles[0], "estimate", 1): intervals.bootstrap(scores, categories, resample=resample)}
-    gain = intervals.paired_difference(scores, factor * start.scores[results.judge], categories, resample=resample)
+    factor, prompts, categories = scale_of(results, results.judge)[0], results.prompts, results.categories
+    scores, start = factor * results.by_seed(group, results.judge), results.methods[results.baseline]
+    estimate = intervals.bootstrap(scores, categories, prompts=prompts, resample=resample)
+    row: Row = {Column(titles[0], "estimate", 1): estimate}
+    baseline = factor * start.scores[results.judge]
+    gain = intervals.paired_difference(scores, baseline, categories, prompts=prompts, resample=resample)
     return row | {Column(titles[1], "gain", 1): None if group == start.group else gain}
 
 
 def describe(results: Results) -> str:
     """Describes an evaluation in one line: prompts, samples, denoiser, judge and baseline."""
-    size = f"{len(results.prompts)} prompts × {results.samples} samples, denoiser {results.denoiser}"
+    rows, distinct = len(results.prompts), len(set(results.prompts))
+    repeated = "" if distinct == rows else f" in {rows} rows"
+    size = f"{distinct} prompts{repeated} × {results.samples} samples, denoiser {results.denoiser}"
     judge = f"judge {results.judge}{scale_of(results, results.judge)[1]}"
     return f"{results.prompt_set}: {size}, {judge}, baseline {results.baseline}"
 
@@ -160,21 +171,21 @@ def describe(results: Results) -> str:
 def results_row(results: Results, group: str, resample: Resample) -> Row:
     """Returns the row of a group in our own layout."""
     members, start = [results.methods[name] for name in results.groups[group]], results.methods[results.baseline]
-    (judge, *others), categories = scorers(results), results.categories
+    (judge, *others), categories, prompts = scorers(results), results.categories, results.prompts
     scale, unit = scale_of(results, judge)
     row: Row = {DATASET: results.prompt_set, DENOISER: results.denoiser, METHOD: group}
     row |= judged(results, group, (f"{judge}{unit}", f"gain{unit}"), resample)
     if len(set(categories)) > 1:
-        means = intervals.category_means(scale * results.pooled(group, judge), categories)
+        means = intervals.category_means(scale * results.by_seed(group, judge), categories, prompts)
         row |= {Column(f"{name}{unit}", digits=1): value for name, value in means.items()}
     for scorer in [judge, *(name for name in others if name in PREFERENCES)]:
         for title, compare in (("wins", win_rate), ("prob.", preference_probability)):
             if title == "wins" or scorer in PREFERENCES:
-                value = category_mean(compared(results, group, scorer, compare), categories)
+                value = category_mean(compared(results, group, scorer, compare), categories, prompts)
                 row[Column(f"{scorer} {title} (%)", digits=1)] = value
     for scorer in others:
         factor, of = scale_of(results, scorer)
-        row[Column(f"{scorer}{of}")] = category_mean(factor * results.pooled(group, scorer), categories)
+        row[Column(f"{scorer}{of}")] = category_mean(factor * results.by_seed(group, scorer), categories, prompts)
     for name in [name for name in start.diversity if all(name in member.diversity for member in members)]:
         own, of_start = np.mean([member.diversity[name] for member in members]), start.diversity[name].mean()
         row[Column(f"diversity by {name} (baseline 1)")] = float(own / of_start) if of_start > 0 else None
@@ -184,15 +195,63 @@ def results_row(results: Results, group: str, resample: Resample) -> Row:
     for title, digits in (("noise mean", 3), ("noise std", 3), ("NFE", None)):
         row[Column(title, digits=digits)] = mean_of(title.lower().replace(" ", "_"))
     row[SEEDS] = len(members) if group != start.group and members[0].trained else None
-    seeds = [category_mean(scale * member.scores[judge], categories) for member in members]
+    seeds = [category_mean(scale * member.scores[judge], categories, prompts) for member in members]
     row[Column("std of seeds", digits=1)] = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
     return row
 
 
+def corrected(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Applies Holm's correction to the gains of a table that compares more than five.
+
+    Returns:
+        The rows, and the number of comparisons corrected for; 0 without a correction.
+    """
+    places = [
+        (i, column)
+        for i, row in enumerate(rows)
+        for column, cell in row.items()
+        if column.kind == "gain" and isinstance(cell, Estimate) and not math.isnan(cell.p)
+    ]
+    adjusted, found = list(rows), [cell for i, column in places if isinstance(cell := rows[i][column], Estimate)]
+    if len(places) <= UNADJUSTED:
+        return adjusted, 0
+    for (i, column), gain in zip(places, intervals.holm(found), strict=True):
+        adjusted[i] = adjusted[i] | {column: gain}
+    return adjusted, len(places)
+
+
+def interval_note(runs: Sequence[Results], resample: Resample, comparisons: int) -> str:
+    """Describes what the intervals of a table cover, and its marks.
+
+    Args:
+        runs: The evaluations shown.
+        resample: What they were resampled over.
+        comparisons: Number of comparisons that the marks are corrected for; 0 without a correction.
+    """
+    groups = [
+        (results.methods[names[0]].trained and group != results.methods[results.baseline].group, len(names))
+        for results in runs
+        for group, names in results.groups.items()
+    ]
+    over = resample + (" and training seeds" if any(count > 1 for _, count in groups) else "")
+    mark = f"excludes 0{f', after Holm correction for {comparisons} comparisons' if comparisons else ''}"
+    note = f"In brackets: 95 % intervals over {over}, paired for the gain; * {mark}."
+    if any(trained and count == 1 for trained, count in groups):
+        note += f" With one training seed, an interval is over {resample} only and does not cover a new training."
+    alone = any(
+        len(rows) == 1
+        for results in runs
+        for rows in intervals.rows_by_prompt(results.categories, results.prompts).values()
+    )
+    return note + (" No interval where a category has a single prompt." if alone and resample == "prompts" else "")
+
+
 def results_table(runs: Sequence[Results], resample: Resample) -> tuple[list[Row], list[str]]:
     """Returns rows and notes of our own layout: one row per group of every evaluation."""
-    rows = [results_row(results, group, resample) for results in runs for group in results.groups]
+    rows, comparisons = corrected(
+        [results_row(results, group, resample) for results in runs for group in results.groups]
+    )
     if len(runs) == 1:  # the note states both
         rows = [{c: cell for c, cell in row.items() if c not in (DATASET, DENOISER)} for row in rows]
-    interval = f"In brackets: 95 % intervals over {resample}, paired for the gain; * excludes 0. A tie is half a win."
-    return rows, [*(f"{describe(results)}." for results in runs), interval]
+    note = interval_note(runs, resample, comparisons)
+    return rows, [*(f"{describe(results)}." for results in runs), f"{note} A tie is half a win."]

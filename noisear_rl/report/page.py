@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -65,11 +67,12 @@ class ReportConfig:
 
 @dataclass
 class Training:
-    """A training run: its name, its log records and its configuration as YAML."""
+    """A training run: its name, its log records, its configuration as YAML, and the provenance of its starts."""
 
     name: str
     records: list[dict[str, Any]]
     config: str
+    starts: list[dict[str, Any]]
 
     @property
     def title(self) -> str:
@@ -95,14 +98,21 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
                 )
             results = load(str(folder))
         elif (folder / "metrics.jsonl").is_file():
-            config = folder / "config.yaml"
+            config, starts = folder / "config.yaml", folder / "provenance.json"
             try:
                 records = read_records(folder)
             except ValueError as error:
                 raise ValueError(
                     f"{folder / 'metrics.jsonl'} is damaged ({error}): resume or repeat the run"
                 ) from error
-            trainings.append(Training(folder.name, records, config.read_text() if config.is_file() else ""))
+            trainings.append(
+                Training(
+                    folder.name,
+                    records,
+                    config.read_text() if config.is_file() else "",
+                    json.loads(starts.read_text()) if starts.is_file() else [],
+                )
+            )
         else:
             raise FileNotFoundError(
                 f"{folder} is not a run folder: expected results.json (noisear evaluate) or metrics.jsonl (a training)"
@@ -211,7 +221,7 @@ def evaluation_part(results: Results, config: ReportConfig) -> dict[str, Any]:
     gains = [row.gain for row in rows if row.gain is not None]
     ends = [0.0, *(end for gain in gains for end in (gain.mean, gain.low, gain.high) if np.isfinite(end))]
     limits = (min(ends), max(ends))
-    categories = list(dict.fromkeys(results.categories))
+    categories, several = list(dict.fromkeys(results.categories)), any(len(row.seeds) > 1 for row in rows)
     counts = {name: sum(case["category"] == name for case in cases) for name in categories}
     return {
         "results": results,
@@ -221,6 +231,8 @@ def evaluation_part(results: Results, config: ReportConfig) -> dict[str, Any]:
         "digits": judge_decimals(rows, binary=binary),
         "score_digits": {name: decimals([row.scores.get(name) for row in rows]) for name in rows[0].scores},
         "verdict": verdict(rows, results.judge, binary=binary),
+        "over": results.config.get("resample", "prompts") + (" and training seeds" if several else ""),
+        "corrected": sum(not math.isnan(gain.adjusted) for gain in gains),
         "marks": {
             row.name: figures.interval_mark(row.gain.mean, row.gain.low, row.gain.high, limits, row.significant)
             for row in rows

@@ -13,13 +13,14 @@ from noisear_rl.evaluation.intervals import (
     bootstrap,
     category_mean,
     category_means,
+    holm,
     number,
     paired_difference,
     significance_mark,
     win_rate,
 )
 from noisear_rl.evaluation.results import Results
-from noisear_rl.evaluation.tables import compared, scorers
+from noisear_rl.evaluation.tables import UNADJUSTED, compared, scorers
 from noisear_rl.samplers import GAUSSIAN
 
 
@@ -61,7 +62,7 @@ class Row:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval of the gain excludes 0."""
+        """Whether the interval of the gain excludes 0, after Holm's correction if there are many gains."""
         return self.gain is not None and bool(significance_mark(self.gain))
 
 
@@ -73,27 +74,28 @@ def is_binary(results: Results) -> bool:
 def table_rows(results: Results) -> list[Row]:
     """Returns the numbers of every group, the baseline first."""
     scale = 100.0 if is_binary(results) else 1.0
-    categories, (judge, *others) = results.categories, scorers(results)
+    categories, prompts, (judge, *others) = results.categories, results.prompts, scorers(results)
     start, seconds = results.methods[results.baseline], results.seconds_per_image()
     resample = results.config.get("resample", "prompts")
-    estimate = lambda values: bootstrap(values, categories, resample=resample)
+    estimate = lambda values: bootstrap(values, categories, prompts=prompts, resample=resample)
     mean = lambda values: float(np.mean(values)) if len(values) else None
     measure, rows = next(iter(start.diversity), ""), []
     for index, (group, members) in enumerate(results.groups.items()):
-        methods, scores = [results.methods[name] for name in members], scale * results.pooled(group, judge)
-        gain = paired_difference(scores, scale * start.scores[judge], categories, resample=resample)
+        methods, scores = [results.methods[name] for name in members], scale * results.by_seed(group, judge)
+        baseline = scale * start.scores[judge]
+        gain = paired_difference(scores, baseline, categories, prompts=prompts, resample=resample)
         apart = [method.diversity[measure] for method in methods if measure in method.diversity]
         rows.append(
             Row(
                 group,
                 index,
-                [scale * category_mean(method.scores[judge], categories) for method in methods],
+                [scale * category_mean(method.scores[judge], categories, prompts) for method in methods],
                 estimate(scores),
                 gain if index else None,
                 estimate(compared(results, group, judge, win_rate)) if index else None,
-                {name: estimate(results.pooled(group, name)) for name in others},
-                category_means(scores, categories),
-                bootstrap(np.mean(apart, axis=0)[:, None], categories) if apart else None,
+                {name: estimate(results.by_seed(group, name)) for name in others},
+                category_means(scores, categories, prompts),
+                bootstrap(np.stack(apart)[..., None], categories, prompts=prompts) if apart else None,
                 float(np.mean([method.nfe for method in methods])),
                 mean([seconds[name] for name in members if name in seconds]),
                 mean([method.kl_to_gaussian for method in methods if method.kl_to_gaussian is not None]),
@@ -101,6 +103,10 @@ def table_rows(results: Results) -> list[Row]:
                 float(np.mean([method.noise_std for method in methods])),
             )
         )
+    gains = [row.gain for row in rows if row.gain is not None]
+    if sum(not math.isnan(gain.p) for gain in gains) > UNADJUSTED:
+        for row, adjusted in zip(rows[1:], holm(gains), strict=True):
+            row.gain = adjusted
     return rows
 
 
@@ -141,6 +147,7 @@ def evidence(gain: Estimate, digits: int) -> str:
     if math.isnan(gain.low):
         return "too few images to rule out chance"
     mark = "significant" if significance_mark(gain) else "not significant"
+    mark += "" if math.isnan(gain.adjusted) else " after Holm's correction"
     return f"95\u00a0% interval {signed(gain.low, digits)} to {signed(gain.high, digits)}, {mark}"
 
 

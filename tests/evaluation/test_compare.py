@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from noisear_rl.evaluation.compare import best_of, evaluate, summary, table
+from noisear_rl.evaluation.compare import as_results, best_of, evaluate, summary, table
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.results import load_data, save_data
+from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 from tests.conftest import random_policy
@@ -42,10 +44,46 @@ def test_methods_are_paired_and_batches_do_not_matter(random_denoiser):
     kept = record["methods"]["other"]
     np.testing.assert_allclose(kept["scores"]["shapes-match"], results["other"].scores["shapes-match"], atol=1e-4)
     assert kept["kl_to_gaussian"] == results["other"].kl_to_gaussian
-    text = table(results, ["colors", "counting", "position"], scorer="shapes-match")
-    rows = [line.split("|") for line in text.splitlines()]
-    assert len(rows) == 5 and len({len(row) for row in rows}) == 1
-    assert "+0.0 [0.0, 0.0]" in rows[3][-4]  # a method has no gain over itself
+    categories = ["colors", "counting", "position"]
+    for resample, gain in (("noise", "+0.0 [0.0, 0.0]"), ("prompts", "+0.0")):  # one prompt per category: no interval
+        text = table(results, categories, scorer="shapes-match", resample=resample)
+        rows = [line.split("|") for line in text.splitlines()]
+        assert len(rows) == 5 and len({len(row) for row in rows}) == 1
+        assert rows[3][-4].strip() == gain  # a method has no gain over itself
+
+
+def test_repeated_prompts_count_once(random_denoiser):
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[2]]
+    categories = ["single"] * 4 + ["pair"] * 2
+    policies = {GAUSSIAN: None, "other": random_policy()}
+    results = evaluate(random_denoiser, load_reward("shapes-match"), policies, prompts, 2, keep_images=0)
+    scores = 100 * results["other"].scores["shapes-match"]
+    single, pair = (scores[:3].mean() + scores[3].mean()) / 2, scores[4:].mean()
+    cells = table(results, categories, scorer="shapes-match").splitlines()[3].split("|")
+    assert [cell.strip() for cell in cells[2:5]] == [f"{x:.1f}" for x in (single, pair, (single + pair) / 2)]
+
+
+def test_evaluations_in_memory_have_the_tables_and_data_of_those_on_disk(random_denoiser, tmp_path):
+    policies = {GAUSSIAN: None, "PPO 0": random_policy(), "PPO 1": random_policy(1)}
+    evaluated = evaluate(random_denoiser, load_reward("shapes-match"), policies, PROMPTS, 2, keep_images=0)
+    results = as_results(
+        evaluated,
+        ["a", "a", "a"],
+        denoiser="random",
+        prompt_set="three captions",
+        judge="shapes-match",
+        groups={"PPO": ["PPO 0", "PPO 1"]},
+        diversity={name: {"clip": np.array([0.5, 0.25, 0.75])} for name in evaluated},
+        facts={"training images": {"PPO": 1024}},
+    )
+    assert results.groups == {GAUSSIAN: [GAUSSIAN], "PPO": ["PPO 0", "PPO 1"]} and results.prompts == PROMPTS
+    np.testing.assert_array_equal(results.by_seed("PPO", "shapes-match")[1], evaluated["PPO 1"].scores["shapes-match"])
+    kept = load_data(save_data(results, tmp_path / "x.json"))
+    assert kept.facts == {"training images": {"PPO": 1024}} and kept.provenance == results.provenance
+    text = render(*results_table([kept], "prompts"), "markdown")
+    assert text == render(*results_table([results], "prompts"), "markdown")
+    assert "three captions: 3 prompts × 2 samples, denoiser random, judge shapes-match" in text
+    assert "95 % intervals over prompts and training seeds" in text and "| PPO |" in text
 
 
 def test_best_of_chooses_by_one_scorer_and_returns_all():

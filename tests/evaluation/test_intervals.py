@@ -1,5 +1,6 @@
 """Intervals have their nominal coverage, even for few prompts and skewed scores; wins and preferences of pairs."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,10 +11,13 @@ from noisear_rl.evaluation.intervals import (
     bootstrap,
     bootstrap_many,
     category_mean,
+    category_means,
+    holm,
     paired_difference,
     preference_probability,
     significance_mark,
     student_quantile,
+    student_tail,
     win_rate,
 )
 
@@ -22,7 +26,7 @@ REPETITIONS, DRAWS = 3000, 800
 
 def coverage(scores: np.ndarray, categories: list[str], truth: float | np.ndarray, resample: str = "prompts") -> float:
     """Percentage of the ``(R, P, S)`` data sets whose interval contains the truth."""
-    _, low, high = bootstrap_many(scores, categories, resample=resample, draws=DRAWS)
+    _, low, high, _ = bootstrap_many(scores, categories, resample=resample, draws=DRAWS)
     return 100 * float(((low <= truth + 1e-9) & (truth <= high + 1e-9)).mean())
 
 
@@ -96,8 +100,12 @@ def test_skewed_scores_reach_further_into_the_long_tail():
 
 
 def test_student_quantile():
-    table = {3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 1e9: 1.960}
-    np.testing.assert_allclose(student_quantile(np.array(list(table))), list(table.values()), rtol=0.01)
+    table = {1: 12.706, 1.5: 6.017, 2: 4.303, 3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 1e9: 1.960}
+    freedom, exact = np.array(list(table)), np.array(list(table.values()))
+    np.testing.assert_allclose(student_quantile(freedom), exact, rtol=0.01)
+    np.testing.assert_allclose(student_tail(exact, freedom), 0.05, rtol=2e-3)
+    tails = student_tail(np.array([0.0, 1.0, 63.657, 5.841, 10.0]), np.array([7.0, 1.0, 1.0, 3.0, 1e9]))
+    np.testing.assert_allclose(tails, [1, 0.5, 0.01, 0.01, 0], rtol=1e-3, atol=1e-12)
 
 
 def test_categories_have_equal_weight_and_the_seed_decides():
@@ -109,20 +117,179 @@ def test_categories_have_equal_weight_and_the_seed_decides():
     assert first == bootstrap(scores, categories)
     assert first.low != bootstrap(scores, categories, seed=1).low
     many = bootstrap_many(np.stack([scores[::-1], scores]), categories)
-    np.testing.assert_allclose([part[1] for part in many], [first.mean, first.low, first.high])
+    np.testing.assert_allclose([part[1] for part in many], [first.mean, first.low, first.high, first.p])
     constant = bootstrap(np.full((5, 3), 0.7), ["a"] * 5)
     assert (constant.low, constant.high) == (constant.mean, constant.mean)
+
+
+def test_repeated_prompts_are_samples_of_one_prompt():
+    rng = np.random.default_rng(0)
+    scores, categories = rng.normal(size=(9, 4)), ["a"] * 4 + ["b"] * 5
+    once = bootstrap(scores, categories, prompts=list("pqrstuvwx"))
+    assert once == bootstrap(scores, categories)
+    # Every prompt in two rows of two samples instead of one row of four.
+    split = scores.reshape(18, 2)
+    names, prompts = [c for c in categories for _ in range(2)], [p for p in "pqrstuvwx" for _ in range(2)]
+    for resample in ("prompts", "noise"):
+        whole, parts = (
+            bootstrap(values, of, prompts=texts, resample=resample)
+            for values, of, texts in ((scores, categories, list("pqrstuvwx")), (split, names, prompts))
+        )
+        np.testing.assert_allclose(dataclasses.astuple(parts)[:4], dataclasses.astuple(whole)[:4])
+    # A prompt that is repeated more often has no more weight.
+    more = np.concatenate([scores, scores[:1], scores[:1]])
+    names, prompts = [*categories, "a", "a"], [*"pqrstuvwx", "p", "p"]
+    assert category_means(more, names, prompts) == pytest.approx(category_means(scores, categories))
+    np.testing.assert_allclose(dataclasses.astuple(bootstrap(more, names, prompts=prompts))[:4], [
+        once.mean, once.low, once.high, once.p
+    ])  # fmt: skip
+    assert bootstrap(more, names, prompts=prompts, resample="noise").high > 0
+    with pytest.raises(ValueError, match=r"'p' is in two categories: 'a' and 'b'"):
+        bootstrap(scores, categories, prompts=list("pqrstpvwx"))
+    with pytest.raises(ValueError, match="one prompt per category name, got 8 and 9"):
+        bootstrap(scores, categories, prompts=list("pqrstuvw"))
+
+
+def test_interval_of_a_small_category_with_repeated_prompts_covers():
+    """As balanced sets draw them: 20 rows per category, of which two categories have 4 and 6 distinct prompts."""
+    rng, distinct = np.random.default_rng(0), (4, 6, 20, 20, 20, 20)
+    chances, prompts = [], []
+    for category, count in enumerate(distinct):
+        own = rng.beta(1.05, 0.45, size=(REPETITIONS, count))
+        chances.append(own[:, np.arange(20) % count])
+        prompts += [f"{category} {i % count}" for i in range(20)]
+    names = [f"c{i // 20}" for i in range(120)]
+    scores = (rng.random((REPETITIONS, 120, 4)) < np.concatenate(chances, 1)[..., None]).astype(float)
+    covered = []
+    for texts in (prompts, None):
+        _, low, high, _ = bootstrap_many(scores, names, prompts=texts, draws=DRAWS)
+        covered.append(100 * float(((low <= 0.7) & (high >= 0.7)).mean()))
+    assert 93 <= covered[0] <= 97
+    assert covered[1] < 90  # rows as independent prompts
+
+
+SIZES = {60: (4, 6, 8, 10, 14, 18), 130: (4, 12, 14, 20, 40, 40)}  # prompts per category
+
+
+def coverage_over_seeds(
+    prompts: int,
+    right: float,
+    seeds: int,
+    spread: float,
+    *,
+    repetitions: int,
+    concentration: float = 1.5,
+    samples: int = 4,
+) -> dict[str, float]:
+    """Simulates training seeds whose true means differ with a standard deviation of ``spread`` points.
+
+    Returns:
+        Percentage of intervals that contain the true mean over new prompts and new seeds: of a method's mean, of its
+        gain over a baseline without training, and of the gain if the scores of the seeds are averaged first.
+    """
+    rng = np.random.default_rng(prompts + seeds)
+    index = np.repeat(np.arange(6), SIZES[prompts])
+    means = right + np.linspace(-0.08, 0.08, 6)
+    noise = concentration / (concentration + 1) * means * (1 - means)  # mean of chance * (1 - chance)
+    own = concentration * means[index]
+    chances = rng.beta(own, concentration - own, size=(repetitions, len(index)))
+    slope = chances * (1 - chances) / noise[index]  # 1 on average: chances stay between 0 and 1
+    shift = rng.normal(0, spread / 100, size=(repetitions, seeds, 1))
+    draw = lambda p: (rng.random((*p.shape, samples)) < p[..., None]).astype(float)
+    scores = draw((chances[:, None] + shift * slope[:, None]).clip(0, 1))  # (R, T, P, S)
+    baseline = draw(chances - 0.3 * chances * (1 - chances))[:, None]
+    names, gain = [f"c{i}" for i in index], float(0.3 * noise.mean())
+    return {
+        "mean": coverage(scores, names, means.mean()),
+        "gain": coverage(scores - baseline, names, gain),
+        "averaged first": coverage((scores - baseline).mean(1), names, gain),
+    }
+
+
+@pytest.mark.parametrize("spread", [0, 2.5, 3.0])
+@pytest.mark.parametrize(("prompts", "right", "seeds"), [(60, 0.7, 3), (60, 0.9, 5), (130, 0.5, 5), (130, 0.9, 3)])
+def test_interval_covers_new_prompts_and_a_new_training_seed(prompts, right, seeds, spread):
+    found = coverage_over_seeds(prompts, right, seeds, spread, repetitions=1000)
+    assert 92.5 <= found["mean"] <= 98.5 and 92.5 <= found["gain"] <= 98.5  # 93 to 98, and the error of 1,000 sets
+
+
+def test_averaging_over_seeds_first_would_undercover():
+    found = coverage_over_seeds(130, 0.9, 3, 3.0, repetitions=1000, concentration=20, samples=16)
+    assert found["averaged first"] < 83 and 92.5 <= found["gain"] <= 98.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concentration", [1.5, 20])  # prompts that differ much, and little
+@pytest.mark.parametrize("spread", [0, 2.5, 3.0])
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("right", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("prompts", [60, 130])
+def test_coverage_in_full(prompts, right, seeds, spread, concentration):
+    found = coverage_over_seeds(prompts, right, seeds, spread, repetitions=5000, concentration=concentration)
+    print(prompts, right, seeds, spread, concentration, found)
+    assert min(found["mean"], found["gain"]) >= 93
+
+
+def test_interval_of_one_training_seed_is_over_prompts():
+    scores = np.random.default_rng(0).normal(size=(1, 12, 2))
+    assert bootstrap(scores, ["a", "b"] * 6) == bootstrap(scores[0], ["a", "b"] * 6)
+
+
+def test_seeds_widen_the_interval_by_their_standard_error():
+    """Prompts that hardly differ leave the textbook interval of three seeds' means."""
+    scores = np.full((3, 40, 1), 50.0) + np.array([1.0, 2.0, 6.0])[:, None, None]
+    scores[:, ::2] += 0.01
+    estimate, half = bootstrap(scores, ["a"] * 40, draws=20_000), 4.303 * np.std([1, 2, 6], ddof=1) / 3**0.5
+    assert estimate.mean == pytest.approx(53.005)
+    assert estimate.high - estimate.mean == pytest.approx(half, rel=0.03)
+    assert estimate.mean - estimate.low == pytest.approx(half, rel=0.03)
+    baseline = np.full((40, 1), 50.0)
+    gain = paired_difference(scores, baseline, ["a"] * 40)
+    assert gain.mean == pytest.approx(3.005) and gain.low < 0 < gain.high and significance_mark(gain) == ""
+    other = paired_difference(scores + np.array([1.0, 1.1, 0.9])[:, None, None], scores, ["a"] * 40)
+    assert other.mean == pytest.approx(1) and significance_mark(other) == "*"  # paired by training seed
+    with pytest.raises(ValueError, match="same prompts and samples"):
+        paired_difference(scores, scores[:2], ["a"] * 40)
+
+
+def test_p_values_agree_with_the_interval():
+    rng = np.random.default_rng(0)
+    scores = rng.exponential(size=(400, 20, 2)) - 1 + rng.normal(0, 0.4, size=(400, 1, 1))
+    _, low, high, p = bootstrap_many(scores, ["a", "b"] * 10, draws=DRAWS)
+    excludes = (low > 0) | (high < 0)
+    assert 100 < excludes.sum() < 300
+    assert ((p < 0.05) == excludes).mean() > 0.99  # the quantile is within 1 %
+    sample = np.random.default_rng(1).normal(0.1, 1, size=(400, 1))
+    t = sample.mean() / (sample.std(ddof=1) / 20)
+    expected = student_tail(np.array([t]), np.array([399.0]))[0]
+    assert bootstrap(sample, ["a"] * 400, draws=20_000).p == pytest.approx(expected, rel=0.15)
+    assert bootstrap(np.zeros((5, 2)), ["a"] * 5).p == 1 and bootstrap(np.ones((5, 2)), ["a"] * 5).p == 0
+
+
+def test_holm():
+    """The worked example of Holm's procedure: sorted p-values times 4, 3, 2, 1, never decreasing."""
+    values = [0.01, 0.04, 0.03, 0.005]
+    estimates = [Estimate(1.0, 0.1, 1.9, p) for p in values]
+    unknown = Estimate(1.0, math.nan, math.nan)
+    found = holm([*estimates[:2], unknown, *estimates[2:]])
+    assert [e.adjusted for e in found if e is not found[2]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert math.isnan(found[2].adjusted) and [significance_mark(e) for e in found] == ["*", "", "", "", "*"]
+    assert [significance_mark(e) for e in estimates] == ["*"] * 4  # each one alone
+    assert [e.adjusted for e in holm([Estimate(0.0, -1.0, 1.0, 0.7)] * 3)] == [1, 1, 1] and holm([]) == []
 
 
 def test_no_bounds_without_a_spread():
     for scores, categories, resample in (
         (np.array([[1.0], [0.0], [1.0]]), ["a", "b", "b"], "prompts"),
         (np.array([[1.0], [0.0]]), ["a", "a"], "noise"),
+        (np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), ["a", "b", "b"], "prompts"),  # noise says nothing of prompts
     ):
         estimate = bootstrap(scores, categories, resample=resample)
         assert math.isnan(estimate.low) and math.isnan(estimate.high)
         assert str(estimate) == f"{estimate.mean:.1f}"
-        assert significance_mark(estimate) == ""
+        assert significance_mark(estimate) == "" and math.isnan(estimate.p)
+    repeated = bootstrap(np.random.default_rng(0).random((4, 8)), ["a", "a", "b", "b"], prompts=["p", "p", "q", "r"])
+    assert math.isnan(repeated.low) and math.isnan(repeated.high)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,63 @@ def test_the_mark_of_a_gain(tmp_path, capsys):
     assert [row["gain (%) excludes 0"] for row in rows] == ["", "1", "0"]
 
 
+def gains(count: int) -> dict[str, dict]:
+    """Gaussian noise and methods with growing gains over 20 prompts."""
+    rng = np.random.default_rng(0)
+    base, difference = rng.normal(size=(20, 2)), rng.normal(size=(20, 2))
+    difference -= difference.mean()
+    scores = {"Gaussian": base} | {f"M{i}": base + difference + 0.1 * (i + 1) for i in range(count)}
+    return {name: method(name, {"shapes-exact": values.tolist()}) for name, values in scores.items()}
+
+
+def test_marks_of_many_comparisons_are_corrected(tmp_path, capsys):
+    size = {"prompts": [str(i) for i in range(20)], "categories": ["all"] * 20}
+    five, six = (write(tmp_path / str(n), gains(n), **size) for n in (5, 6))
+    text, corrected = run(capsys, five), run(capsys, six)
+    assert "* excludes 0. " in text and "Holm" not in text
+    assert "* excludes 0, after Holm correction for 6 comparisons." in corrected
+    rows = read_csv(run(capsys, six, "--format", "csv"))[1:]
+    p, adjusted = ([float(row[f"gain {kind}"]) for row in rows] for kind in ("p", "adjusted p"))
+    expected = np.maximum.accumulate(np.sort(p) * np.arange(6, 0, -1)).clip(max=1)
+    assert sorted(adjusted) == pytest.approx(expected.tolist(), rel=1e-4)
+    marks = [row["gain"].endswith("*") for row in read_markdown(corrected)[1:]]
+    assert marks == [value < 0.05 for value in adjusted]
+    assert [row["gain excludes 0"] for row in rows] == [str(int(value < 0.05)) for value in p]
+    assert sum(marks) < sum(value < 0.05 for value in p)  # the smallest gains lose their mark
+    again = write(tmp_path / "again", gains(3), **size)
+    assert "Holm correction for 6 comparisons" in run(capsys, again, write(tmp_path / "other", gains(3), **size))
+    ablations = run(capsys, f"a=1:{five}", f"a=2:{again}", "--table", "4")
+    assert "* excludes 0, after Holm correction for 8 comparisons." in ablations
+    assert [row["adjusted p"] for row in read_csv(run(capsys, five, "--format", "csv")) if "adjusted p" in row] == []
+
+
+def test_notes_say_what_the_intervals_cover(shapes, tmp_path, capsys):
+    assert "95 % intervals over prompts and training seeds, paired" in (text := run(capsys, shapes))
+    assert "With one training seed, an interval is over prompts only" in text  # the search of this file is "trained"
+    alone = {"Gaussian": method("Gaussian", {"shapes-exact": BASE}, trained=False)}
+    search = {"best of 2": method("best of 2", {"shapes-exact": SEED_0}, trained=False)}
+    text = run(capsys, write(tmp_path / "untrained", alone | search))
+    assert "95 % intervals over prompts, paired" in text and "training" not in text.split("In brackets")[1]
+    text = run(capsys, write(tmp_path / "single", alone | search, categories=["a", "b", "b", "b"]))
+    assert "No interval where a category has a single prompt." in text and "[" not in text.split("In brackets")[0]
+    text = run(capsys, write(tmp_path / "noise", alone, categories=["a", "b", "b", "b"]), "--resample", "noise")
+    assert "No interval" not in text and "[" in text.split("In brackets")[0]
+
+
+def test_repeated_prompts_are_one_prompt(tmp_path, capsys):
+    scores = {"Gaussian": BASE, "PPO": SEED_0}
+    once = {name: method(name, {"shapes-exact": values}) for name, values in scores.items()}
+    rows = [0, 0, 0, 1, 2, 3]
+    twice = {name: method(name, {"shapes-exact": [values[i] for i in rows]}) for name, values in scores.items()}
+    size = {"prompts": [f"p{i}" for i in rows], "categories": [CATEGORIES[i] for i in rows]}
+    for part in (once, twice):
+        for record in part.values():
+            record["diversity"] = {}
+    text, repeated = run(capsys, write(tmp_path / "once", once)), run(capsys, write(tmp_path / "twice", twice, **size))
+    assert read_markdown(text) == read_markdown(repeated)
+    assert "4 prompts × 2 samples" in text and "4 prompts in 6 rows × 2 samples" in repeated
+
+
 @pytest.mark.parametrize("layout", ["results", "1", "2", "3"])
 def test_latex_is_balanced_and_escaped(shapes, drawbench, capsys, layout):
     text = run(capsys, shapes, drawbench, "--table", layout, "--format", "latex")

@@ -19,7 +19,6 @@ from noisear_rl.report import charts as figures
 from noisear_rl.report import page as report_page
 from noisear_rl.report.embed import embed_file, fit_images
 from noisear_rl.report.page import command
-from noisear_rl.report.summary import table_rows, verdict
 from noisear_rl.samplers.by_name import SearchConfig
 
 # Right images out of 4 samples, by prompt; the prompts are named after the order in which they must be shown.
@@ -92,55 +91,21 @@ def methods_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())["methods"]
 
 
-def verdict_of(folder: Path, judge: str = "exact") -> str:
-    return verdict(table_rows(load_results(folder)), judge, binary=judge == "exact").replace("\u00a0", " ")
-
-
 def shown_prompts(page: str) -> list[str]:
     return re.findall(r'<article class="case".*?<h3>([^<]*?) ?<', page, re.S)
 
 
-def test_verdict_at_equal_cost(tmp_path):
-    sentence = verdict_of(write_evaluation(tmp_path / "run"))
-    # 12 of 24 right against (15 + 17) / 2 of 24; both categories have the same number of prompts.
-    assert sentence.startswith(
-        "PPO gets 66.7 % of the images right, 16.7 points more than Gaussian noise (95 % interval"
-    )
-    assert sentence.endswith("not significant), at equal cost: 1 network evaluation per image.")
-    assert sentence.count(". ") == 0  # one sentence
-
-
-def test_verdict_names_significance_cost_and_the_best_at_equal_cost(tmp_path):
-    methods = methods_of(write_evaluation(tmp_path / "first"))
-    methods["Gaussian"]["scores"]["exact"] = [[0.0, 0.0, 0.0, 1.0]] * 5 + [[0.0] * 4]
-    search = {"group": "best of 4", "slug": "search", "nfe": 4.0, "kl_to_gaussian": None}
-    search["scores"] = methods["PPO 0"]["scores"] | {"exact": [[1.0] * 4] * 5 + [[1.0, 1.0, 1.0, 0.0]]}
-    sentence = verdict_of(write_evaluation(tmp_path / "run", methods=methods | {"s": methods["PPO 0"] | search}))
-    assert sentence.startswith("Best of 4 gets 95.8 % of the images right, 75.0 points more than Gaussian noise")
-    assert re.search(r"\(95 % interval \+\d\d\.\d to \+\d\d\.\d, significant\), but not at equal cost", sentence)
-    assert "4 network evaluations per image instead of 1; at equal cost the best is PPO, +45.8 points" in sentence
-
-
-def test_verdict_of_scores_losses_and_a_lone_baseline(tmp_path):
-    methods = methods_of(write_evaluation(tmp_path / "first"))
-    for name, shift in (("PPO 0", 1.0), ("PPO 1", 2.0)):
-        methods[name]["scores"]["clip"] = (np.array(methods["Gaussian"]["scores"]["clip"]) - shift).tolist()
-    loss = verdict_of(write_evaluation(tmp_path / "loss", methods=methods, judge="clip"), "clip")
-    # Means over prompts and samples: 9.5 + 2.5 + 2.25 for Gaussian noise, 1.5 less for PPO.
-    assert re.match(r"PPO scores 12\.8 on clip, 1\.5 less than Gaussian noise \(.*, significant\)", loss)
-    alone = verdict_of(write_evaluation(tmp_path / "alone", methods={"Gaussian": methods["Gaussian"]}))
-    assert alone.startswith("Only Gaussian noise was evaluated: it gets 50.0 % of the images right")
-
-
-def test_one_prompt_and_one_sample_have_no_interval(tmp_path):
-    methods = methods_of(write_evaluation(tmp_path / "first"))
-    for part in methods.values():
-        part["scores"] = {name: [values[1][1:2]] for name, values in part["scores"].items()}
-        part["diversity"] = {}
-    run = write_evaluation(tmp_path / "run", methods=methods, prompts=["only"], categories=["all"], samples=1)
-    assert "too few images to rule out chance" in verdict_of(run)
-    page = report(run)
-    assert "no interval" in page and not re.search(r"\bnan\b", re.sub(r'base64,[^"]*"', "", page))
+def test_notes_name_training_seeds_and_trainings_their_commit(tmp_path):
+    run, training = write_evaluation(tmp_path / "run"), write_training(tmp_path / "ppo-seed-0", [0.1, 0.2])
+    starts = [
+        {"step": 0, "commit": "0123abcd", "dirty": True, "command": "noisear ppo"},
+        {"step": 20, "commit": "fe12"},
+    ]
+    (training / "provenance.json").write_text(json.dumps(starts))
+    page = report(run, training)
+    assert "95 % interval over prompts and training seeds" in " ".join(page.split())
+    assert "ppo-seed-0, commit 0123abcd with uncommitted changes" in page
+    assert "noisear ppo" in page and "after update 20" in page and "fe12" in page
 
 
 def test_prompts_where_the_best_method_fails_come_first(tmp_path):
