@@ -31,7 +31,7 @@ class ShapesMatch:
     """
 
     name = "shapes-match"
-    statistics = (0.69, 0.34)
+    statistics = (0.70, 0.32)
 
     def __init__(self) -> None:
         detector = load_detector(ASSETS / "train_detector")
@@ -72,11 +72,11 @@ class ShapesMatch:
 class ShapesClip:
     """``exp(logit_scale) · cos(text, image)`` of the embedded CLIP, analogous to PickScore.
 
-    About -1 to 24 on generated images; compare scores within a prompt, not across prompts.
+    About 0 to 22 on generated images; compare scores within a prompt, not across prompts.
     """
 
     name = "shapes-clip"
-    statistics = (16.9, 4.3)
+    statistics = (15.1, 2.7)
 
     def __init__(self) -> None:
         self.clip = load_clip()
