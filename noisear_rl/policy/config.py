@@ -41,9 +41,10 @@ class NoiseARConfig:
         positions: ``"learned"`` (starts as unit Gaussian vectors) or ``"sinusoidal"`` (the paper's default)
             position encodings; ``"paper"`` only. Neighbouring sinusoids are nearly parallel, which halves what
             a natural-gradient step of given KL achieves.
-        text_features: ``"normalized"`` (a LayerNorm of the embeddings) or ``"whitened"`` (decorrelated by statistics of
-            the training prompts, which are fitted when training starts and kept in the checkpoint); ``"paper"`` only.
-            Whitening lets the policy distinguish prompts that differ only in the order of their words.
+        text_features: ``"normalized"`` (LayerNorms of the embeddings and of the text layers' output) or ``"whitened"``
+            (the same, decorrelated by statistics of the training prompts, which are fitted when training starts and
+            kept in the checkpoint); ``"paper"`` only. Whitening lets the policy distinguish prompts that differ only in
+            the order of their words from the first update on, whatever the text encoder.
         text_scale: Factor on the initial values and outputs of cross-attention. With ``"whitened"``, 4 makes the text
             count as much as the position from the start.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
@@ -79,8 +80,6 @@ class NoiseARConfig:
             raise ValueError(f"text_encoder must not be empty and text_layers not negative, got {self.text_layers}")
         if self.text_encoder == TOKENS:
             self.text_dim, self.text_layers = 1, max(1, self.text_layers)
-            if self.text_features == "whitened":
-                raise ValueError("text_features='whitened' is of embeddings, and text_encoder='tokens' reads none")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
         if not self.temperature > 0:

@@ -31,13 +31,15 @@ Text = tuple[list[KeysValues], torch.Tensor | None]  # keys and values per block
 
 
 class Decoder(nn.Module):
-    """Token embedding and decoder blocks. A subclass adds what reads the text and the prediction heads.
+    """Token embedding and decoder blocks. A subclass adds what encodes the text and the prediction heads.
 
     Attributes:
         residual_of_norm: Whether a sublayer's result is added to its normalised input instead of to the input itself.
+        masks_padding: Whether padding of the text is masked.
     """
 
     residual_of_norm = False
+    masks_padding = True
     latent_patch_encoder: nn.Module
     learnable_start_token_emb: torch.Tensor
     pos_encoding: torch.Tensor
@@ -54,7 +56,15 @@ class Decoder(nn.Module):
         self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
 
     def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
-        """Projects the text ``(B, L, D)`` once for all patches."""
+        """Encodes and projects the text ``(B, L, D)`` once for all patches; ``text_mask`` is ``(B, L)``."""
+        mask = None
+        if text_mask is not None and self.masks_padding:
+            mask = text_mask.bool()[:, None, None]  # (B, 1, 1, L)
+        text = self.encode(text, mask)  # (B, L, d)
+        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+
+    def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Text ``(B, L, D)`` → ``(B, L, d)``; ``mask`` is ``(B, 1, 1, L)``, true where a token counts."""
         raise NotImplementedError
 
     def heads(self, features: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,11 +120,11 @@ class PaperDecoder(Decoder):
         # Small at first: a step on few samples would otherwise be spent on telling their prefixes apart.
         nn.init.normal_(self.latent_patch_encoder.weight, std=0.1 / a**0.5)
         self.learnable_start_token_emb = nn.Parameter(torch.randn(d) * 0.1)
+        whitened = config.text_features == "whitened"
         self.token_embedding: TokenEmbedding | None = None
         if config.text_encoder == TOKENS:
             self.token_embedding = TokenEmbedding(config.text_vocabulary, config.text_length, d)
         else:
-            whitened = config.text_features == "whitened"
             self.text_norm = Whitening(config.text_dim) if whitened else nn.LayerNorm(config.text_dim)
             self.dim_adapter = nn.Linear(config.text_dim, d)
         encoding = sinusoidal_encoding(n + 1, d)
@@ -124,7 +134,9 @@ class PaperDecoder(Decoder):
             self.register_buffer("pos_encoding", encoding)
         layers = range(config.text_layers)
         self.text_layers = nn.ModuleList(TextLayer(d, config.d_ff, config.n_heads, config.dropout) for _ in layers)
-        self.text_final_norm = nn.LayerNorm(d) if config.text_layers else nn.Identity()
+        self.text_final_norm: nn.Module = nn.Identity()
+        if config.text_layers:
+            self.text_final_norm = Whitening(d) if whitened else nn.LayerNorm(d)
         self.add_blocks(config)
         with torch.no_grad():
             for layer in self.cross_attn_layers:
@@ -136,17 +148,15 @@ class PaperDecoder(Decoder):
         if self.kind == "shared":
             self.log_variance = nn.Parameter(torch.zeros(n))
 
-    def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
-        """See :meth:`Decoder.read`; padding is masked."""
+    def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """See :meth:`Decoder.encode`: embedding and text layers."""
         if self.token_embedding is not None:
             text = self.token_embedding(text[..., 0].long())  # (B, L, d)
         else:
             text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype)))
-        mask = None if text_mask is None else text_mask.bool()[:, None, None]  # (B, 1, 1, L)
         for layer in self.text_layers:
             text = layer(text, mask)
-        text = self.text_final_norm(text)
-        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+        return self.text_final_norm(text)
 
     def forward(self, x: torch.Tensor, text: Text, cache: list[KeysValues | None] | None = None) -> torch.Tensor:
         """See :meth:`Decoder.forward`."""

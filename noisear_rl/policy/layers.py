@@ -48,11 +48,12 @@ def attend(
 
 
 class Whitening(nn.Module):
-    """Decorrelates text embeddings: ``(t - mean) · (Σ + ridge·I)^(-1/2)``, with statistics of training prompts.
+    """Decorrelates tokens: ``(t - mean) · (Σ + ridge·I)^(-1/2)``, with statistics of training prompts.
 
-    Text encoders spend nearly all their variance on a few directions. Words whose order decides what to draw ("left of"
-    and "right of") differ in the others, which would otherwise hardly reach the policy. The statistics are buffers and
-    thus part of every checkpoint; until they are fitted, the layer changes nothing.
+    Text encoders spend nearly all their variance on a few directions, and so do untrained text layers. Prompts whose
+    order of words decides what to draw ("left of" and "right of") differ in the others, which would otherwise hardly
+    reach the policy. The statistics are buffers and thus part of every checkpoint; until they are fitted, the layer
+    changes nothing.
 
     Args:
         width: Text width ``D``.

@@ -109,33 +109,40 @@ class NoiseARPolicy(
         """The network's features of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
         return self.network(self.network.tokens(patches), self.network.read(text, text_mask))
 
+    @torch.no_grad()
     def fit_text(self, text: torch.Tensor, text_mask: torch.Tensor) -> None:
         """Measures the statistics of the text that ``text_features="whitened"`` needs.
 
         Fitted once, before training: statistics are part of the policy, and of the reference of a KL.
 
         Args:
-            text: Embeddings ``(B, L, D)`` of training prompts.
+            text: Training prompts ``(B, L, D)``.
             text_mask: ``(B, L)``, true where a token counts.
 
         Raises:
             ValueError: If the policy has no such statistics, or they are fitted already.
         """
         self._check_text(text, text_mask)
-        layer = self._unfitted()
-        if layer is None:
+        layers, device = self._unfitted(), next(self.parameters()).device
+        if not layers:
             raise ValueError("this policy needs no text statistics, or has them already")
-        layer.fit(text[text_mask.bool()])
+        text, mask = text.to(device), text_mask.bool().to(device)
+        fit = lambda layer, inputs: layer.fit(inputs[0][mask])  # each on what those before it put out
+        hooks = [layer.register_forward_pre_hook(fit) for layer in layers]
+        try:
+            self.network.encode(text, mask[:, None, None])
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def needs_text_statistics(self) -> bool:
         """Whether :meth:`fit_text` must be called before training."""
-        return self._unfitted() is not None
+        return bool(self._unfitted())
 
-    def _unfitted(self) -> Whitening | None:
-        """The layer that waits for its statistics."""
-        layer = getattr(self.network, "text_norm", None)
-        return layer if isinstance(layer, Whitening) and not bool(layer.fitted) else None
+    def _unfitted(self) -> list[Whitening]:
+        """The layers that wait for their statistics."""
+        return [layer for layer in self.network.modules() if isinstance(layer, Whitening) and not bool(layer.fitted)]
 
     def log_prob(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None

@@ -16,14 +16,15 @@ from torch import nn
 
 from noisear_rl.patches import sequence_shape
 from noisear_rl.policy.config import NoiseARConfig
-from noisear_rl.policy.decoder import Decoder, Text
-from noisear_rl.policy.layers import prediction_head, project_keys_values, sinusoidal_encoding
+from noisear_rl.policy.decoder import Decoder
+from noisear_rl.policy.layers import prediction_head, sinusoidal_encoding
 
 
 class ReleasedDecoder(Decoder):
     """The authors' network, with the names of their state dict."""
 
     residual_of_norm = True
+    masks_padding = False
 
     def __init__(self, config: NoiseARConfig):
         super().__init__()
@@ -37,12 +38,10 @@ class ReleasedDecoder(Decoder):
         self.prediction_head_mu = prediction_head(d, a, config.n_prediction_head)
         self.prediction_head_logvar = prediction_head(d, a, config.n_prediction_head)
 
-    def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
-        """See :meth:`Decoder.read`; the mask is ignored, as theirs is."""
+    def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """See :meth:`Decoder.encode`."""
         text = text.to(self.pos_encoding.dtype)
-        if self.dim_adapter is not None:
-            text = self.dim_adapter(text)  # (B, L, d)
-        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], None
+        return text if self.dim_adapter is None else self.dim_adapter(text)
 
     def heads(self, features: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Decoder.heads`."""

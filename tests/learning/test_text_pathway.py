@@ -107,6 +107,24 @@ def test_cross_talk_is_the_share_of_a_step_that_others_take():
     assert cross_talk(whitened, *batch(whitened, denoiser, ["a b", "b a"])) < 0.9
 
 
+@pytest.mark.parametrize("reading", [{"text_layers": 1}, TOKENS], ids=["embedding", "tokens"])
+def test_whitening_distinguishes_captions_that_share_most_words(random_denoiser, reading):
+    """Before any training: otherwise a policy has to learn first that one word of many matters."""
+    captions = [f"a photo of a red circle {relation} a blue square" for relation in ("left of", "right of", "above")]
+    reader = PromptReader(reading.get("text_encoder", "denoiser"), random_denoiser)
+    talk = {}
+    for name, features in {"normalized": {"text_scale": 4.0}, "whitened": WHITENED}.items():
+        torch.manual_seed(0)
+        config = NoiseARConfig(d_model=64, d_ff=64, n_layers=1, **reading, **features)
+        policy = NoiseARPolicy(config.resized(reader.sizes)).eval()
+        fit_text(policy, reader, captions, seed=0)
+        text, mask = reader.read_prompts([caption for caption in captions for _ in range(64)])
+        patches = policy.sample(text, mask, seeds=range(len(text))).patches
+        groups = torch.arange(3).repeat_interleave(64)
+        talk[name] = cross_talk(policy, patches, text, mask, patches[:, -1].mean(-1), groups)
+    assert talk["whitened"] < 0.5 < 0.85 < talk["normalized"]
+
+
 def test_statistics_are_fitted_once_and_only_where_they_are_needed():
     denoiser = BagOfWords((1, 8, 4), 4)
     reader = PromptReader("denoiser", denoiser)

@@ -12,6 +12,7 @@ import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.policy.critic import NoiseARCritic
+from noisear_rl.policy.layers import Whitening
 from noisear_rl.prompts.reader import LONGEST, PromptReader, frozen_encoder
 from noisear_rl.samplers import PolicySampler
 from tests import tiny_pipelines, toys
@@ -20,7 +21,7 @@ from tests.conftest import random_policy
 TOKENS = {"text_encoder": "tokens", "text_vocabulary": 50, "text_length": 16}
 READINGS = {
     "tokens": TOKENS,
-    "tokens, two layers": TOKENS | {"text_layers": 2, "text_scale": 4.0},
+    "whitened tokens, two layers": TOKENS | {"text_layers": 2, "text_features": "whitened", "text_scale": 4.0},
     "embedding, one layer": {"text_layers": 1},
     "whitened embedding, two layers": {"text_layers": 2, "text_features": "whitened", "text_scale": 4.0},
 }
@@ -47,6 +48,19 @@ def fitted(policy, text):
     if policy.needs_text_statistics:
         policy.fit_text(text, MASK)
     return policy
+
+
+def test_whitening_is_of_the_embeddings_and_of_the_layers_output():
+    for name, widths in (("whitened tokens, two layers", [128]), ("whitened embedding, two layers", [128, 256])):
+        options = READINGS[name] | {"text_layers": 2}
+        text = text_of(options)
+        policy = fitted(NoiseARPolicy(NoiseARConfig(**options)), text)
+        white = [m for m in policy.modules() if isinstance(m, Whitening)]
+        assert sorted(len(m.mean) for m in white) == widths and all(m.fitted for m in white)
+        encoded = policy.network.encode(text, MASK[:, None, None])[MASK]  # (tokens, d)
+        torch.testing.assert_close(encoded.mean(0), torch.zeros(128), rtol=0, atol=1e-4)
+        covariance = torch.cov(encoded.T)
+        assert (covariance - covariance.diag().diag()).abs().max() < 0.6 * covariance.diag().max()
 
 
 def test_an_untrained_policy_is_the_gaussian_prior(options):
@@ -130,7 +144,6 @@ def test_what_is_refused():
     for bad, message in (
         ({"text_encoder": ""}, "text_encoder must not be empty"),
         ({"text_layers": -1}, "text_layers not negative"),
-        ({"text_encoder": "tokens", "text_features": "whitened"}, "reads none"),
         ({"text_encoder": "tokens", "architecture": "released"}, "belong to architecture='paper'"),
         ({"text_layers": 1, "architecture": "released"}, "belong to architecture='paper'"),
     ):
