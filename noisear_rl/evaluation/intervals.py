@@ -28,6 +28,7 @@ from noisear_rl.evaluation.quantiles import (
 Resample = Literal["prompts", "noise"]
 MAX_ACCELERATION = 0.2  # beyond this, the skewness of a small sample is a guess
 LEVEL = 0.05  # of the marks
+FEW, BORROWED = 6, 2  # a category of fewer prompts knows its variance badly: so many degrees of freedom are borrowed
 
 
 @dataclass
@@ -199,11 +200,13 @@ def bootstrap(
     (30 prompts in six categories), and 93 to 97 % with 30 to 200 prompts, 1 to 8 samples and 50 to 80 % right images.
     A single 0/1 score for each of 30 prompts takes so few values that coverage is 94 to 98 %. Estimates that depend on
     a handful of images need more prompts: with 30, shares above 90 % and rare differences are covered in 90 to 94 %.
+    A category of fewer than six prompts is taken to vary at least as much as if two more degrees of freedom had the
+    largest variance of a larger category: two prompts that agree by chance do not make it certain.
 
     Scores of several training seeds also cover a new training seed: the squared standard error is that of the mean
     over seeds, plus ``s² / T`` with the variance ``s²`` of the seeds' means, and both count in the degrees of freedom.
-    The noise within a seed is in both parts, so the interval is a little wide: it covers 93.6 to 98.4 % with 3 or 5 seeds
-    whose true means have a standard deviation of 0 to 3 points, 60 or 130 prompts in six categories of 4 to 40, and 50
+    The noise within a seed is in both parts, so the interval is a little wide: it covers 94 to 99 % with 3 or 5 seeds
+    whose true means have a standard deviation of 0 to 3 points, 60 to 133 prompts in six categories of 2 to 40, and 50
     to 90 % right images. With one training seed, the interval covers new prompts only.
 
     Args:
@@ -283,8 +286,10 @@ def bootstrap_many(
     by_seed = np.mean([prompt_means(scores, rows).mean(-1) for rows in by_category.values()], 0)  # (R, T)
     mean, seeds, rng = by_seed.mean(1), by_seed.shape[1], np.random.default_rng(seed)
     variance, skew, squares = np.zeros((3, len(scores)))
-    drawn, known = np.zeros((draws, len(scores))), True
-    for part, weight in _items(scores.mean(1), by_category, resample):
+    drawn, known, normal = np.zeros((draws, len(scores))), True, np.zeros(len(scores))
+    parts = list(_items(scores.mean(1), by_category, resample))
+    large = [part.var(2, ddof=1) for part, _ in parts if resample == "prompts" and part.shape[2] >= FEW]
+    for part, weight in parts:
         n = part.shape[2]
         if n == 1:
             known = False
@@ -292,26 +297,32 @@ def bootstrap_many(
         rest = part - part.mean(2, keepdims=True)
         # Resampling n items understates their variance by (n - 1) / n.
         drawn += resampled_sums(rest, draws, rng) * (weight / n * math.sqrt(n / (n - 1)))
-        item = (rest**2).sum(2) / (n * (n - 1)) * weight**2  # variance of each group's share of the mean, (R, groups)
+        item, freedom = (rest**2).sum(2) / (n - 1), n - 1  # variance of the items of each group, (R, groups)
+        if large and n < FEW:
+            own, freedom = item, n - 1 + BORROWED
+            item = np.maximum(own, (own * (n - 1) + np.max(large, axis=0) * BORROWED) / freedom)
+            normal += (item - own).sum(1) * weight**2 / n
+        item = item * weight**2 / n  # of each group's share of the mean
         variance += item.sum(1)
-        squares += (item**2).sum(1) / (n - 1)
+        squares += (item**2).sum(1) / freedom
         skew += (rest**3).sum((1, 2)) * (weight / n) ** 3
     if not known:
         return mean, *np.full((3, len(mean)), np.nan)
-    if seeds > 1:  # too few to resample: their mean is drawn from a normal distribution
+    if seeds > 1:  # too few to resample
         of_seeds = by_seed.var(1, ddof=1) / seeds
-        drawn += rng.standard_normal((draws, 1)) * np.sqrt(of_seeds)
+        normal += of_seeds
         variance += of_seeds
         squares += of_seeds**2 / (seeds - 1)
+    drawn += rng.standard_normal((draws, 1)) * np.sqrt(normal)
     varies = variance > 1e-24  # constant scores leave a rounding error
     safe = np.where(varies, variance, 1.0)
     acceleration = np.where(varies, skew / (6 * safe**1.5), 0.0).clip(-MAX_ACCELERATION, MAX_ACCELERATION)
-    freedom = safe**2 / np.where(varies, squares, 1.0)
-    quantile = student_quantile(freedom)
+    total = safe**2 / np.where(varies, squares, 1.0)  # Welch-Satterthwaite degrees of freedom
+    quantile = student_quantile(total)
     drawn.sort(axis=0)
     low, high = (mean + quantile / Z * column_quantiles(drawn, accelerated_level(acceleration, z)) for z in (-Z, Z))
     side = np.where(mean > 0, mean - low, high - mean)  # the half of the interval that faces 0
-    p = student_tail(np.abs(mean) / np.where(varies, side, 1.0) * quantile, freedom)
+    p = student_tail(np.abs(mean) / np.where(varies, side, 1.0) * quantile, total)
     constant = (mean, mean, np.where(np.abs(mean) > 1e-12, 0.0, 1.0))
     return mean, *(np.where(varies, found, fixed) for found, fixed in zip((low, high, p), constant, strict=True))
 

@@ -202,6 +202,33 @@ def balanced_captions(split: Split, count: int, seed: int = 0) -> list[Caption]:
     return drawn
 
 
+def evaluation_captions(split: Split, per_category: int = 40) -> list[Caption]:
+    """Chooses captions for an evaluation: distinct ones, one per meaning, whatever their number.
+
+    The choice is fixed. A smaller ``per_category`` gives the first captions of every category.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        per_category: How many captions per category at most, equally many plain and coloured ones while there are some.
+
+    Returns:
+        Captions in the order of the categories; small categories have fewer.
+    """
+    chosen: list[Caption] = []
+    for category in CATEGORIES:
+        rng = random.Random(f"{SPLIT_SEED}/{split}/{category}")
+        kinds: list[list[Caption]] = []
+        for colored in (False, True):
+            said: dict[tuple[tuple[str, ...], str | None], list[Caption]] = {}
+            for caption in captions_of(split, category):
+                if bool(caption.objects[0].color) == colored:
+                    said.setdefault(meaning(caption), []).append(caption)
+            kinds.append([rng.choice(alike) for alike in rng.sample(list(said.values()), len(said))])
+        in_turn = (caption for pair in itertools.zip_longest(*kinds) for caption in pair if caption is not None)
+        chosen += itertools.islice(in_turn, per_category)
+    return chosen
+
+
 def parse_caption(text: str) -> Caption:
     """Parses a prompt.
 
