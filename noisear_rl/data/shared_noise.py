@@ -55,6 +55,9 @@ class SharedNoiseConfig:
     """Folder for the pairs, one per prompt."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts to choose for, a text file, or a split of `shapes`; unset for the prompts that were tried."""
+    num_prompts: int | None = None
+    """Number of prompts to choose for; a split gives equal shares of its categories, with captions of small categories
+    repeated. Unset for all."""
     noises: int = 8
     """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
     text_encoder: str = "denoiser"
@@ -214,7 +217,11 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
     if leak and not denoiser.signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise: use target: noise")
-    prompts = tried if config.prompts is None else resolve_prompts(config.prompts, denoiser.name).prompts
+    prompts = (
+        tried[: config.num_prompts]
+        if config.prompts is None
+        else resolve_prompts(config.prompts, denoiser.name, count=config.num_prompts).prompts
+    )
     reader = PromptReader(config.text_encoder, denoiser)
     asked = list(dict.fromkeys(prompts))
     choice = choose_noise(
