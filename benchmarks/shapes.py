@@ -1,166 +1,158 @@
-"""Compares all ways of choosing the noise on `shapes-turbo`: validation captions, a held-out judge, and their costs.
+"""Compares all ways of choosing the noise on `shapes-turbo`, on captions of the test split, by a held-out judge.
 
     python benchmarks/shapes.py                     # train what is missing, evaluate, write the page
     python benchmarks/shapes.py --train 0           # train one seed and stop; several processes can share the seeds
     accelerate launch --num-processes 2 benchmarks/shapes.py --evaluate
+    python benchmarks/shapes.py --render            # the page again from its data
 
-The policies are those of ``held_out.py``; REINFORCE is trained as long as PPO, and NPNet on weak-to-strong pairs that
-pass the filter of Golden Noise. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the
-judge. Interrupted runs resume. Writes ``benchmarks/results/shapes.md`` and ``shapes.png``; ``noisear report
-runs/shapes`` shows the images.
+Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
+validation captions. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which no
+training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
+them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the images.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import held_out  # in this folder
 import matplotlib.pyplot as plt
 import numpy as np
-from seeds import SEEDS
 
-from noisear_rl.algos import evaluate, npnet, reinforce
+from noisear_rl.algos import evaluate, prior
 from noisear_rl.algos.evaluate import EvaluateConfig
-from noisear_rl.data import pairs
-from noisear_rl.evaluation.intervals import (
-    bootstrap,
-    category_mean,
-    category_means,
-    paired_difference,
-    significance_mark,
-    win_rate,
-)
-from noisear_rl.evaluation.results import Results, load_results
-from noisear_rl.files import read_manifest, write_atomically
+from noisear_rl.config import load_yaml
+from noisear_rl.evaluation.intervals import bootstrap, category_means, holm, paired_difference, significance_mark
+from noisear_rl.evaluation.results import Results, from_record, load_results, read_record, to_record, write_page
+from noisear_rl.files import read_manifest
 from noisear_rl.learning.run import read_records
 from noisear_rl.report.plots import save_figure
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RUNS, PAGE = Path("runs/shapes"), ROOT / "benchmarks/results/shapes.md"
+SEEDS = (0, 1, 2)
 CAPTIONS, SAMPLES = 240, 4
-STAGES = {"NLL": "shared", "DPO": "dpo", "REINFORCE": "reinforce", "PPO": "ppo"}
-SEARCHES = ("best-of-2", "best-of-4", "best-of-8", "search-8", "reno-8")
-COMBINED = ("PPO+best-of-4", "PPO+search-4")
+STAGES = {"NLL on shared layouts": "nll", "PPO": "ppo"}
+SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
+
+
+def folder_of(seed: int) -> Path:
+    """Returns the folder of one training seed."""
+    return RUNS / f"seed-{seed}"
 
 
 def train(seed: int) -> None:
-    """Trains every method with one training seed; finished runs return immediately."""
-    held_out.train(seed, ["shared", "dpo", "ppo"])
-    at = lambda stage: held_out.folder_of(stage, seed)
-    start = {"init_from": str(at("shared")), "seed": seed}
-    preset = "reinforce_transfer.yaml"
-    held_out.run(reinforce.train, reinforce.ReinforceConfig, preset, at("reinforce"), **start)
-    first = {"seed": (seed + 1) * 10_000_000, "filter_reward": "shapes-match", "prompts": "train-balanced"}
-    held_out.run(pairs.build_pairs, pairs.PairsConfig, "pairs.yaml", at("npnet-pairs"), **first)
-    own = {"pairs": at("npnet-pairs"), "seed": seed}
-    held_out.run(npnet.train, npnet.NPNetTrainingConfig, "npnet.yaml", at("npnet"), **own)
-
-
-def evaluation(output_dir: Path) -> EvaluateConfig:
-    """Returns the configuration of the evaluation."""
-    paths = lambda stage: ",".join(str(held_out.folder_of(stage, seed)) for seed in SEEDS)
-    trained = [f"{name}={paths(stage)}" for name, stage in STAGES.items()]
-    return EvaluateConfig(
-        methods=(f"NPNet={paths('npnet')}", *SEARCHES, *trained, *COMBINED),
-        denoiser="shapes-turbo",
-        num_prompts=CAPTIONS,
-        samples=SAMPLES,
-        seed=2_000_000,
-        output_dir=output_dir,
+    """Trains with one training seed; finished stages return immediately."""
+    prior.train(
+        replace(load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml"), output_dir=folder_of(seed), seed=seed)
     )
 
 
-def images_of(group: str) -> int:
-    """Returns the number of images denoised to train a method, from its first seed; 0 for searches."""
-    name = group.split(" + ")[0]
-    if name == "NPNet":  # the filter denoises both sides of a pair, with 8 network evaluations of the teacher each
-        return 2 * read_manifest(held_out.folder_of("npnet-pairs", 0))["pairs"]
-    if name == "REINFORCE":
-        return held_out.images_of("shared", 0) + int(
-            read_records(held_out.folder_of("reinforce", 0))[-1]["charts/images"]
-        )
-    return held_out.images_of(STAGES[name], 0) if name in STAGES else 0
+def evaluation() -> EvaluateConfig:
+    """Returns the configuration of the evaluation."""
+    paths = lambda stage: ",".join(str(folder_of(seed) / stage) for seed in SEEDS)
+    return EvaluateConfig(
+        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in STAGES.items())),
+        denoiser="shapes-turbo",
+        prompts="test",
+        num_prompts=CAPTIONS,
+        samples=SAMPLES,
+        seed=2_000_000,
+        output_dir=RUNS / "evaluation",
+    )
 
 
-def page(results: Results, command: str) -> str:
-    """Formats the page of results as Markdown."""
-    categories, judge = results.categories, results.judge
-    baseline, seconds = results.methods[results.baseline], results.seconds_per_image()
+def training_images() -> dict[str, int]:
+    """Returns the number of images denoised to train each method, from the first seed."""
+    folder = folder_of(SEEDS[0])
+    shared = read_manifest(folder / "tried")["rollouts"] + read_manifest(folder / "shared")["leaked"]
+    return {
+        "NLL on shared layouts": shared,
+        "PPO": shared + int(read_records(folder / "ppo")[-1]["charts/images"]),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Formats the page as Markdown."""
+    results = from_record(record, RUNS)
+    prompts, categories, judge = results.prompts, results.categories, results.judge
+    baseline = results.methods[results.baseline]
     start = 100 * baseline.scores[judge]
+    score = {group: 100 * results.by_seed(group, judge) for group in results.groups}
+    others = [group for group in results.groups if group != results.baseline]
+    gains = holm([paired_difference(score[group], start, categories, prompts=prompts) for group in others])
+    gain = {
+        group: estimate.text(1, "+") + significance_mark(estimate)
+        for group, estimate in zip(others, gains, strict=True)
+    }
     lines = [
-        f"Exactly right images in %, held-out detector (`{judge}`), {len(results.prompts)} validation captions x "
-        f"{results.samples} noises, mean over six categories. 95 % intervals over captions (scores averaged over "
-        "training seeds first), gains paired; * excludes 0. NFE: network evaluations per image, including those of "
-        "searches; `reno-8` also has 6 backward passes. Searches choose by the training reward. Diversity within a "
-        "caption, by CLIP distance and by layout, Gaussian = 1. Seconds per image are a rough guide: other jobs ran "
-        "at the same time.",
+        f"Exactly right images in %, held-out detector (`{judge}`), {len(prompts)} captions of the test split "
+        f"({len(set(prompts))} distinct ones; small categories repeat theirs with other noise) x {results.samples} "
+        "noises, mean over six categories. 95 % intervals over distinct captions and training seeds, gains paired with "
+        "Gaussian noise of the same seeds; * excludes 0, corrected by Holm's method. NFE: network evaluations per "
+        "image, including those of searches, which choose by the training reward. Diversity within a caption, "
+        "Gaussian = 1.",
         "",
-        "| method | training images | NFE | right | gain | by seed | std of seeds | wins % | CLIP distance | layout "
-        "distance | KL | noise std | s per image |",
-        "|---" * 13 + "|",
+        "| method | training images | NFE | right | gain | by seed | CLIP distance | layout distance | KL, nats "
+        "| noise std |",
+        "|---" * 10 + "|",
     ]
     for group, names in results.groups.items():
         members = [results.methods[name] for name in names]
-        scores = 100 * results.pooled(group, judge)
-        gain = paired_difference(scores, start, categories)
-        own = [category_mean(100 * member.scores[judge], categories) for member in members]
-        several = len(members) > 1
-        wins = np.mean([win_rate(member.scores[judge], baseline.scores[judge]) for member in members], axis=0)
         ratio = lambda key, members=members: (
             f"{np.mean([m.diversity[key].mean() for m in members]) / baseline.diversity[key].mean():.2f}"
         )
-        kls = [member.kl_to_gaussian for member in members]
+        kls = [member.kl_to_gaussian for member in members if member.kl_to_gaussian is not None]
+        each = [np.mean(list(category_means(part, categories, prompts).values())) for part in score[group]]
         cells = [
             group,
-            f"{images_of(group):,}",
+            f"{results.facts['images'].get(group, 0):,}",
             f"{members[0].nfe:g}",
-            str(bootstrap(scores, categories)),
-            "" if group == results.baseline else gain.text(1, "+") + significance_mark(gain),
-            ", ".join(f"{value:.1f}" for value in own) if several else "",
-            f"{np.std(own, ddof=1):.1f}" if several else "",
-            f"{100 * category_mean(wins, categories):.1f}",
+            str(bootstrap(score[group], categories, prompts=prompts)),
+            gain.get(group, ""),
+            ", ".join(f"{value:.1f}" for value in each) if len(each) > 1 else "",
             ratio("shapes-clip"),
             ratio("layout"),
-            "" if None in kls else f"{np.mean([kl for kl in kls if kl is not None]):.0f}",
+            f"{np.mean(kls):.0f}" if kls else "",
             f"{np.mean([member.noise_std for member in members]):.2f}",
-            f"{np.mean([seconds[name] for name in names]):.3f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Paired comparisons at equal cost:", ""]
-    for one, other in (("PPO", "REINFORCE"), ("PPO", "DPO"), ("PPO", "NPNet"), ("PPO + best of 4", "best of 4")):
-        scores, baseline_scores = (100 * results.pooled(group, judge) for group in (one, other))
-        difference = paired_difference(scores, baseline_scores, categories)
-        lines.append(f"- {one} against {other}: {difference.text(1, '+')}{significance_mark(difference)}")
     order = list(dict.fromkeys(categories))
-    lines += ["", "By category:", "", "| method | " + " | ".join(order) + " |", "|---" * (len(order) + 1) + "|"]
+    distinct = {name: len({p for p, c in zip(prompts, categories, strict=True) if c == name}) for name in order}
+    lines += ["", "By category (distinct captions):", ""]
+    lines += [
+        "| method | " + " | ".join(f"{name} ({distinct[name]})" for name in order) + " |",
+        "|---" * (len(order) + 1) + "|",
+    ]
     for group in results.groups:
-        means = category_means(100 * results.pooled(group, judge), categories)
+        means = category_means(score[group].mean(0), categories, prompts)
         lines.append(f"| {group} | " + " | ".join(f"{means[name]:.1f}" for name in order) + " |")
-    lines += ["", f"Command: `{command}`. {results.provenance}."]
-    return "\n".join(lines)
+    lines += ["", f"Command: `python benchmarks/shapes.py`. Evaluated at {results.provenance}."]
+    return "\n".join(lines) + "\n"
 
 
 def chart(path: Path, results: Results) -> None:
     """Plots the percentage of right images against cost and against diversity."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), dpi=110, sharey=True)
     baseline = results.methods[results.baseline]
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for i, (group, names) in enumerate(results.groups.items()):
         members = [results.methods[name] for name in names]
-        estimate = bootstrap(100 * results.pooled(group, results.judge), results.categories)
-        spread = np.mean([m.diversity["shapes-clip"].mean() for m in members])
-        spread /= baseline.diversity["shapes-clip"].mean()
+        scores = 100 * results.by_seed(group, results.judge)
+        estimate = bootstrap(scores, results.categories, prompts=results.prompts)
+        spread = np.mean([m.diversity["layout"].mean() for m in members]) / baseline.diversity["layout"].mean()
         for axes, x in zip(panels, (members[0].nfe, spread), strict=True):
             bars = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-            axes.errorbar([x], [estimate.mean], bars, fmt="o", capsize=3, color=colors[i % 20], label=group)
+            axes.errorbar([x], [estimate.mean], bars, fmt="o", capsize=3, color=f"C{i}", label=group)
     panels[0].set(xscale="log", xlabel="network evaluations per image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     panels[0].minorticks_off()
-    panels[1].set(xlabel="diversity within a caption, Gaussian = 1")
+    panels[1].set(xlabel="diversity of layouts within a caption, Gaussian = 1")
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle("Validation captions, held-out judge, three training seeds, 95 % intervals", fontsize=10)
+    figure.suptitle("Test captions, held-out judge, 95 % intervals over captions and training seeds", fontsize=10)
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -170,20 +162,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, choices=SEEDS, help="train one seed and stop")
     parser.add_argument("--evaluate", action="store_true", help="evaluate without training")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/shapes"), help="folder for images and scores")
+    parser.add_argument("--render", action="store_true", help="write the page again from its data and stop")
     arguments = parser.parse_args()
-    if not arguments.evaluate:
-        for seed in SEEDS if arguments.train is None else [arguments.train]:
+    record = None
+    if not arguments.render:
+        for seed in () if arguments.evaluate else SEEDS if arguments.train is None else [arguments.train]:
             train(seed)
-        if arguments.train is not None:
-            return
-    if not evaluate.run(evaluation(arguments.output_dir)):
-        return  # not the main process
-    results = load_results(arguments.output_dir)
-    text = page(results, "python benchmarks/shapes.py")
-    write_atomically(RESULTS / "shapes.md", text + "\n")
-    chart(RESULTS / "shapes.png", results)
-    print(text)
+        if arguments.train is not None or not evaluate.run(evaluation()):
+            return  # or not the main process
+        record = to_record(replace(load_results(RUNS / "evaluation"), facts={"images": training_images()}))
+    print(write_page(PAGE, table, record))
+    chart(PAGE.with_suffix(".png"), from_record(read_record(PAGE.with_suffix(".json")), RUNS))
 
 
 if __name__ == "__main__":

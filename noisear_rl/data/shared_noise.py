@@ -228,6 +228,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
     )
     own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target")}
+    own["leaked"] = len(asked) * config.rounds if leak else 0  # images
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "rounds")}
     check_manifest(
