@@ -8,7 +8,7 @@
     noisear train-prior --config configs/shapes/prior.yaml --output-dir runs/prior
 
 Every stage writes to a folder of its own in the output folder. Run an interrupted command again to continue; finished
-stages return immediately. The policy is in ``ppo``.
+stages return immediately. The policy is in ``ppo``, or in ``nll`` with ``--last nll``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as pretrain
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.ppo import train as improve
-from noisear_rl.config import parse_config
+from noisear_rl.config import check_choices, parse_config
 from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs
 from noisear_rl.policy import NoiseARPolicy
 
@@ -35,6 +36,8 @@ class PriorConfig:
     """Folder with one folder per stage."""
     seed: int = 0
     """Seed of every stage."""
+    last: Literal["nll", "ppo"] = "ppo"
+    """Last stage to run; without PPO, the policy is in `nll`."""
     collect: CollectConfig = field(default_factory=CollectConfig)
     """Stage 1; always with the same noises for all prompts."""
     shared_noise: SharedNoiseConfig = field(default_factory=SharedNoiseConfig)
@@ -51,10 +54,13 @@ def train(config: PriorConfig) -> NoiseARPolicy:
     Raises:
         ValueError: If an option of a stage is out of range, or a folder holds a stage with other options.
     """
+    check_choices(config, "train-prior")
     tried, shared, nll, ppo = (config.output_dir / stage for stage in ("tried", "shared", "nll", "ppo"))
     collect(replace(config.collect, output_dir=tried, same_noise=True, seed=config.seed))
     print(f"shared noises: {build_pairs(replace(config.shared_noise, rollouts=tried, output_dir=shared))}", flush=True)
-    pretrain(replace(config.nll, pairs=shared, output_dir=nll, seed=config.seed, resume=True))
+    policy = pretrain(replace(config.nll, pairs=shared, output_dir=nll, seed=config.seed, resume=True))
+    if config.last == "nll":
+        return policy
     return improve(replace(config.ppo, init_from=str(nll), output_dir=ppo, seed=config.seed, resume=True))
 
 
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(PriorConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir / 'ppo'}")
+    print(f"policy: {config.output_dir / config.last}")
 
 
 if __name__ == "__main__":

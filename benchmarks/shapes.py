@@ -27,14 +27,13 @@ from noisear_rl.config import load_yaml
 from noisear_rl.evaluation.intervals import bootstrap, category_means, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import Results, from_record, load_results, read_record, to_record, write_page
 from noisear_rl.files import read_manifest
-from noisear_rl.learning.run import read_records
 from noisear_rl.report.plots import save_figure
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = Path("runs/shapes"), ROOT / "benchmarks/results/shapes.md"
 SEEDS = (0, 1, 2)
 CAPTIONS, SAMPLES = 240, 4
-STAGES = {"NLL on shared layouts": "nll", "PPO": "ppo"}
+STAGES = {"NLL on shared layouts": "nll"}
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
@@ -45,9 +44,8 @@ def folder_of(seed: int) -> Path:
 
 def train(seed: int) -> None:
     """Trains with one training seed; finished stages return immediately."""
-    prior.train(
-        replace(load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml"), output_dir=folder_of(seed), seed=seed)
-    )
+    config = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml")
+    prior.train(replace(config, output_dir=folder_of(seed), seed=seed, last="nll"))
 
 
 def evaluation() -> EvaluateConfig:
@@ -68,10 +66,7 @@ def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, from the first seed."""
     folder = folder_of(SEEDS[0])
     shared = read_manifest(folder / "tried")["rollouts"] + read_manifest(folder / "shared")["leaked"]
-    return {
-        "NLL on shared layouts": shared,
-        "PPO": shared + int(read_records(folder / "ppo")[-1]["charts/images"]),
-    }
+    return {"NLL on shared layouts": shared}
 
 
 def table(record: dict[str, Any]) -> str:
