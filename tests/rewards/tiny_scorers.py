@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from noisear_rl.denoisers.shapes.architecture import ASSETS
+from noisear_rl.denoisers.shapes.captions import vocabulary
 from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2, linear_head, mlp_head
 from noisear_rl.rewards.clip import CLIPScore
 from noisear_rl.rewards.mps import MPS, NAMES, CrossLayer
@@ -19,7 +20,12 @@ WIDTH, SIZE, TOKENS = 128, 28, 16
 
 def architecture(activation="quick_gelu"):
     shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": activation, "projection_dim": WIDTH}
-    text = {"vocab_size": 27, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": TOKENS}
+    text = {
+        "vocab_size": len(vocabulary()) + 3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "max_position_embeddings": TOKENS,
+    }
     return {
         "projection_dim": WIDTH,
         "text_config": {"hidden_size": 64, "intermediate_size": 96, **text, **shared},
@@ -63,7 +69,7 @@ def published_mps(network, layers=2):
 
 def write(folder):
     """Writes weight files; returns scorers that read them, and the networks they were written from, by name."""
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     folder.mkdir(exist_ok=True)
     scorers, networks = {}, {}
     for scorer, activation in ((CLIPScore, "quick_gelu"), (PickScore, "gelu")):

@@ -80,7 +80,8 @@ def test_an_image_follows_from_its_prompt_and_seed_alone(turbo, match, name):
     for i in (2, 0):
         alone = sampler(PROMPTS[i : i + 1], SEEDS[i : i + 1])
         torch.testing.assert_close(alone.noise[0], batch.noise[i], rtol=0, atol=tolerance)
-        torch.testing.assert_close(alone.images[0], batch.images[i], rtol=0, atol=tolerance)
+        # The denoiser amplifies what the noise differs by.
+        torch.testing.assert_close(alone.images[0], batch.images[i], rtol=0, atol=max(tolerance, 5e-5))
     again = turbo.denoise(batch.noise, turbo.encode(PROMPTS))
     torch.testing.assert_close(batch.images, again, rtol=0, atol=5e-5)
     if name in ("gaussian", "policy"):
@@ -264,7 +265,8 @@ def test_regularization_keeps_the_noise_gaussian(turbo, match, captions):
         Reno(GaussianSampler(turbo), turbo, match, iterations=10, learning_rate=10.0, regularization=w)(prompts, seeds)
         for w in (0.0, 0.01)
     )
-    assert abs(held.noise.std().item() - 1) < 0.04 and abs(held.noise.mean().item()) < 0.04
+    start = standard_noise(seeds, turbo.latent_shape)
+    assert abs(held.noise.std() - start.std()) < 0.04 and abs(held.noise.mean() - start.mean()) < 0.04
     assert free.noise.std() > held.noise.std() + 0.04  # 1.11 and 1.02
 
 
