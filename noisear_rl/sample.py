@@ -38,8 +38,8 @@ class SampleConfig:
     """Prompts that describe the images."""
     policy: str | None = None
     """Checkpoint, run folder, name of a policy that comes with the library (`shapes/NAME`) or Hub id; `gaussian` for
-    Gaussian noise only. Unset for `shapes/ppo` with the embedded denoisers, and for Gaussian noise only with others or
-    if that policy is not installed."""
+    Gaussian noise only. Unset for the best one that comes with the library with the embedded denoisers, and for Gaussian
+    noise only with others."""
     denoiser: str = "shapes"
     """Name or folder of the denoiser."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)

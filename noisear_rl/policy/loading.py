@@ -16,7 +16,7 @@ from noisear_rl.policy.released import released_config
 
 SHIPPED = Path(__file__).parents[1] / "assets/shapes/policies"  # one folder per policy of the embedded denoisers
 FAMILY = "shapes/"  # prefix of their names
-BEST = "shapes/ppo"  # the shipped policy that is used where none is named
+BEST = ("shapes/ppo", "shapes/nll")  # the first of these that is shipped is used where none is named
 
 
 def shipped_policies() -> list[str]:
@@ -25,8 +25,9 @@ def shipped_policies() -> list[str]:
 
 
 def best_shipped() -> str | None:
-    """Name of the best policy that comes with the library; ``None`` if it is not installed."""
-    return BEST if BEST in shipped_policies() else None
+    """Name of the best policy that comes with the library; ``None`` if there is none."""
+    shipped = shipped_policies()
+    return next((name for name in BEST if name in shipped), None)
 
 
 def find_policy(path: str | Path) -> str:
@@ -54,7 +55,7 @@ def load_policy(path: str | Path) -> NoiseARPolicy:
 
     Args:
         path: A checkpoint, a run folder (its newest checkpoint), the name of a policy that comes with the library
-            (:func:`shipped_policies`, such as ``shapes/ppo``), a Hub id, or a ``.pth`` file of the authors' network
+            (:func:`shipped_policies`, such as ``shapes/nll``), a Hub id, or a ``.pth`` file of the authors' network
             (:func:`load_released`).
 
     Raises:

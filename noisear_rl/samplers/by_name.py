@@ -1,7 +1,7 @@
 """The methods an evaluation compares, by name: trained policies and networks, and searches that start from them.
 
 ``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one; a path may be the name of a policy
-that comes with the library, such as ``shapes/ppo``. ``best-of-N``, ``search-N`` and ``reno-N`` start from Gaussian
+that comes with the library, such as ``shapes/nll``. ``best-of-N``, ``search-N`` and ``reno-N`` start from Gaussian
 noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they denoise per result.
 """
 
