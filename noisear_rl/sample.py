@@ -38,8 +38,8 @@ class SampleConfig:
     """Prompts that describe the images."""
     policy: str | None = None
     """Checkpoint, run folder, name of a policy that comes with the library (`shapes/NAME`) or Hub id; `gaussian` for
-    Gaussian noise only. Unset for the best one that comes with the library with the embedded denoisers, and for Gaussian
-    noise only with others."""
+    Gaussian noise only. Unset, the embedded denoisers use the best one that comes with the library, and others Gaussian
+    noise only."""
     denoiser: str = "shapes"
     """Name or folder of the denoiser."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
