@@ -1,18 +1,30 @@
 """Published tables are what their data render to, and README figures are in them."""
 
-import json
+import importlib
 import re
 from pathlib import Path
 
-from benchmarks import text_features
+import pytest
+
+from noisear_rl.evaluation.results import COMPRESSED, LIMIT, read_record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+DATA = sorted(RESULTS.glob("*.json*"))
 
 
-def test_text_features():
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.name)
+def test_pages_are_rendered_from_their_data(path, monkeypatch):
+    """What ``python benchmarks/X.py --render`` writes is what is published."""
+    name = path.name.removesuffix(".gz").removesuffix(".json")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # scripts import what they share
+    script = importlib.import_module(f"benchmarks.{name}")
+    assert script.table(read_record(RESULTS / f"{name}.json")) == (RESULTS / f"{name}.md").read_text()
+    assert path.stat().st_size <= (LIMIT if path.suffix == ".gz" else COMPRESSED)
+
+
+def test_readme_figures_of_text_features():
     table = (RESULTS / "text_features.md").read_text()
-    assert text_features.table(json.loads((RESULTS / "text_features.json").read_text())) == table
     sentence = re.search(r"then gets ([\d.]+) and ([\d.]+) % right instead of ([\d.]+) and ([\d.]+) %", readme())
     assert sentence is not None
     rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table.splitlines() if line.startswith("| ")}
