@@ -35,6 +35,9 @@ TINY = {
     "reinforce": "--updates 1 --prompts-per-update 1 --samples-per-prompt 4",
     "ppo": "--updates 1 --prompts-per-update 2 --samples-per-prompt 4",
     "collect": "--num-prompts 8 --samples-per-prompt 4",
+    "train-prior": "--collect.num-prompts 8 --collect.samples-per-prompt 4 --shared-noise.noises 2 "
+    "--shared-noise.min-reward -1 --shared-noise.prompts 'a photo of a red circle' 'a photo of two squares' "
+    "--nll.epochs 1 --nll.held-out-share 0.5 --ppo.updates 1 --ppo.prompts-per-update 2",
     "dpo": "--epochs 1 --batch-size 4 --threshold 0.001",
     "reward-gradient": "--updates 1 --prompts-per-update 2",
     "reward-statistics": "--num-prompts 4",

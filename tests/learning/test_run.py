@@ -15,6 +15,7 @@ from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.npnet import NPNetTrainingConfig
 from noisear_rl.algos.ppo import PPOConfig
+from noisear_rl.algos.prior import PriorConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.checkpoints import list_checkpoints
@@ -141,6 +142,7 @@ PRESETS = {
     "shapes/collect_same_noise": CollectConfig,
     "shapes/shared_noise": SharedNoiseConfig,
     "shapes/nll_shared_noise": NLLConfig,
+    "shapes/prior": PriorConfig,
     "shapes/ppo_transfer": PPOConfig,
     "shapes/npnet": NPNetTrainingConfig,
     "rewards/paper": RewardConfig,
