@@ -179,7 +179,7 @@ def test_best_of_four_beats_gaussian_noise(turbo, match, exact, captions, gaussi
     prompts, seeds = captions
     before = exact.score(gaussian_samples.images, prompts).mean()
     after = exact.score(BestOf(GaussianSampler(turbo), 4, match)(prompts, seeds).images, prompts).mean()
-    assert after > before + 0.12  # 0.92 and 0.71
+    assert after > before + 0.12  # 0.83 and 0.46
 
 
 def test_search_beats_its_start_and_never_falls(turbo, match, exact, captions, gaussian_samples):
@@ -192,7 +192,7 @@ def test_search_beats_its_start_and_never_falls(turbo, match, exact, captions, g
         higher = match.score(samples.images, prompts)
         assert (higher >= reward - 1e-5).all() and higher.mean() > reward.mean() + 0.01
         reward = higher
-    assert exact.score(samples.images, prompts).mean() > before + 0.12  # 0.92 and 0.71
+    assert exact.score(samples.images, prompts).mean() > before + 0.12  # 0.88 and 0.46
     assert samples.noise.std().item() == pytest.approx(1, abs=0.02)
 
 
@@ -267,7 +267,7 @@ def test_regularization_keeps_the_noise_gaussian(turbo, match, captions):
     )
     start = standard_noise(seeds, turbo.latent_shape)
     assert abs(held.noise.std() - start.std()) < 0.04 and abs(held.noise.mean() - start.mean()) < 0.04
-    assert free.noise.std() > held.noise.std() + 0.04  # 1.11 and 1.02
+    assert free.noise.std() > held.noise.std() + 0.04  # 1.10 and 1.01
 
 
 @pytest.mark.parametrize("kind", ["best_of", "search", "reno"])
