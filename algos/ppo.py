@@ -5,6 +5,7 @@
 with ``log π`` summed over the elements of patch ``i`` (Schulman et al. 2017; NoiseAR, appendix D, names PPO as
 future work). The reward comes after the last patch and γ = 1. A patch's log-ratio has a standard deviation of
 ``√(2·KL)`` whatever its size, so the KL of a step, not the number of elements, decides how much is clipped.
+Updates are as long as rewards confirm them (``learning/step_size.py``), so that pure noise moves next to nothing.
 
     python algos/ppo.py --config configs/shapes/ppo.yaml
 
@@ -33,6 +34,7 @@ from noisear_rl.gaussian import kl_to_gaussian, rows_of
 from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
+from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.policy.critic import NoiseARCritic
@@ -84,10 +86,12 @@ class PPOConfig:
     """With `gae`: episodes per step of the critic."""
     optimizer: Optimizer = "natural"
     """`natural` (steps that add up to `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam`."""
-    target_kl: float = 1.0
-    """Sum of the sizes of an update's steps, in nats per noise."""
+    step: Step = "adaptive"
+    """`adaptive` (at most `target_kl`, and small until rewards confirm the steps so far) or `fixed` (`target_kl`)."""
+    target_kl: float = 2.0
+    """Sum of the sizes of an update's steps in nats per noise; with `adaptive`, the largest sum."""
     kl_stop: float = 1.5
-    """An update stops once it has moved beyond this times `target_kl`."""
+    """An update stops once it has moved beyond this times its size."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
     cg_iterations: int = 8
@@ -138,7 +142,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
+    reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -149,10 +153,11 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         fisher_episodes=config.fisher_episodes,
         max_grad_norm=config.max_grad_norm,
     )
+    step_size = StepSize(config.step, config.target_kl)
     critic = NoiseARCritic(policy.config).to(run.device).eval() if config.advantage == "gae" else None
 
     # What a checkpoint holds besides the policy.
-    parts: dict[str, Any] = {"optimizer": optimizer}
+    parts: dict[str, Any] = {"optimizer": optimizer, "step_size": step_size}
     if task.reward.normalize == "running":  # otherwise it has no state
         parts |= {"reward": task.reward}
     if critic is not None:
@@ -200,9 +205,14 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         advantages = standardized(advantages, reward)
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
+        # How far this update may go.
+        with torch.no_grad():
+            agreed = agreement(old, reference.distribution(patches, text, mask), patches, advantages)
+        update_kl = step_size.next(agreed)
+
         # Policy: epochs of minibatches, until the update is as long as it may be.
         ratios, losses, clipped, approx_kl = [], [], [], 0.0
-        longest = config.kl_stop * config.target_kl
+        longest = config.kl_stop * update_kl
         for _ in range(config.epochs):
             order = rng.permutation(count) if config.minibatches > 1 else np.arange(count)
             for rows in np.array_split(order, min(config.minibatches, count)):
@@ -212,12 +222,14 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                 policy_loss = ppo_loss(log_prob, old_log_prob[rows], advantages[rows], config.clip_range)
                 loss = policy_loss + config.kl_prior_coef * kl_to_gaussian(distribution).sum(1).mean()
                 loss = loss - config.entropy_coef * distribution.entropy().sum(1).mean()
-                if reference is not None:
+                if config.kl_coef:
                     frozen = reference.distribution(b_patches, b_text, b_mask)
                     loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
                 policy.zero_grad(set_to_none=True)
                 loss.backward()
-                approx_kl = optimizer.step(b_patches, b_text, b_mask, rows_of(old, rows))
+                approx_kl = optimizer.step(
+                    b_patches, b_text, b_mask, rows_of(old, rows), share=update_kl / config.target_kl
+                )
                 ratio = (log_prob.detach() - old_log_prob[rows]).exp()
                 ratios.append(ratio.mean().item())
                 losses.append(policy_loss.item())
@@ -252,10 +264,13 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": float(np.mean(clipped)),
             "losses/first_ratio": ratios[0],
+            "policy/step_kl": update_kl,
             "policy/mean_abs": old.base_dist.mean.abs().mean().item(),
             "policy/std": old.base_dist.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_gaussian(old).sum(1).mean().item(),
         }
+        if agreed is not None:
+            record["policy/agreement"] = agreed
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
         if counters.step % config.save_every == 0:  # a diagnostic: 1 if a step on one prompt moves all alike

@@ -4,7 +4,8 @@
 
 The estimator leaves open how long a step is. Two answers: ``natural`` moves along ``F⁻¹ ∇J`` by a given KL
 (nats per noise), so that head, position and text features count by what they do to the noise; ``adam`` is the
-usual one, and much less sample-efficient here.
+usual one, and much less sample-efficient here. Either is as long as rewards confirm it (``learning/step_size.py``),
+so that pure noise moves next to nothing.
 
     python algos/reinforce.py --config configs/shapes/reinforce.yaml
 
@@ -13,6 +14,7 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text toke
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
+from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.seeds import Stream, stream_rng
@@ -65,8 +68,10 @@ class ReinforceConfig:
     """With `ema`: decay of the running mean of rewards, per update."""
     optimizer: Optimizer = "natural"
     """`natural` (a step of `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
-    target_kl: float = 1.0
-    """Size of a step in nats per noise."""
+    step: Step = "adaptive"
+    """`adaptive` (at most `target_kl`, and small until rewards confirm the steps so far) or `fixed` (`target_kl`)."""
+    target_kl: float = 2.0
+    """Size of a step in nats per noise; with `adaptive`, of the largest."""
     damping: float = 0.01
     """Damping of the Fisher matrix."""
     cg_iterations: int = 8
@@ -111,6 +116,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
+    reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -121,7 +127,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         fisher_episodes=config.fisher_episodes,
         max_grad_norm=config.max_grad_norm,
     )
-    parts: dict[str, Any] = {"optimizer": optimizer}
+    step_size = StepSize(config.step, config.target_kl)
+    parts: dict[str, Any] = {"optimizer": optimizer, "step_size": step_size}
     if task.reward.normalize == "running":  # otherwise it has no state
         parts |= {"reward": task.reward}
     counters = run.load(policy, **parts) if config.resume else Counters()
@@ -158,8 +165,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         policy.zero_grad(set_to_none=True)
         (policy_loss + config.kl_prior_coef * kl_to_prior).backward()
 
-        # Step.
-        kl = optimizer.step(patches, text, mask)
+        # Step, as long as the evidence allows.
+        with torch.no_grad():
+            agreed = agreement(distribution, reference.distribution(patches, text, mask), patches, advantages)
+        update_kl = step_size.next(agreed)
+        kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl)
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -173,10 +183,13 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             "losses/policy_loss": policy_loss.item(),
             "losses/entropy": distribution.entropy().sum(1).mean().item(),
             "losses/approx_kl": kl,
+            "policy/step_kl": update_kl,
             "policy/mean_abs": gaussian.mean.abs().mean().item(),
             "policy/std": gaussian.stddev.mean().item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
+        if agreed is not None:
+            record["policy/agreement"] = agreed
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
         if counters.step % config.save_every == 0:  # a diagnostic: 1 if a step on one prompt moves all alike

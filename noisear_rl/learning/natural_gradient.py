@@ -199,12 +199,17 @@ class PolicyOptimizer:
         """Adam's learning rate, as adapted so far; the natural step has none."""
         return self.adam.param_groups[0]["lr"]
 
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+
     def step(
         self,
         patches: torch.Tensor,
         text: torch.Tensor,
         text_mask: torch.Tensor | None,
         old: Independent | None = None,
+        share: float = 1.0,
     ) -> float:
         """Moves the policy.
 
@@ -214,6 +219,8 @@ class PolicyOptimizer:
             text_mask: ``(B, L)`` or ``None``.
             old: The distribution of these episodes to measure the KL from, such as that of the policy that sampled
                 them; ``None`` for the policy before this step.
+            share: Of ``target_kl`` to move by. Adam's learning rate is multiplied by its square root: KL grows with the
+                squared rate.
 
         Returns:
             ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes.
@@ -230,7 +237,7 @@ class PolicyOptimizer:
                 patches,
                 text,
                 text_mask,
-                target_kl=self.target_kl,
+                target_kl=share * self.target_kl,
                 damping=self.damping,
                 iterations=self.cg_iterations,
             )
@@ -240,14 +247,16 @@ class PolicyOptimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not norm.isfinite():
             raise ValueError("the gradient holds NaN or infinite values")
+        rate, target_kl = self.learning_rate, share * self.target_kl
+        self._set_learning_rate(rate * share**0.5)
         self.adam.step()
         with torch.no_grad():
             kl = _kl(before, self.policy.distribution(patches, text, text_mask))
         if self.kind == "adaptive_adam":
-            low, high = self.target_kl / ADAPT_BEYOND, self.target_kl * ADAPT_BEYOND
-            factor = ADAPT_FACTOR if kl < low else 1 / ADAPT_FACTOR if kl > high else 1.0
-            for group in self.adam.param_groups:
-                group["lr"] = min(max(group["lr"] * factor, ADAPT_RANGE[0]), ADAPT_RANGE[1])
+            low, high = target_kl / ADAPT_BEYOND, target_kl * ADAPT_BEYOND
+            rate *= ADAPT_FACTOR if kl < low else 1 / ADAPT_FACTOR if kl > high else 1.0
+            rate = min(max(rate, ADAPT_RANGE[0]), ADAPT_RANGE[1])
+        self._set_learning_rate(rate)
         return kl
 
     def state_dict(self) -> dict[str, Any]:
