@@ -83,7 +83,7 @@ def test_sample_from_gaussian_noise_only(shipped, capsys):
     assert "policy: none" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["sample", "--help"])
-    assert "shapes/ppo" in capsys.readouterr().out
+    assert "best one that comes" in capsys.readouterr().out
 
 
 def test_evaluate(shipped, turbo):
