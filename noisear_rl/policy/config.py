@@ -44,7 +44,7 @@ class NoiseARConfig:
         text_features: ``"normalized"`` (LayerNorms of the embeddings and of the text layers' output) or ``"whitened"``
             (the same, decorrelated by statistics of the training prompts, which are fitted when training starts and
             kept in the checkpoint); ``"paper"`` only. Whitening lets the policy distinguish prompts that differ only in
-            the order of their words from the first update on, whatever the text encoder.
+            the order of their words from the first update on. It is meant for embeddings without text layers.
         text_scale: Factor on the initial values and outputs of cross-attention. With ``"whitened"``, 4 makes the text
             count as much as the position from the start.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
