@@ -2,13 +2,13 @@
 
 Steps of a fixed KL never end: where rewards are pure noise, the policy walks at random. Here update ``u`` may spend
 
-    KL_u = min(W_u · 0.1 nats / u, target_kl),    W_u = 0.9 · W_{u-1} · exp(z_u - ½) + 0.1,    W_1 = 1
+    KL_u = min(W_u · 0.05 nats / u, target_kl),    W_u = 0.9 · W_{u-1} · exp(z_u - ½) + 0.1,    W_1 = 1
 
 where the *agreement* ``z_u`` is a t-statistic: do the rewards of fresh images rise on the way from the policy at the
 start to the present one? Without a signal it has mean 0 and variance 1, so each factor has mean 1, and so has ``W`` (an
 e-process with a fixed share: Ramdas et al. 2023, arXiv 2210.01948; Herbster & Warmuth 1998). The steps of pure noise
-therefore add up to ``0.1 · (1 + ½ + … + 1/u)`` nats in expectation: 0.45 after 50 updates, 0.75 after 1,000. With a
-signal ``W`` grows exponentially, and steps soon reach ``target_kl``.
+therefore add up to ``0.05 · (1 + ½ + … + 1/u)`` nats in expectation: 0.22 after 50 updates, 0.37 after 1,000. With a
+signal ``W`` grows exponentially, up to 10 times what a step of ``target_kl`` needs; when the signal ends, it decays.
 
 Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch.
 """
@@ -22,8 +22,9 @@ import torch
 from torch.distributions import Independent, kl_divergence
 
 Step = Literal["adaptive", "fixed"]
-FREE_KL = 0.1  # nats that the first update may spend without evidence; update u may spend a u-th of it
+FREE_KL = 0.05  # nats that the first update may spend without evidence; update u may spend a u-th of it
 RESET = 0.1  # share of the evidence that is reset at each update, so that old evidence is forgotten
+RESERVE = 10.0  # the most evidence, relative to what the largest step needs: a few updates without agreement do no harm
 LARGEST_AGREEMENT = 50.0  # keeps exp() finite
 
 
@@ -83,7 +84,7 @@ class StepSize:
             ratio = math.exp(min(agreement, LARGEST_AGREEMENT) - 0.5)
             self.evidence = (1 - RESET) * self.evidence * ratio + RESET
         free = FREE_KL / self.updates
-        self.evidence = min(self.evidence, max(self.target_kl / free, 1.0))  # as much as a full step needs
+        self.evidence = min(self.evidence, RESERVE * max(self.target_kl / free, 1.0))
         return min(self.evidence * free, self.target_kl)
 
     def state_dict(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_minibatches_of_episodes_that_are_left(tmp_path, episodes, left, minibat
 
 def test_a_step_beyond_the_limit_ends_the_update(tmp_path):
     """Adam at a high rate moves beyond the KL at its first step; without a limit it takes all of them."""
-    options = {"optimizer": "adam", "learning_rate": 0.1, "epochs": 8, "target_kl": 0.1, "updates": 1}
+    options = {"optimizer": "adam", "learning_rate": 0.1, "epochs": 8, "step": "fixed", "target_kl": 0.1, "updates": 1}
     ppo.train(config(tmp_path / "stopped", toys.Target(), **options))
     ppo.train(config(tmp_path / "free", toys.Target(), **options, kl_stop=1e9))
     stopped, free = (read_records(tmp_path / name)[0]["losses/approx_kl"] for name in ("stopped", "free"))

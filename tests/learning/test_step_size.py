@@ -50,7 +50,7 @@ def test_noise_spends_what_is_free_in_expectation():
         sums.append(sum(step_size.next(None if update == 0 else z[update]) for update in range(50)))
     free = FREE_KL * sum(1 / update for update in range(1, 51))
     assert 0.8 * free < np.mean(sums) < 1.02 * free  # a little less, because steps end at 2 nats
-    assert np.mean(np.array(sums) > 2) < 0.03
+    assert np.mean(np.array(sums) > 2) < 0.01
 
 
 def test_a_signal_lengthens_steps_and_its_end_shortens_them():
