@@ -86,7 +86,7 @@ def test_same_seed_same_episode_and_prompt_option():
     assert env.reset(seed=7, options={"prompt": "a photo of a cross"})[1]["prompt"] == "a photo of a cross"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("auto", 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("auto", 0.05)])
 def test_scalar_and_vector_agree(dtype, tolerance):
     envs = gymnasium.make_vec(ID, num_envs=3, vectorization_mode="vector_entry_point", dtype=dtype)
     assert isinstance(envs, NoiseVectorEnv)
@@ -122,7 +122,7 @@ def test_vector_reward_does_not_depend_on_the_batch(shapes):
         for patch in actions:
             result = envs.step(patch[:size])
         rewards.append(result[1][:2])
-    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-5)
+    np.testing.assert_allclose(rewards[0], rewards[1], atol=1e-3)
 
 
 def test_clipping_is_reported():
