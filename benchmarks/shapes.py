@@ -20,6 +20,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from gaussian import figure  # in this folder
 
 from noisear_rl.algos import evaluate, prior
 from noisear_rl.algos.evaluate import EvaluateConfig
@@ -70,8 +71,9 @@ def training_images() -> dict[str, int]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Formats the page as Markdown."""
+    """Formats the page as Markdown, with the figure of Gaussian noise from ``gaussian.json``."""
     results = from_record(record, RUNS)
+    noise = figure(read_record(PAGE.with_name("gaussian.json")), results.denoiser, ("test",))
     prompts, categories, judge = results.prompts, results.categories, results.judge
     baseline = results.methods[results.baseline]
     start = 100 * baseline.scores[judge]
@@ -88,7 +90,8 @@ def table(record: dict[str, Any]) -> str:
         "noises, mean over six categories. 95 % intervals over distinct captions and training seeds, gains paired with "
         "Gaussian noise of the same seeds; * excludes 0, corrected by Holm's method. NFE: network evaluations per "
         "image, including those of searches, which choose by the training reward. Diversity within a caption, "
-        "Gaussian = 1.",
+        f"Gaussian = 1. Gaussian noise: first the figure of `gaussian.md`, {noise.images:,} images of captions of the "
+        "test split, then the images compared here.",
         "",
         "| method | training images | NFE | right | gain | by seed | CLIP distance | layout distance | KL, nats "
         "| noise std |",
@@ -105,7 +108,8 @@ def table(record: dict[str, Any]) -> str:
             group,
             f"{results.facts['images'].get(group, 0):,}",
             f"{members[0].nfe:g}",
-            str(bootstrap(score[group], categories, prompts=prompts)),
+            (f"{noise.right}; here " if group == results.baseline else "")
+            + str(bootstrap(score[group], categories, prompts=prompts)),
             gain.get(group, ""),
             ", ".join(f"{value:.1f}" for value in each) if len(each) > 1 else "",
             ratio("shapes-clip"),
