@@ -1,36 +1,32 @@
 """Which colour is the left object? What a small probe can answer from each thing that a policy may read of a prompt.
 
     python benchmarks/binding_probe.py            # trains the probes
-    python benchmarks/binding_probe.py --render   # only renders the table
+    python benchmarks/binding_probe.py --render   # the page again from its data
 
 The answer needs colour, object and relation bound together, as a policy needs them to place objects. Probes train on
 the training captions of two coloured objects left or right of each other and are scored on the validation captions. A
 linear probe sees all tokens side by side; an attention probe is one learned query, as in a policy's cross-attention.
-Writes ``binding_probe.json`` and the table made of it, ``binding_probe.md``, in ``benchmarks/results``.
+Writes ``binding_probe.md`` and the scores behind it, ``binding_probe.json``, in ``benchmarks/results``.
 
 Shapes: ``B`` captions, ``L`` text tokens, ``D`` text width, ``d`` width of probes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pages import SEEDS, publish  # in this folder
 from torch import nn
 from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.denoisers.shapes.captions import COLORS, Split, captions_of
-from noisear_rl.files import write_atomically
 from noisear_rl.policy.layers import TextLayer, TokenEmbedding, Whitening, attend, project_keys_values
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.provenance import provenance
 
-RESULTS = Path(__file__).parent / "results"
 READINGS = {
     "embedding, normalized": "denoiser",
     "embedding, whitened": "denoiser",
@@ -39,7 +35,7 @@ READINGS = {
 }
 PROBES = ("linear", "attention")
 WIDTH, HEADS = 64, 4
-SEEDS, STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = (0, 1, 2), 1000, 128, 2e-3, 0.01
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 2e-3, 0.01
 
 Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # text (B, L, D), mask (B, L), the left object's colour (B,)
 
@@ -170,17 +166,5 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measures unless told to render only, and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="only render the table from the record")
-    file = RESULTS / "binding_probe.json"
-    if not parser.parse_args().render:
-        write_atomically(file, json.dumps(measure(load_denoiser("shapes", dtype="float32")), indent=1) + "\n")
-    text = table(json.loads(file.read_text()))
-    write_atomically(RESULTS / "binding_probe.md", text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    publish("binding_probe", __doc__, table, lambda: measure(load_denoiser("shapes", dtype="float32")))

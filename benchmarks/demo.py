@@ -1,74 +1,64 @@
 """The demo with three training seeds: does it learn every time, and what happens on validation captions?
 
-    python benchmarks/demo.py
+    python benchmarks/demo.py             # runs the missing seeds
+    python benchmarks/demo.py --render    # the page again from its data
 
-Writes ``benchmarks/results/demo.md`` and ``demo.png`` (the first seed's report). Runs go to ``runs/demo-seed-*``;
-finished seeds are not repeated.
+Writes ``demo.md``, the scores behind it, ``demo.json``, and the first seed's report, ``demo.png``, in
+``benchmarks/results``. Runs go to ``runs/demo-seed-*``; finished seeds are not repeated.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pages import RESULTS, SEED_HEAD, SEEDS, markdown, page, publish, seed_cells  # in this folder
 
 from noisear_rl import demo
 from noisear_rl.evaluation.intervals import Resample, bootstrap
-from noisear_rl.files import write_atomically
 from noisear_rl.prompts import categories_of
 
-SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parent / "results"
 PARTS: tuple[tuple[str, str, Resample], ...] = (
     ("trained", "Trained captions", "noise"),
     ("held_out", "Validation captions", "prompts"),
 )
 
 
-def main() -> None:
-    """Runs the missing seeds and writes the table."""
+def measure() -> dict[str, Any]:
+    """Runs the missing seeds and returns the scores of all."""
     folders = [Path(f"runs/demo-seed-{seed}") for seed in SEEDS]
     for seed, folder in zip(SEEDS, folders, strict=True):
         if not (folder / "results.json").exists():
             print(demo.run(demo.DemoConfig(output_dir=folder, seed=seed)))
-    records = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    lines = [
-        "Exactly right in %, held-out detector, equal NFE, 95 % intervals. Trained captions: 4, with fresh noise "
-        "(intervals over noise). Validation captions: 120 x 4 noises (intervals over captions). Pooled: mean over "
-        "training seeds, with intervals over noise or captions; the spread of the seeds has its own column.",
+    shutil.copy(folders[0] / "report.png", RESULTS / "demo.png")
+    return {"seeds": [json.loads((folder / "results.json").read_text()) for folder in folders]}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    seeds = record["seeds"]
+    count = {key: len(set(seeds[0][key]["prompts"])) for key, *_ in PARTS}
+    parts = [
+        "Exactly right in %, held-out detector, equal NFE, 95 % intervals; gains paired. Trained captions: "
+        f"{count['trained']}, with fresh noise (intervals over noise). Validation captions: {count['held_out']} "
+        "distinct ones (intervals over captions). Pooled and gain: over training seeds as well.",
     ]
     for key, title, resample in PARTS:
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| method | " + " | ".join(f"seed {s}" for s in SEEDS) + " | pooled | gain | std of seeds | KL |",
-        ]
-        lines.append("|" + "---|" * (len(SEEDS) + 5))
-        categories = categories_of(records[0][key]["prompts"])
-        methods = {
-            name: np.array([record[key]["methods"][name]["scores"]["shapes-exact"] for record in records]) * 100
-            for name in records[0][key]["methods"]
-        }
-        baseline = next(iter(methods.values()))
-        for name, scores in methods.items():  # (seeds, P, S)
-            each = [bootstrap(part, categories, resample=resample) for part in scores]
-            pooled = bootstrap(scores.mean(0), categories, resample=resample)
-            gain = bootstrap((scores - baseline).mean(0), categories, resample=resample)
-            kl = np.mean([record[key]["methods"][name]["kl_to_gaussian"] for record in records])
-            spread = np.std([estimate.mean for estimate in each], ddof=1)
-            cells = [name, *(str(e) for e in each), str(pooled), "" if scores is baseline else str(gain)]
-            lines.append("| " + " | ".join([*cells, f"{spread:.1f}", f"{kl:.1f}"]) + " |")
-    lines += [
-        "",
-        f"Command: `python benchmarks/demo.py`. Trained at {records[0]['provenance']}.",
-    ]
-    write_atomically(RESULTS / "demo.md", "\n".join(lines) + "\n")
-    shutil.copy(folders[0] / "report.png", RESULTS / "demo.png")
-    print("\n".join(lines))
+        prompts, methods = seeds[0][key]["prompts"], list(seeds[0][key]["methods"])
+        estimate = partial(bootstrap, categories=categories_of(prompts), prompts=prompts, resample=resample)
+        of = lambda name, what, key=key: np.array([what(part[key]["methods"][name]) for part in seeds])
+        exact = lambda name, of=of: 100 * of(name, lambda method: method["scores"]["shapes-exact"])  # (T, P, S)
+        kl = {name: float(of(name, lambda method: method["kl_to_gaussian"]).mean()) for name in methods}
+        baseline = exact(methods[0])[0]  # not trained: the same for every seed
+        rows = [[methods[0], *seed_cells(baseline[None], None, estimate, kl[methods[0]])]]
+        rows += [[name, *seed_cells(exact(name), baseline, estimate, kl[name])] for name in methods[1:]]
+        parts += [f"## {title}", markdown(["method", *SEED_HEAD], rows)]
+    return page(parts, "demo", seeds[0]["provenance"])
 
 
 if __name__ == "__main__":
-    main()
+    publish("demo", __doc__, table, measure)

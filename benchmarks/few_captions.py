@@ -2,47 +2,48 @@
 
     python benchmarks/few_captions.py                      # train what is missing, then evaluate
     python benchmarks/few_captions.py --train ppo          # train all seeds of one algorithm and stop
+    python benchmarks/few_captions.py --render             # the page again from its data
 
 The captions (``benchmarks/hard_captions.txt``) are training captions of ``counting``, ``position`` and ``color_attr``
 that Gaussian noise gets right at most 40 % of the time. They were drawn at random, 48 per category, tested with 64
 noises each, and the first sixteen that qualify were taken, cycling through the categories (``--choose-captions``
-repeats this). Runs go to ``runs/few_captions``; interrupted runs resume. Writes ``few_captions.md`` and ``.png`` in
-``benchmarks/results``.
+repeats this). Runs go to ``runs/few_captions``; interrupted runs resume. Writes ``few_captions.md``, the scores behind
+it and a figure, ``few_captions.json`` and ``.png``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from seeds import HEAD, SEEDS, baseline_rows, seeds_row  # in this folder
+from pages import RESULTS, SEED_HEAD, SEEDS, markdown, page, parser_of, seed_cells, write  # in this folder
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import captions_of
-from noisear_rl.evaluation.compare import best_of, evaluate
+from noisear_rl.evaluation.compare import as_results, best_of, evaluate
 from noisear_rl.evaluation.diversity import diversity
 from noisear_rl.evaluation.intervals import bootstrap
+from noisear_rl.evaluation.results import from_record, to_record
 from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
-from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.rewards.shapes import ShapesClip
 from noisear_rl.samplers import GAUSSIAN
 
 CAPTIONS = Path(__file__).parent / "hard_captions.txt"
-RUNS, RESULTS = Path("runs/few_captions"), Path(__file__).parent / "results"
+RUNS = Path("runs/few_captions")
 CATEGORIES = ("counting", "position", "color_attr")
 ALGORITHMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "reinforce": (reinforce.train, reinforce.ReinforceConfig),
@@ -109,77 +110,95 @@ def curves(path: Path, gaussian: float) -> None:
     save_figure(figure, path)
 
 
+def measure() -> dict[str, Any]:
+    """Returns the scores of the trained policies, and those of the first seed's checkpoints."""
+    captions = CAPTIONS.read_text().splitlines()
+    denoiser, reward, embed = load_denoiser("shapes-turbo"), load_reward(SCORERS), ShapesClip().embed
+    facts = {"images": {a: read_records(folder_of(a, 0))[-1]["charts/images"] for a in ALGORITHMS}}
+
+    def scores(policies: dict[str, NoiseARPolicy], samples: int, groups: dict[str, list[str]]) -> dict[str, Any]:
+        methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None, **policies}
+        with torch.no_grad():
+            found = evaluate(denoiser, reward, methods, captions, samples, seed=1_000_000, keep_images=8)
+        spread = {name: {"shapes-clip": diversity(result.images, embed)} for name, result in found.items()}
+        names = {"denoiser": "shapes-turbo", "prompt_set": CAPTIONS.name}
+        results = as_results(found, categories_of(captions), **names, groups=groups, diversity=spread, facts=facts)
+        return to_record(results)
+
+    final = {f"{a} {seed}": load_policy(folder_of(a, seed)) for a in ALGORITHMS for seed in SEEDS}
+    course = {
+        f"{a} {checkpoint.name.removeprefix('step-')}": load_policy(checkpoint)
+        for a in ALGORITHMS
+        for checkpoint in list_checkpoints(folder_of(a, 0))
+    }
+    groups = {a: [f"{a} {seed}" for seed in SEEDS] for a in ALGORITHMS}
+    return {"final": scores(final, SAMPLES, groups), "course": scores(course, 16, {name: [name] for name in course})}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    final, course = (from_record(record[key], RUNS) for key in ("final", "course"))
+    estimate = partial(bootstrap, categories=final.categories, prompts=final.prompts, resample="noise")
+    first = final.methods[final.baseline]
+    baseline, four = (100 * part[final.judge] for part in (first.scores, best_of(first.scores, 4, "shapes-match")))
+    rows = [
+        ["Gaussian", 0, *seed_cells(baseline[None], None, estimate, 0.0), "1.00"],
+        [
+            "Gaussian, best of 4 by the training reward (4 x the cost)",
+            0,
+            *seed_cells(four[None], None, estimate, 0.0),
+            "",
+        ],
+    ]
+    unit = first.diversity["shapes-clip"].mean()
+    for algorithm, title in TITLES.items():
+        members = [final.methods[name] for name in final.groups[algorithm]]
+        kl = float(np.mean([member.kl_to_gaussian for member in members]))
+        cells = seed_cells(100 * final.by_seed(algorithm, final.judge), baseline, estimate, kl)
+        ratio = f"{np.mean([member.diversity['shapes-clip'].mean() for member in members]) / unit:.2f}"
+        rows.append([title, f"{final.facts['images'][algorithm]:,}", *cells, ratio])
+    unit, steps = course.methods[course.baseline].diversity["shapes-clip"].mean(), []
+    for name, method in course.methods.items():
+        if name != course.baseline:
+            algorithm, step = name.split()
+            images = int(step) * SHARED["prompts_per_update"] * SHARED["samples_per_prompt"]
+            found, ratio = estimate(100 * method.scores[course.judge]), method.diversity["shapes-clip"].mean() / unit
+            steps.append([TITLES[algorithm], f"{images:,}", found, f"{method.kl_to_gaussian:.0f}", f"{ratio:.2f}"])
+    return page(
+        [
+            f"Exactly right images in %, held-out detector, {len(final.prompts)} hard training captions x "
+            f"{final.samples} fresh noises, 1 network evaluation per image, mean over categories; 95 % intervals over "
+            "noise and training seeds, gains paired. Training uses rewards only, no reward gradients. Diversity: mean "
+            "pairwise CLIP distance within a caption, Gaussian = 1.",
+            markdown(["method", "training images", *SEED_HEAD, "diversity"], rows),
+            f"Checkpoints of the first seed ({course.samples} noises per caption; intervals over noise):",
+            markdown(["method", "training images", "right", "KL", "diversity"], steps),
+            f"Options: {json.dumps(SHARED)}, log-variance {POLICY.log_variance}, defaults otherwise.",
+        ],
+        "few_captions",
+        final.provenance,
+    )
+
+
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--train", choices=tuple(ALGORITHMS), help="train all seeds of one algorithm and stop")
     parser.add_argument("--choose-captions", action="store_true", help="choose the captions again and stop")
     arguments = parser.parse_args()
     if arguments.choose_captions:
         write_atomically(CAPTIONS, "".join(f"{caption}\n" for caption in choose_captions()))
         return
+    if arguments.render:
+        write("few_captions", table, None)
+        return
     for algorithm in [arguments.train] if arguments.train else ALGORITHMS:
         train(algorithm)
-    if arguments.train:
-        return
-
-    captions = CAPTIONS.read_text().splitlines()
-    categories = categories_of(captions)
-    policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
-    policies |= {f"{a} {s}": load_policy(folder_of(a, s)) for a in ALGORITHMS for s in SEEDS}
-    denoiser, reward = load_denoiser("shapes-turbo"), load_reward(SCORERS)
-    with torch.no_grad():
-        results = evaluate(denoiser, reward, policies, captions, SAMPLES, seed=1_000_000, keep_images=8)
-    gaussian = results[GAUSSIAN]
-    embed = ShapesClip().embed
-    spread = {name: diversity(result.images, embed).mean() for name, result in results.items()}
-    exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
-    baseline = exact[GAUSSIAN]
-    estimate = lambda scores: bootstrap(scores, categories, resample="noise")
-    four = best_of(gaussian.scores, 4, "shapes-match")["shapes-exact"] * 100
-    lines = [
-        f"Exactly right images in %, held-out detector, {len(captions)} hard training captions x {SAMPLES} fresh "
-        "noises, 1 network evaluation per image, 95 % intervals over noise (mean over categories). Training uses "
-        "rewards only, no reward gradients. Diversity: mean pairwise CLIP distance within a caption, Gaussian = 1.",
-        "",
-        HEAD,
-        *baseline_rows(estimate(baseline), estimate(four)),
-    ]
-    for algorithm in ALGORITHMS:
-        names = [f"{algorithm} {seed}" for seed in SEEDS]
-        stacked = np.stack([exact[name] for name in names])
-        images = int(read_records(folder_of(algorithm, 0))[-1]["charts/images"])
-        kl = float(np.mean([results[name].kl_to_gaussian for name in names]))
-        ratio = float(np.mean([spread[name] for name in names]) / spread[GAUSSIAN])
-        lines.append(seeds_row(TITLES[algorithm], images, stacked, baseline, estimate, kl, ratio))
-
-    # The course of the training: images and diversity against the gain, from the checkpoints of the first seed.
-    lines += ["", "Checkpoints of the first seed (16 noises per caption):", ""]
-    lines += ["| method | training images | right | KL | diversity |", "|---|---|---|---|---|"]
-    checkpoints = {
-        (algorithm, int(checkpoint.name.removeprefix("step-"))): checkpoint
-        for algorithm in ALGORITHMS
-        for checkpoint in list_checkpoints(folder_of(algorithm, 0))
-    }
-    methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
-    methods |= {f"{algorithm} {step}": load_policy(path) for (algorithm, step), path in checkpoints.items()}
-    found = evaluate(denoiser, reward, methods, captions, 16, seed=1_000_000, keep_images=8)
-    unit = diversity(found[GAUSSIAN].images, embed).mean()
-    for algorithm, step in checkpoints:
-        result = found[f"{algorithm} {step}"]
-        right = estimate(result.scores["shapes-exact"] * 100)
-        images = step * SHARED["prompts_per_update"] * SHARED["samples_per_prompt"]
-        ratio = diversity(result.images, embed).mean() / unit
-        lines.append(f"| {TITLES[algorithm]} | {images:,} | {right} | {result.kl_to_gaussian:.0f} | {ratio:.2f} |")
-    lines += [
-        "",
-        f"Options: {json.dumps(SHARED)}, log-variance {POLICY.log_variance}, defaults otherwise.",
-        "",
-        f"Command: `python benchmarks/few_captions.py`. Evaluated at {provenance()}.",
-    ]
-    write_atomically(RESULTS / "few_captions.md", "\n".join(lines) + "\n")
-    curves(RESULTS / "few_captions.png", float(gaussian.scores["shapes-match"].mean()))
-    print("\n".join(lines))
+    if arguments.train is None:
+        record = measure()
+        write("few_captions", table, record)
+        gaussian = record["final"]["methods"][GAUSSIAN]["scores"]["shapes-match"]
+        curves(RESULTS / "few_captions.png", float(np.mean(gaussian)))
 
 
 if __name__ == "__main__":

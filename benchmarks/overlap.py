@@ -6,31 +6,29 @@
 :func:`overlapped` is a recipe of thirty lines with the standard library: a separate thread scores batches, on its own
 CUDA stream if there is one, and returns them in order. Networks release the interpreter lock while they compute, so
 denoising and scoring run in parallel if each has its own hardware: a second device, another stream or idle cores. The
-scores are bit-identical. Writes ``benchmarks/results/overlap.md``.
+scores are bit-identical. Writes ``overlap.md`` and the times behind it, ``overlap.json``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pages import markdown, page, parser_of, write  # in this folder
 
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.files import write_atomically
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards.clip import VIT_L_14, CLIPScore
 from noisear_rl.rewards.pretrained import load_tokenizer
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, STEPS = 2, 32  # of the scorer and the denoiser, chosen so that both take about the same time
 
 
@@ -86,15 +84,35 @@ def make_batches(denoiser: Denoiser, prompts: list[str], size: int) -> Iterator[
             yield denoiser.denoise(noise, denoiser.encode(texts), seeds), texts
 
 
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    median = {name: np.median(seconds) for name, seconds in record["seconds"].items()}
+    base, options = median["one after the other"], record["options"]
+    return page(
+        [
+            f"{options['batches']} batches of {options['batch_size']} images; `shapes` denoises in {STEPS} steps on "
+            f"{options['device']}, a CLIP ViT-L/14 of {LAYERS} layers (random weights) scores on "
+            f"{options['scorer_device']}; median of {options['repeats']}, relative to one after the other. Scores are "
+            "bit-identical.",
+            markdown(["", "relative time"], [[name, f"{seconds / base:.2f}"] for name, seconds in median.items()]),
+        ],
+        "overlap",
+        record["provenance"],
+    )
+
+
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cpu", help="device of the denoiser")
     parser.add_argument("--scorer-device", help="device of the scorer; unset for the same")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.render:
+        write("overlap", table, None)
+        return
     where = torch.device(arguments.scorer_device or arguments.device)
     if arguments.device == "cpu":
         torch.set_num_threads(1)  # one core each for denoising and scoring
@@ -112,20 +130,9 @@ def main() -> None:
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    base = np.median(seconds["one after the other"])
-    lines = [
-        f"{arguments.batches} batches of {arguments.batch_size} images; `shapes` denoises in {STEPS} steps on "
-        f"{arguments.device}, a CLIP ViT-L/14 of {LAYERS} layers (random weights) scores on {where}; median of "
-        f"{arguments.repeats}, relative to one after the other. Scores are bit-identical.",
-        "",
-        "| | relative time |",
-        "|---|---|",
-        *(f"| {name} | {np.median(values) / base:.2f} |" for name, values in seconds.items()),
-        "",
-        f"Command: `python benchmarks/overlap.py`. Measured at {provenance()}.",
-    ]
-    write_atomically(RESULTS / "overlap.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    options = {name: getattr(arguments, name) for name in ("device", "batches", "batch_size", "repeats")}
+    options["scorer_device"] = str(where)
+    write("overlap", table, {"provenance": provenance(), "options": options, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
 """Does weak-to-strong noise help the embedded denoiser, and with which settings?
 
     python benchmarks/pairs.py
+    python benchmarks/pairs.py --render    # the page again from its data
 
 Denoises the target noise of pairs on validation captions and compares it, paired, with the Gaussian noise that each
-pair started from. Writes ``benchmarks/results/pairs.md``; the defaults of ``configs/shapes/pairs.yaml`` follow from it.
+pair started from. Writes ``pairs.md`` and the scores behind it, ``pairs.json``, in ``benchmarks/results``; the defaults
+of ``configs/shapes/pairs.yaml`` follow from it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from pages import markdown, page, publish, signed  # in this folder
 from tqdm.auto import tqdm
 
 from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
-from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.files import write_atomically
+from noisear_rl.evaluation.intervals import bootstrap, holm, significance_mark
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
@@ -36,28 +39,19 @@ SETTINGS: tuple[tuple[int, float, int, InversionMode], ...] = (
 CAPTIONS, SAMPLES = 240, 3
 
 
-def main() -> None:
-    """Measures every setting and writes the table."""
+def measure() -> dict[str, Any]:
+    """Returns the scores of Gaussian noise and of every setting."""
     denoiser, reward = load_denoiser("shapes"), load_reward("shapes-exact")
     captions = balanced_captions("validation", CAPTIONS)
     prompts = [caption.text for caption in captions for _ in range(SAMPLES)]
-    categories = [caption.category for caption in captions]
     noise = standard_noise(range(len(prompts)), denoiser.latent_shape)
     conditioning = denoiser.encode(prompts)
 
-    def exact(latents: torch.Tensor) -> np.ndarray:
-        """Scores ``(CAPTIONS, SAMPLES)`` in %."""
-        return reward.score(denoiser.denoise(latents, conditioning), prompts).view(CAPTIONS, SAMPLES).numpy() * 100
+    def right(latents: torch.Tensor) -> list[list[int]]:
+        """Scores ``(CAPTIONS, SAMPLES)``, 0 or 1."""
+        return reward.score(denoiser.denoise(latents, conditioning), prompts).view(CAPTIONS, SAMPLES).int().tolist()
 
-    start = exact(noise)
-    lines = [
-        f"Exactly right in %, {CAPTIONS} validation captions x {SAMPLES} noises, held-out detector, default denoising; "
-        "the gain is paired, with a 95 % interval over captions. Weak guidance 1.",
-        "",
-        "| DDIM steps | strong guidance | rounds | inversion | k | RMS shift | overall | gain |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| Gaussian | | | | | 0 | {bootstrap(start, categories)} | |",
-    ]
+    settings = []
     for steps, strong, rounds, inversion in tqdm(SETTINGS, desc="settings"):
         target = weak_to_strong(
             denoiser,
@@ -68,16 +62,41 @@ def main() -> None:
             rounds=rounds,
             inversion=inversion,
         )
-        scores = exact(target)
-        k = inversion_coefficients(denoiser.first_order_schedule(steps), inversion).k
-        shift = (target - noise).square().mean().sqrt()
-        gain = bootstrap(scores - start, categories)
-        row = [steps, strong, rounds, inversion, f"{k:.3f}", f"{shift:.3f}", bootstrap(scores, categories), gain]
-        lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
-    lines += ["", f"Command: `python benchmarks/pairs.py`. {provenance()}"]
-    write_atomically(Path(__file__).parent / "results" / "pairs.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        settings.append(
+            {
+                "setting": [steps, strong, rounds, inversion],
+                "k": inversion_coefficients(denoiser.first_order_schedule(steps), inversion).k,
+                "shift": (target - noise).square().mean().sqrt().item(),
+                "right": right(target),
+            }
+        )
+    texts = [[caption.text, caption.category] for caption in captions]
+    return {"provenance": provenance(), "captions": texts, "gaussian": right(noise), "settings": settings}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    prompts, categories = zip(*record["captions"], strict=True)
+    estimate = partial(bootstrap, categories=categories, prompts=prompts)
+    start, settings = 100 * np.array(record["gaussian"]), record["settings"]
+    scores = [100 * np.array(setting["right"]) for setting in settings]
+    gains = holm([estimate(part - start) for part in scores])
+    rows: list[list[Any]] = [["Gaussian", "", "", "", "", 0, estimate(start), ""]]
+    for setting, part, gain in zip(settings, scores, gains, strict=True):
+        measured = [f"{setting['k']:.3f}", f"{setting['shift']:.3f}", estimate(part)]
+        rows.append([*setting["setting"], *measured, signed(gain) + significance_mark(gain)])
+    return page(
+        [
+            f"Exactly right in %, {len(set(prompts))} distinct validation captions in {len(prompts)} rows x "
+            f"{start.shape[1]} noises, held-out detector, default denoising, mean over six categories; 95 % intervals "
+            f"over distinct captions, the gain is paired; * excludes 0, after Holm correction for {len(gains)} "
+            "comparisons. Weak guidance 1.",
+            markdown(["DDIM steps", "strong guidance", "rounds", "inversion", "k", "RMS shift", "right", "gain"], rows),
+        ],
+        "pairs",
+        record["provenance"],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    publish("pairs", __doc__, table, measure)

@@ -1,32 +1,32 @@
 """How far does a natural-gradient step of given KL move along the signal, depending on the policy's input features?
 
     python benchmarks/policy_features.py
+    python benchmarks/policy_features.py --render    # the page again from its data
 
 The reward is linear in the noise, ``R = 0.5 <u, x> + N(0, 1)`` with a random unit vector ``u`` for each of four
 captions, so progress is the mean of the policy along ``u``, without any denoising. ``tabular`` moves one free mean
-vector per caption, the bound for a policy that shares nothing between captions. Writes
-``benchmarks/results/policy_features.md``.
+vector per caption, the bound for a policy that shares nothing between captions. Writes ``policy_features.md`` and the
+numbers behind it, ``policy_features.json``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pages import SEEDS, markdown, page, publish  # in this folder
 from torch import nn
 from tqdm.auto import tqdm
 
 from noisear_rl.demo import HARD_CAPTIONS
 from noisear_rl.denoisers import Conditioning, load_denoiser
-from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import group_advantages, reinforce_loss
 from noisear_rl.learning.natural_gradient import natural_step
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.provenance import provenance
 
-UPDATES, SAMPLES, KL, SEEDS = 16, 64, 1.0, (0, 1, 2)
+UPDATES, SAMPLES, KL = 16, 64, 1.0
 FULL_PREFIX = 10.0  # undoes the small initialisation of the patch encoder
 Positions = Literal["learned", "sinusoidal"]
 VARIANTS: dict[str, tuple[Positions, float]] = {
@@ -85,27 +85,32 @@ def network(
     return (means * signal(seed)[groups]).sum(1).mean().item(), 0.5 * means.square().sum(1).mean().item()
 
 
-def main() -> None:
-    """Runs every variant with every seed and writes the table."""
+def measure() -> dict[str, Any]:
+    """Returns progress and KL of every variant by seed."""
     groups = torch.arange(len(HARD_CAPTIONS)).repeat_interleave(SAMPLES)
     conditioning = load_denoiser("shapes").encode([HARD_CAPTIONS[g] for g in groups])
     results = {"tabular": [tabular(seed, groups) for seed in SEEDS]}
     for name, (positions, prefix) in tqdm(VARIANTS.items(), desc="variants"):
         results[name] = [network(positions, prefix, seed, groups, conditioning) for seed in SEEDS]
-    lines = [
-        f"Mean of the noise along the signal after {UPDATES} natural-gradient steps of {KL} nats on "
-        f"{len(HARD_CAPTIONS)} captions x {SAMPLES} samples; mean and standard deviation over {len(SEEDS)} seeds.",
-        "",
-        "| policy | along the signal | std of seeds | KL to N(0, I) |",
-        "|---|---|---|---|",
-    ]
-    for name, values in results.items():
+    return {"provenance": provenance(), "progress and KL": results}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    rows = []
+    for name, values in record["progress and KL"].items():
         progress, kl = np.array(values).T
-        lines.append(f"| {name} | {progress.mean():.2f} | {progress.std(ddof=1):.2f} | {kl.mean():.1f} |")
-    lines += ["", f"Command: `python benchmarks/policy_features.py`. {provenance()}"]
-    write_atomically(Path(__file__).parent / "results" / "policy_features.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        rows.append([name, f"{progress.mean():.2f}", f"{progress.std(ddof=1):.2f}", f"{kl.mean():.1f}"])
+    return page(
+        [
+            f"Mean of the noise along the signal after {UPDATES} natural-gradient steps of {KL} nats on "
+            f"{len(HARD_CAPTIONS)} captions x {SAMPLES} samples; mean and standard deviation over {len(SEEDS)} seeds.",
+            markdown(["policy", "along the signal", "std of seeds", "KL to N(0, I)"], rows),
+        ],
+        "policy_features",
+        record["provenance"],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    publish("policy_features", __doc__, table, measure)

@@ -1,59 +1,67 @@
 """Quality and speed of the embedded denoiser with Gaussian noise, by setting.
 
     python benchmarks/shapes_quality.py
+    python benchmarks/shapes_quality.py --render    # the page again from its data
 
-Writes ``benchmarks/results/shapes_quality.md``: exactly right images on validation captions by the held-out detector,
-images per second at batch size 64, and peak memory.
+Exactly right images on validation captions by the held-out detector, images per second at batch size 64, and peak
+memory. Writes ``shapes_quality.md`` and the scores behind it, ``shapes_quality.json``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
 import resource
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pages import markdown, page, publish  # in this folder
 
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.compare import evaluate
-from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.files import write_atomically
+from noisear_rl.evaluation.intervals import bootstrap, category_means
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 
-SETTINGS = ((4, 4.0), (4, 1.5), (4, 3.0), (4, 5.0), (3, 2.0), (8, 3.0))
+SETTINGS = ((4, 4.0), (4, 1.5), (4, 3.0), (4, 5.0), (3, 2.0), (8, 3.0))  # steps and guidance; the first is the default
 CAPTIONS, SAMPLES = 300, 4
 
 
-def main() -> None:
-    """Measures every setting and writes the table."""
+def measure() -> dict[str, Any]:
+    """Returns the scores of every setting, its speed, and the peak memory of the process."""
     captions = balanced_captions("validation", CAPTIONS)
-    categories = [caption.category for caption in captions]
-    reward = load_reward({"shapes-exact": 1.0})
-    lines = [
-        f"Exactly right in %, {CAPTIONS} validation captions x {SAMPLES} noises, held-out detector, 95 % intervals "
-        "over captions. The first row is the default.",
-        "",
-        "| steps | guidance | " + " | ".join(CATEGORIES) + " | overall | images/s |",
-        "|" + "---|" * (len(CATEGORIES) + 4),
-    ]
+    reward, settings = load_reward({"shapes-exact": 1.0}), []
     for steps, guidance in SETTINGS:
         denoiser = load_denoiser("shapes", num_inference_steps=steps, guidance_scale=guidance)
         result = evaluate(denoiser, reward, {GAUSSIAN: None}, [c.text for c in captions], SAMPLES)[GAUSSIAN]
-        scores = result.scores["shapes-exact"] * 100
-        cells = [f"{scores[np.array(categories) == name].mean():.0f}" for name in CATEGORIES]
-        overall = bootstrap(scores, categories)
-        row = [str(steps), str(guidance), *cells, str(overall), f"{1 / result.seconds_per_image:.0f}"]
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
+        right = result.scores["shapes-exact"].astype(int).tolist()
+        speed = 1 / result.seconds_per_image
+        settings.append({"steps": steps, "guidance": guidance, "right": right, "images per second": speed})
+    texts = [[caption.text, caption.category] for caption in captions]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    lines += [
-        "",
-        f"Peak memory of the process: {peak:.2f} GB. Command: `python benchmarks/shapes_quality.py`. {provenance()}",
-    ]
-    write_atomically(Path(__file__).parent / "results" / "shapes_quality.md", "\n".join(lines) + "\n")
+    return {"provenance": provenance(), "captions": texts, "settings": settings, "peak memory in GB": peak}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    prompts, categories = zip(*record["captions"], strict=True)
+    rows = []
+    for setting in record["settings"]:
+        scores = 100 * np.array(setting["right"])
+        means = category_means(scores, categories, prompts)
+        cells = [*(f"{means[name]:.0f}" for name in CATEGORIES), bootstrap(scores, categories, prompts=prompts)]
+        rows.append([setting["steps"], setting["guidance"], *cells, f"{setting['images per second']:.0f}"])
+    return page(
+        [
+            f"Exactly right in %, {len(set(prompts))} distinct validation captions in {len(prompts)} rows x "
+            f"{scores.shape[1]} noises, held-out detector, 95 % intervals over distinct captions. The first row is the "
+            f"default. Peak memory of the process: {record['peak memory in GB']:.2f} GB.",
+            markdown(["steps", "guidance", *CATEGORIES, "mean", "images/s"], rows),
+        ],
+        "shapes_quality",
+        record["provenance"],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    publish("shapes_quality", __doc__, table, measure)

@@ -1,6 +1,7 @@
 """Does a policy read its prompt? The four relations of one pair of objects, by text pathway; three training seeds.
 
     python benchmarks/text_features.py
+    python benchmarks/text_features.py --render    # the page again from its data
 
 "A left of B" and "A right of B" want opposite noises and have nearly equal text embeddings. REINFORCE trains on the
 four captions of a pair at a time, with equal images for every text pathway; the held-out judge sees fresh noise. Runs
@@ -10,26 +11,24 @@ go to ``runs/text_features``; interrupted runs resume. Writes ``text_features.md
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import SEEDS, publish  # in this folder
 from tqdm.auto import tqdm
 
 from noisear_rl.algos import reinforce
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.evaluation.compare import evaluate
-from noisear_rl.files import write_atomically
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 
-RUNS, RESULTS = Path("runs/text_features"), Path(__file__).parent / "results"
-SEEDS, SAMPLES = (0, 1, 2), 64
+RUNS, SAMPLES = Path("runs/text_features"), 64
 PAIRS = (("a red circle", "a blue square"), ("a green triangle", "a yellow cross"))
 SETTINGS: dict[str, Any] = {
     "env_id": "NoiseAR-ShapesTurbo-v0",
@@ -75,7 +74,8 @@ def train() -> None:
 
 
 def measure() -> dict[str, Any]:
-    """Returns every variant's scores by the held-out judge, ``(pairs, seeds, captions, samples)``, and its logs."""
+    """Trains what is missing; returns every variant's scores ``(pairs, seeds, captions, samples)`` and its logs."""
+    train()
     denoiser, judge = load_denoiser("shapes-turbo"), load_reward("shapes-exact")
     data: dict[str, Any] = {GAUSSIAN: {"right": [], "kl": [], "cross_talk": []}} | {
         name: {"right": [], "kl": [], "cross_talk": []} for name in VARIANTS
@@ -130,15 +130,5 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Trains, measures and writes."""
-    train()
-    record = measure()
-    write_atomically(RESULTS / "text_features.json", json.dumps(record, separators=(",", ":")))
-    text = table(record)
-    write_atomically(RESULTS / "text_features.md", text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    publish("text_features", __doc__, table, measure)

@@ -2,39 +2,39 @@
 
     python benchmarks/what_works.py                  # train what is missing, then evaluate
     python benchmarks/what_works.py --train 0 2      # train every second run and stop; for two processes: `0 2`, `1 2`
+    python benchmarks/what_works.py --render         # the page again from its data
 
 Six hard captions (two per category of ``benchmarks/hard_captions.txt``), 6,144 images per run. Each variant changes one
 thing in the base: REINFORCE with natural-gradient steps, 16 updates of 2 nats on 64 noises per caption. Runs go to
-``runs/what_works``; interrupted runs resume. Writes ``benchmarks/results/what_works.md`` and ``what_works.png``.
+``runs/what_works``; interrupted runs resume. Writes ``what_works.md``, the scores behind it and a figure,
+``what_works.json`` and ``.png``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import held_out  # in this folder
 import matplotlib.pyplot as plt
 import numpy as np
-from seeds import SEEDS
+import shared_noises  # in this folder
+from pages import RESULTS, SEEDS, markdown, page, parser_of, seed_spread, signed, write
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.denoisers import load_denoiser
-from noisear_rl.evaluation.compare import evaluate
-from noisear_rl.evaluation.intervals import bootstrap
-from noisear_rl.files import write_atomically
+from noisear_rl.evaluation.compare import as_results, evaluate
+from noisear_rl.evaluation.intervals import bootstrap, holm, paired_difference, significance_mark
+from noisear_rl.evaluation.results import from_record, to_record
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
-from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 
-RUNS, RESULTS = Path("runs/what_works"), Path(__file__).parent / "results"
+RUNS = Path("runs/what_works")
 PROMPTS = tuple((Path(__file__).parent / "hard_captions.txt").read_text().splitlines()[:6])
 SAMPLES = 64
 BASE: dict[str, Any] = {
@@ -88,7 +88,7 @@ VARIANTS = {
     "clip-reward": Variant("reward", "CLIP similarity instead of the dense match", {"reward": "shapes-clip"}),
     "shared-noise": Variant(
         "start",
-        "NLL on shared noises (`held_out.py`; its 49,152 images are not counted here)",
+        "NLL on shared noises (`shared_noises.py`; its 49,152 images are not counted here)",
     ),
     "ppo": Variant("algorithm", "PPO, 2 epochs, clip range 0.5", {}, {}, "ppo"),
     "ppo-critic": Variant("algorithm", "PPO, critic and GAE", {"advantage": "gae"}, {}, "ppo"),
@@ -114,8 +114,8 @@ def train(name: str, seed: int) -> None:
     policy = dataclasses.replace(NoiseARConfig(log_variance="fixed"), **variant.policy)
     options = BASE | variant.options | {"policy": policy, "seed": seed, "resume": True}
     if name == "shared-noise":
-        held_out.train(seed, ["shared"])
-        options["init_from"] = str(held_out.folder_of("shared", seed))
+        shared_noises.train(seed)
+        options["init_from"] = str(shared_noises.policy_folder(seed))
     if variant.algorithm == "ppo":
         ppo.train(ppo.PPOConfig(output_dir=folder_of(name, seed), **options))
     else:
@@ -144,51 +144,69 @@ def curves(path: Path, gaussian: float) -> None:
     save_figure(figure, path)
 
 
-def report() -> None:
-    """Evaluates every run with the held-out detector and writes the table."""
-    categories = categories_of(PROMPTS)
+def measure() -> dict[str, Any]:
+    """Returns the scores of every run."""
     policies: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
     policies |= {f"{name} {seed}": load_policy(folder_of(name, seed)) for name in VARIANTS for seed in SEEDS}
     denoiser, reward = load_denoiser("shapes-turbo"), load_reward({"shapes-exact": 1.0, "shapes-match": 1.0})
-    results = evaluate(denoiser, reward, policies, PROMPTS, SAMPLES, seed=1_000_000)
-    exact = {name: result.scores["shapes-exact"] * 100 for name, result in results.items()}
-    estimate = lambda scores: bootstrap(scores, categories, resample="noise")
-    stacked = {name: np.stack([exact[f"{name} {seed}"] for seed in SEEDS]) for name in VARIANTS}
-    images = {name: read_records(folder_of(name, 0))[-1]["charts/images"] for name in VARIANTS}
-    lines = [
-        f"Exactly right images in %, held-out detector, {len(PROMPTS)} hard training captions x {SAMPLES} fresh "
-        "noises, `shapes-turbo`; one change at a time. 95 % intervals over noise, pooled over three training seeds; "
-        "differences from the base are paired by caption and noise. Training uses rewards only, no reward gradients.",
-        "",
-        "| change | setting | training images | right | std of seeds | against the base | KL | right per nat |",
-        "|" + "---|" * 8,
-        f"| Gaussian noise | | 0 | {estimate(exact[GAUSSIAN])} | | | 0 | |",
-    ]
-    base, start = stacked["base"], exact[GAUSSIAN].mean()
-    for name, variant in VARIANTS.items():
-        right, seeds = stacked[name].mean(0), [scores.mean() for scores in stacked[name]]
-        difference = "" if name == "base" else str(estimate((stacked[name] - base).mean(0)))
-        kl = np.mean([results[f"{name} {seed}"].kl_to_gaussian for seed in SEEDS])
-        lines.append(
-            f"| {variant.change} | {variant.setting} | {images[name]:,} | {estimate(right)} "
-            f"| {np.std(seeds, ddof=1):.1f} | {difference} | {kl:.0f} | {(right.mean() - start) / kl:.2f} |"
-        )
-    lines += ["", f"Command: `python benchmarks/what_works.py`. Evaluated at {provenance()}."]
-    write_atomically(RESULTS / "what_works.md", "\n".join(lines) + "\n")
-    curves(RESULTS / "what_works.png", float(results[GAUSSIAN].scores["shapes-match"].mean()))
-    print("\n".join(lines))
+    results = as_results(
+        evaluate(denoiser, reward, policies, PROMPTS, SAMPLES, seed=1_000_000),
+        categories_of(PROMPTS),
+        denoiser="shapes-turbo",
+        prompt_set="hard_captions.txt",
+        groups={name: [f"{name} {seed}" for seed in SEEDS] for name in VARIANTS},
+        facts={"images": {name: read_records(folder_of(name, 0))[-1]["charts/images"] for name in VARIANTS}},
+    )
+    return to_record(results)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    results = from_record(record, RUNS)
+    scores = {group: 100 * results.by_seed(group, results.judge) for group in results.groups}
+    options: dict[str, Any] = {"categories": results.categories, "prompts": results.prompts, "resample": "noise"}
+    estimate = lambda scores: bootstrap(scores, **options)
+    names = [name for name in VARIANTS if name in scores]
+    changes = holm([paired_difference(scores[name], scores["base"], **options) for name in names if name != "base"])
+    change = dict(zip([name for name in names if name != "base"], changes, strict=True))
+    start = estimate(scores[results.baseline][0])
+    rows = [["Gaussian noise", "", 0, start, "", "", 0, ""]]
+    for name in names:
+        right = estimate(scores[name])
+        kl = float(np.mean([results.methods[member].kl_to_gaussian for member in results.groups[name]]))
+        against = signed(change[name]) + significance_mark(change[name]) if name in change else ""
+        per_nat = f"{(right.mean - start.mean) / kl:.2f}"
+        cells = [VARIANTS[name].change, VARIANTS[name].setting, f"{results.facts['images'][name]:,}", right]
+        rows.append([*cells, seed_spread(scores[name], estimate), against, f"{kl:.0f}", per_nat])
+    head = ["change", "setting", "training images", "right", "std of seeds", "against the base", "KL", "right per nat"]
+    return page(
+        [
+            f"Exactly right images in %, held-out detector, {len(results.prompts)} hard training captions x "
+            f"{results.samples} fresh noises, `{results.denoiser}`; one change at a time. 95 % intervals over noise "
+            f"and {len(SEEDS)} training seeds; differences from the base are paired by caption and noise; * excludes "
+            f"0, after Holm correction for {len(change)} comparisons. Training uses rewards only, no reward gradients.",
+            markdown(head, rows),
+        ],
+        "what_works",
+        results.provenance,
+    )
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--train", type=int, nargs=2, metavar=("I", "N"), help="train runs I, I+N, I+2N, … and stop")
     arguments = parser.parse_args()
+    if arguments.render:
+        write("what_works", table, None)
+        return
     first, step = arguments.train or (0, 1)
     for name, seed in [(name, seed) for name in VARIANTS for seed in SEEDS][first::step]:
         train(name, seed)
     if arguments.train is None:
-        report()
+        record = measure()
+        write("what_works", table, record)
+        curves(RESULTS / "what_works.png", float(np.mean(record["methods"][GAUSSIAN]["scores"]["shapes-match"])))
 
 
 if __name__ == "__main__":

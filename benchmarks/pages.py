@@ -1,0 +1,86 @@
+"""What the scripts of this folder share: training seeds, the command line that writes a page, and table rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noisear_rl.evaluation.intervals import Estimate
+from noisear_rl.evaluation.results import write_page
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+SEED_HEAD = (*(f"seed {seed}" for seed in SEEDS), "pooled", "gain", "std of seeds", "KL")  # of `seed_cells`
+
+
+def publish(
+    name: str,
+    description: str | None,
+    table: Callable[[dict[str, Any]], str],
+    measure: Callable[[], Mapping[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a script without options of its own: measures, or with ``--render`` does not, and writes the page.
+
+    Args:
+        name: Name of the script and of its page.
+        description: Shown by ``--help``.
+        table: Renders the page from its data.
+        measure: Returns the data.
+        argv: Arguments; ``None`` for those of the process.
+    """
+    parser = parser_of(description)
+    write(name, table, None if parser.parse_args(argv).render else measure())
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the option ``--render``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="render the page again from its data and stop")
+    return parser
+
+
+def write(name: str, table: Callable[[dict[str, Any]], str], record: Mapping[str, Any] | None) -> None:
+    """Writes and prints a page, with its data if they are new."""
+    print(write_page(RESULTS / f"{name}.md", table, record))
+
+
+def page(parts: Sequence[str], name: str, provenance: Mapping[str, Any], options: str = "") -> str:
+    """Returns the parts of a page, paragraphs and tables, and below them the command and where it ran."""
+    return "\n\n".join([*parts, f"Command: `python benchmarks/{name}.py{options}`. {dict(provenance)}"]) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Formats a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in cells) + " |" for cells in lines)
+
+
+def signed(estimate: Estimate) -> str:
+    """Formats the estimate of a difference with its sign."""
+    return estimate.text(1, "+")
+
+
+def seed_cells(
+    scores: np.ndarray, baseline: np.ndarray | None, estimate: Callable[[np.ndarray], Estimate], kl: float
+) -> list[str]:
+    """Returns the cells of :data:`SEED_HEAD`.
+
+    Args:
+        scores: ``(T, P, S)`` in % of ``T`` training seeds; one of an untrained method, which has no cells by seed.
+        baseline: ``(P, S)`` of Gaussian noise with the same seeds; ``None`` for no gain.
+        estimate: Estimates ``(P, S)`` or ``(T, P, S)`` scores.
+        kl: Mean KL to N(0, I) in nats per noise.
+    """
+    gain = "" if baseline is None else signed(estimate(scores - baseline))
+    each = [str(estimate(part)) for part in scores] if len(scores) > 1 else [""] * len(SEEDS)
+    return [*each, str(estimate(scores)), gain, seed_spread(scores, estimate), f"{kl:.1f}"]
+
+
+def seed_spread(scores: np.ndarray, estimate: Callable[[np.ndarray], Estimate]) -> str:
+    """Returns the standard deviation of the means of training seeds; nothing for one seed."""
+    return f"{np.std([estimate(part).mean for part in scores], ddof=1):.1f}" if len(scores) > 1 else ""
