@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, demo, few_captions, pages, pairs, what_works
+from benchmarks import ablations, cross_talk, demo, few_captions, pages, pairs, ppo_defaults, what_works
+from noisear_rl.denoisers.shapes.captions import captions_of, parse_caption
 from noisear_rl.evaluation.compare import MethodScores, as_results, summary
 from noisear_rl.evaluation.intervals import bootstrap, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import to_record
+from noisear_rl.gaussian import standard_noise
 from noisear_rl.prompts import categories_of
+from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.samplers import GAUSSIAN
 
 PROMPTS = [
@@ -135,3 +138,55 @@ def test_pairs():
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 50") or line.startswith("| 10")]
     assert rows[1][-1] == f"{gains[1].text(1, '+')}{significance_mark(gains[1])} |"
     assert rows[0][-1].startswith("+0.0")
+
+
+def test_ppo_defaults():
+    rng = np.random.default_rng(0)
+    prompts = list(ppo_defaults.PROMPTS)
+    drawn = lambda share: {
+        name: (rng.random((2, 20)) < share).astype(float) for name in ("shapes-match", "shapes-exact")
+    }
+    found = {str(seed): drawn(0.8 if seed else 0.2) for seed in range(3)}
+    start = drawn(0.2)
+    part = lambda scores: {"scores": {k: v.tolist() for k, v in scores.items()}, "kl_to_gaussian": 2.0}
+    log = {"steps": [0.05, 0.5], "images": 512}
+    record = {
+        "prompts": prompts,
+        "gaussian": part(start) | {"provenance": {}},
+        "seeds": {seed: part(scores) | log for seed, scores in found.items()},
+    }
+    page = ppo_defaults.table(record)
+    options = {"categories": categories_of(prompts), "prompts": prompts, "resample": "noise"}
+    gains = holm([paired_difference(s["shapes-match"], start["shapes-match"], **options) for s in found.values()])
+    assert [row_of(page, str(seed))[3] for seed in range(3)] == [g.text(3, "+") + significance_mark(g) for g in gains]
+    stacked = np.stack([scores["shapes-match"] for scores in found.values()])
+    assert row_of(page, "all")[2] == bootstrap(stacked, **options).text(3)
+    assert row_of(page, "1")[-2:] == ["2.0", "0.50"]
+    assert "rose in 2 of 3 seeds" in page
+
+
+def test_twins_of_cross_talk():
+    chosen, training = cross_talk.twins(), {c.text for c in captions_of("train")}
+    assert len(chosen) == len(set(chosen)) == cross_talk.PAIRS
+    assert {text for pair in chosen for text in pair} <= training
+    for first, twin in chosen:
+        one, other = parse_caption(first), parse_caption(twin)
+        assert one.objects == other.objects and (one.relation, other.relation) == ("left of", "right of")
+    assert sum(bool(parse_caption(first).objects[0].color) for first, _ in chosen) == cross_talk.PAIRS // 2
+
+
+def test_shares_of_cross_talk(random_denoiser, monkeypatch):
+    """A policy cannot tell a caption from itself; whitened by the twins alone, it tells them apart a little."""
+    pair, noise = cross_talk.twins()[0], standard_noise(range(8), random_denoiser.latent_shape)
+    advantages = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in cross_talk.PATHWAYS:
+        if "whitened" in name and cross_talk.BY_TWINS not in name:
+            continue  # reads all training captions
+        reader = PromptReader("tokens" if "tokens" in name else "denoiser", random_denoiser)
+        for texts in (pair, (pair[0], pair[0])):
+            policy = cross_talk.untrained(name, reader, pair, 0)
+            found[name, texts == pair] = cross_talk.shares(policy, reader, texts, noise, advantages)
+        assert found[name, False] == pytest.approx((1, 1), abs=1e-5)
+    normalized, by_twins, _ = (natural for (_, differ), (natural, _) in found.items() if differ)
+    assert by_twins < 0.97 < normalized

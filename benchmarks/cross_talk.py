@@ -1,0 +1,153 @@
+"""How far does a step on "left of" move the noise of "right of"? Untrained policies by text pathway.
+
+    python benchmarks/cross_talk.py
+    python benchmarks/cross_talk.py --render    # the page again from its data
+
+Twins are two training captions that differ in "left of" and "right of" alone: they want opposite noises and have nearly
+equal text embeddings. A policy takes one natural-gradient step on images of the first, by the default reward; the share
+is ``⟨Δ_twin, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the shifts of its means. 1: what one learns, the other learns too, and
+opposite rewards cancel; 0: they learn independently. Next to it the diagnostic that training logs,
+``policy/cross_talk``, which takes a small step along the plain gradient. Whitening is fitted on all training captions,
+as in a run on ``train``, or on the twins alone, as in a run on those two. Writes ``cross_talk.md`` and the numbers
+behind it, ``cross_talk.json``, in ``benchmarks/results``.
+
+Shapes: ``B`` episodes, ``L`` text tokens, ``D`` text width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from pages import SEEDS, markdown, page, publish  # in this folder
+from tqdm.auto import tqdm
+
+from noisear_rl.denoisers import Denoiser, load_denoiser, policy_sizes
+from noisear_rl.denoisers.shapes.captions import captions_of
+from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.losses import reinforce_loss
+from noisear_rl.learning.natural_gradient import natural_step
+from noisear_rl.learning.text_pathway import cross_talk, fit_text
+from noisear_rl.patches import patchify
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy.config import DENOISER
+from noisear_rl.policy.loading import initial_policy
+from noisear_rl.prompts.reader import PromptReader
+from noisear_rl.provenance import provenance
+from noisear_rl.rewards import WeightedReward, load_reward
+
+PAIRS, EPISODES, KL = 6, 64, 1.0  # pairs, images of the first caption of each, and the size of a step in nats
+WHITENED, BY_TWINS = {"text_features": "whitened", "text_scale": 4.0}, "by the twins alone"
+PATHWAYS: dict[str, dict[str, Any]] = {
+    "denoiser, normalized": {},
+    "denoiser, whitened, text x 4": WHITENED,
+    f"denoiser, whitened {BY_TWINS}, text x 4": WHITENED,
+    "tokens, 2 text layers": {"text_encoder": "tokens", "text_layers": 2},
+}
+
+
+def twins() -> list[tuple[str, str]]:
+    """Returns pairs of training captions, half of them with colours, drawn with a fixed seed."""
+    captions = [c for c in captions_of("train", "position") if c.relation == "left of"]
+    known = {c.text for c in captions_of("train", "position")}
+    pairs = [(c, c.text.replace("left of", "right of")) for c in captions]
+    pools = [
+        [(c.text, twin) for c, twin in pairs if twin in known and bool(c.objects[0].color) is on]
+        for on in (True, False)
+    ]
+    rng = np.random.default_rng(0)
+    chosen = [[pool[i] for i in rng.permutation(len(pool))] for pool in pools]
+    return [pair for both in zip(*chosen, strict=False) for pair in both][:PAIRS]
+
+
+def shares(
+    policy: NoiseARPolicy, reader: PromptReader, pair: tuple[str, str], noise: torch.Tensor, advantages: torch.Tensor
+) -> tuple[float, float]:
+    """Returns the share by a natural-gradient step, which changes the policy, and as training logs it.
+
+    Args:
+        policy: An untrained policy.
+        reader: Reads the pair.
+        pair: The caption of the images, and its twin.
+        noise: ``(B, C, H, W)`` of the images.
+        advantages: ``(B,)``.
+    """
+    patches, count = patchify(noise, policy.config.patch_size), len(noise)
+    text, mask = reader.read_prompts(pair)  # (2, L, D), (2, L)
+    own, twin = ((text[i].expand(count, -1, -1), mask[i].expand(count, -1)) for i in (0, 1))
+    rows = torch.tensor([0] * count + [1])  # the twin has one episode, of which only the text counts
+    at = torch.arange(count + 1) % count
+    logged = cross_talk(policy, patches[at], text[rows], mask[rows], advantages[at], rows)
+
+    def means() -> torch.Tensor:
+        """Means under both texts, on the same patches: ``(2, B·N·A)``."""
+        with torch.no_grad():
+            return torch.stack([policy.distribution(patches, *read).mean.flatten() for read in (own, twin)])
+
+    before = means()
+    policy.zero_grad()
+    reinforce_loss(policy.log_prob(patches, *own), advantages).backward()
+    natural_step(policy, patches, *own, target_kl=KL)
+    shift = means() - before
+    return float(shift[1] @ shift[0] / (shift[0] @ shift[0])), logged
+
+
+def untrained(name: str, reader: PromptReader, pair: tuple[str, str], seed: int) -> NoiseARPolicy:
+    """Returns the policy of a pathway, with its text statistics."""
+    torch.manual_seed(seed)
+    config, sizes = NoiseARConfig(log_variance="fixed", **PATHWAYS[name]), policy_sizes(reader.denoiser, 2)
+    policy = initial_policy(None, config, sizes | reader.sizes, reader.denoiser.name)
+    fit_text(policy, reader, pair if BY_TWINS in name else [c.text for c in captions_of("train")], seed)
+    return policy
+
+
+@torch.no_grad()
+def episodes(denoiser: Denoiser, reward: WeightedReward, prompt: str, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns noises ``(B, C, H, W)``, which are those of every untrained policy, and their advantages ``(B,)``."""
+    noise = standard_noise(range(first, first + EPISODES), denoiser.latent_shape)
+    prompts = [prompt] * EPISODES
+    rewards = reward.score(denoiser.denoise(noise, denoiser.encode(prompts)), prompts)
+    return noise, (rewards - rewards.mean()) / rewards.std()
+
+
+def measure() -> dict[str, Any]:
+    """Returns the two shares of every pathway, ``(pairs, seeds, 2)``."""
+    denoiser, reward, pairs = load_denoiser("shapes-turbo"), load_reward("shapes-match"), twins()
+    readers = {
+        name: PromptReader(options.get("text_encoder", DENOISER), denoiser) for name, options in PATHWAYS.items()
+    }
+    found: dict[str, list[list[tuple[float, float]]]] = {name: [[] for _ in pairs] for name in PATHWAYS}
+    for (number, pair), seed in tqdm(list(itertools.product(enumerate(pairs), SEEDS)), desc="pairs and seeds"):
+        drawn = episodes(denoiser, reward, pair[0], 1_000_000 * (seed + 1) + EPISODES * number)
+        for name, reader in readers.items():
+            found[name][number].append(shares(untrained(name, reader, pair, seed), reader, pair, *drawn))
+    return {"provenance": provenance(), "pairs": pairs, "shares": found}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    rows = []
+    for name, values in record["shares"].items():
+        natural, logged = np.moveaxis(np.array(values), -1, 0)  # (pairs, seeds)
+        spread = natural.mean(0).std(ddof=1) if natural.shape[1] > 1 else 0.0
+        low, high = natural.mean(1).min(), natural.mean(1).max()
+        rows.append([name, f"{natural.mean():.2f} ({spread:.2f})", f"{low:.2f} to {high:.2f}", f"{logged.mean():.2f}"])
+    return page(
+        [
+            f"Share by which one natural-gradient step of {KL:g} nats on {EPISODES} images of a “left of” caption "
+            f"moves the noise of its “right of” twin, by an untrained policy: mean over {len(record['pairs'])} pairs "
+            f"of training captions and {len(SEEDS)} seeds, in brackets the standard deviation of the seeds; range of "
+            "the pairs; and the same share for a small step along the plain gradient, as training logs it "
+            "(`policy/cross_talk`). 1: what one caption learns, its twin learns too; 0: they learn independently.",
+            markdown(["text pathway", "natural step", "pairs", "gradient step"], rows),
+            "Pairs: " + "; ".join(first.removeprefix("a photo of ") for first, _ in record["pairs"]) + ".",
+        ],
+        "cross_talk",
+        record["provenance"],
+    )
+
+
+if __name__ == "__main__":
+    publish("cross_talk", __doc__, table, measure)
