@@ -4,18 +4,19 @@
     python benchmarks/cross_talk.py --render    # the page again from its data
 
 Twins are two training captions that differ in "left of" and "right of" alone: they want opposite noises and have nearly
-equal text embeddings. A policy takes one natural-gradient step on images of the first, by the default reward; the share
-is ``⟨Δ_twin, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the shifts of its means. 1: what one learns, the other learns too, and
-opposite rewards cancel; 0: they learn independently. Next to it the diagnostic that training logs,
-``policy/cross_talk``, which takes a small step along the plain gradient. Whitening is fitted on all training captions,
-as in a run on ``train``, or on the twins alone, as in a run on those two. Writes ``cross_talk.md`` and the numbers
-behind it, ``cross_talk.json``, in ``benchmarks/results``.
+equal text embeddings. A policy takes one natural-gradient step on images of the first, by the default reward, with the
+KL measured on that caption or on both; the share is ``⟨Δ_twin, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the shifts of its means. 1:
+what one learns, the other learns too, and opposite rewards cancel; 0: they learn independently. Next to it the
+diagnostic that training logs, ``policy/cross_talk``, which takes a small step along the plain gradient. Whitening is
+fitted on all training captions, as in a run on ``train``, or on the twins alone, as in a run on those two. Writes
+``cross_talk.md`` and the numbers behind it, ``cross_talk.json``, in ``benchmarks/results``.
 
 Shapes: ``B`` episodes, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -64,8 +65,8 @@ def twins() -> list[tuple[str, str]]:
 
 def shares(
     policy: NoiseARPolicy, reader: PromptReader, pair: tuple[str, str], noise: torch.Tensor, advantages: torch.Tensor
-) -> tuple[float, float]:
-    """Returns the share by a natural-gradient step, which changes the policy, and as training logs it.
+) -> tuple[float, float, float]:
+    """Returns the share by a natural-gradient step on one caption, within an update on both, and as training logs it.
 
     Args:
         policy: An untrained policy.
@@ -77,21 +78,20 @@ def shares(
     patches, count = patchify(noise, policy.config.patch_size), len(noise)
     text, mask = reader.read_prompts(pair)  # (2, L, D), (2, L)
     own, twin = ((text[i].expand(count, -1, -1), mask[i].expand(count, -1)) for i in (0, 1))
-    rows = torch.tensor([0] * count + [1])  # the twin has one episode, of which only the text counts
-    at = torch.arange(count + 1) % count
+    rows, at = torch.tensor([0] * count + [1]), torch.arange(count + 1) % count  # one row for the text of the twin
     logged = cross_talk(policy, patches[at], text[rows], mask[rows], advantages[at], rows)
+    both = torch.cat([patches, patches]), torch.cat([own[0], twin[0]]), torch.cat([own[1], twin[1]])
 
-    def means() -> torch.Tensor:
-        """Means under both texts, on the same patches: ``(2, B·N·A)``."""
+    def share(*measured_on: torch.Tensor) -> float:
+        """The share by a step whose KL is measured on these episodes."""
+        moved = copy.deepcopy(policy)
+        reinforce_loss(moved.log_prob(patches, *own), advantages).backward()
+        natural_step(moved, *measured_on, target_kl=KL)
         with torch.no_grad():
-            return torch.stack([policy.distribution(patches, *read).mean.flatten() for read in (own, twin)])
+            shift = [moved.distribution(patches, *t).mean - policy.distribution(patches, *t).mean for t in (own, twin)]
+        return float((shift[1] * shift[0]).sum() / (shift[0] * shift[0]).sum())
 
-    before = means()
-    policy.zero_grad()
-    reinforce_loss(policy.log_prob(patches, *own), advantages).backward()
-    natural_step(policy, patches, *own, target_kl=KL)
-    shift = means() - before
-    return float(shift[1] @ shift[0] / (shift[0] @ shift[0])), logged
+    return share(patches, *own), share(*both), logged
 
 
 def untrained(name: str, reader: PromptReader, pair: tuple[str, str], seed: int) -> NoiseARPolicy:
@@ -113,12 +113,12 @@ def episodes(denoiser: Denoiser, reward: WeightedReward, prompt: str, first: int
 
 
 def measure() -> dict[str, Any]:
-    """Returns the two shares of every pathway, ``(pairs, seeds, 2)``."""
+    """Returns the three shares of every pathway, ``(pairs, seeds, 3)``."""
     denoiser, reward, pairs = load_denoiser("shapes-turbo"), load_reward("shapes-match"), twins()
     readers = {
         name: PromptReader(options.get("text_encoder", DENOISER), denoiser) for name, options in PATHWAYS.items()
     }
-    found: dict[str, list[list[tuple[float, float]]]] = {name: [[] for _ in pairs] for name in PATHWAYS}
+    found: dict[str, list[list[tuple[float, float, float]]]] = {name: [[] for _ in pairs] for name in PATHWAYS}
     for (number, pair), seed in tqdm(list(itertools.product(enumerate(pairs), SEEDS)), desc="pairs and seeds"):
         drawn = episodes(denoiser, reward, pair[0], 1_000_000 * (seed + 1) + EPISODES * number)
         for name, reader in readers.items():
@@ -130,18 +130,20 @@ def table(record: dict[str, Any]) -> str:
     """Renders the page from the record."""
     rows = []
     for name, values in record["shares"].items():
-        natural, logged = np.moveaxis(np.array(values), -1, 0)  # (pairs, seeds)
-        spread = natural.mean(0).std(ddof=1) if natural.shape[1] > 1 else 0.0
-        low, high = natural.mean(1).min(), natural.mean(1).max()
-        rows.append([name, f"{natural.mean():.2f} ({spread:.2f})", f"{low:.2f} to {high:.2f}", f"{logged.mean():.2f}"])
+        cells = []
+        for share in np.moveaxis(np.array(values), -1, 0):  # (pairs, seeds)
+            of_pairs = share.mean(1)
+            cells.append(f"{share.mean():.2f} ({of_pairs.min():.2f} to {of_pairs.max():.2f})")
+        rows.append([name, *cells])
     return page(
         [
-            f"Share by which one natural-gradient step of {KL:g} nats on {EPISODES} images of a “left of” caption "
-            f"moves the noise of its “right of” twin, by an untrained policy: mean over {len(record['pairs'])} pairs "
-            f"of training captions and {len(SEEDS)} seeds, in brackets the standard deviation of the seeds; range of "
-            "the pairs; and the same share for a small step along the plain gradient, as training logs it "
-            "(`policy/cross_talk`). 1: what one caption learns, its twin learns too; 0: they learn independently.",
-            markdown(["text pathway", "natural step", "pairs", "gradient step"], rows),
+            f"Share by which a step on {EPISODES} images of a “left of” caption moves the noise of its “right of” "
+            f"twin, by an untrained policy: mean over {len(record['pairs'])} pairs of training captions and "
+            f"{len(SEEDS)} seeds, and the range of the pairs. 1: what one caption learns, its twin learns too; 0: they "
+            f"learn independently. One caption: a natural-gradient step of {KL:g} nats, measured on that caption. "
+            "Both: the same, measured on both captions, as in an update on both. Gradient: a small step along the "
+            "plain gradient, as training logs it (`policy/cross_talk`).",
+            markdown(["text pathway", "natural, one caption", "natural, both", "gradient"], rows),
             "Pairs: " + "; ".join(first.removeprefix("a photo of ") for first, _ in record["pairs"]) + ".",
         ],
         "cross_talk",
