@@ -71,8 +71,10 @@ class SharedNoiseConfig:
     """Leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
     min_reward: float = 0.8
     """Leak: minimum reward of an image; other prompts get no pair."""
+    tries: int = 1
+    """Leak: noises to try per prompt, the most promising first, until an image is good."""
     rounds: int = 1
-    """Leak: images per prompt; each image after the first starts from the leak of the last good one."""
+    """Leak: images per noise; each image after the first starts from the leak of the last good one."""
     batch_size: int = 128
     """Leak: prompts per batch."""
     denoiser_options: dict[str, str] = field(default_factory=dict)
@@ -84,17 +86,22 @@ class Choice:
     """A noise for every prompt.
 
     Attributes:
-        noise: ``(Q,)`` column of the noise.
+        ranking: ``(Q, noises)`` columns of the chosen noises, for each prompt in order of the expected reward.
         ridge: The chosen ridge: large if prompts have much in common.
         average: Mean reward of the tried prompts on all noises.
         expected: Mean reward of every tried prompt on the noise that the other prompts recommend for it. This
             estimates the reward of untried prompts, slightly too high because the ridge was chosen by it.
     """
 
-    noise: np.ndarray
+    ranking: np.ndarray
     ridge: float
     average: float
     expected: float
+
+    @property
+    def noise(self) -> np.ndarray:
+        """``(Q,)`` column of the most promising noise."""
+        return self.ranking[:, 0]
 
     def __str__(self) -> str:
         return (
@@ -144,8 +151,8 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
             best = expected, float(ridge), chosen, vectors @ (rotated / (values + ridge)[:, None])
     assert best is not None
     expected, ridge, chosen, weights = best
-    noise = chosen[(kernel(asked) @ weights[:, chosen]).argmax(1)]
-    return Choice(noise, ridge, float(rewards.mean()), expected)
+    ranking = chosen[np.argsort(-(kernel(asked) @ weights[:, chosen]), 1, kind="stable")]
+    return Choice(ranking, ridge, float(rewards.mean()), expected)
 
 
 def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
@@ -212,6 +219,8 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         raise ValueError(f"noise_scale must be between 0 and 1, got {config.noise_scale}")
     if leak and not (config.signal_strength > 0 and config.rounds > 0 and config.batch_size > 0):
         raise ValueError("signal_strength, rounds and batch_size must be positive")
+    if leak and not 1 <= config.tries <= config.noises:
+        raise ValueError(f"tries must be between 1 and the {config.noises} noises, got {config.tries}")
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
@@ -228,16 +237,16 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
     )
     own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target")}
-    own["leaked"] = len(asked) * config.rounds if leak else 0  # images
+    own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
     if leak:
-        own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "rounds")}
+        own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
     check_manifest(
         config.output_dir, rollouts.manifest | own | {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
     )
     if shard_file(config.output_dir, 0).exists():
         return choice
     if leak:
-        rows = _leaks(config, denoiser, rollouts.manifest, asked, [seeds[i] for i in choice.noise])
+        rows = _leaks(config, denoiser, rollouts.manifest, asked, np.array(seeds)[choice.ranking])
         if not rows["prompt"]:
             raise ValueError(f"no image reached min_reward {config.min_reward}: lower it, or use target: noise")
     else:
@@ -250,31 +259,45 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
 
 
 def _leaks(
-    config: SharedNoiseConfig, denoiser: Denoiser, manifest: dict[str, Any], prompts: list[str], seeds: list[int]
+    config: SharedNoiseConfig, denoiser: Denoiser, manifest: dict[str, Any], prompts: list[str], ranking: np.ndarray
 ) -> dict[str, list[Any]]:
-    """The leak of the last good image of each prompt, as columns of pairs."""
+    """The leak of the first noise that gives a good image of each prompt, as columns of pairs.
+
+    Args:
+        config: Options.
+        denoiser: Denoiser that makes the images.
+        manifest: The rollouts' manifest, which names the reward.
+        prompts: ``Q`` prompts.
+        ranking: ``(Q, noises)`` seeds of the noises, the most promising first.
+    """
     reward = load_reward(manifest.get("reward_spec") or manifest["reward"])
-    rows: dict[str, list[Any]] = {"prompt": [], "seed": [], "target": []}
-    for start in tqdm(range(0, len(prompts), config.batch_size), desc="leaks", unit="batch"):
-        part = slice(start, start + config.batch_size)
-        found = signal_leak(
-            denoiser,
-            None,  # the first noise is that of the seed: the chosen one
-            reward,
-            prompts[part],
-            seeds[part],
-            min_reward=config.min_reward,
-            signal_strength=config.signal_strength,
-            noise_scale=config.noise_scale,
-            rounds=config.rounds,
-        )
-        for i, prompt in enumerate(prompts[part]):
-            good = [target[i] for target, kept in found if kept[i]]
-            if good:
-                rows["prompt"].append(prompt)
-                rows["seed"].append(seeds[start + i])
-                rows["target"].append(good[-1].flatten().half().numpy())
-    return rows
+    leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
+    for attempt in range(config.tries):
+        left = [i for i in range(len(prompts)) if i not in leaks]
+        for start in tqdm(range(0, len(left), config.batch_size), desc=f"leaks, try {attempt + 1}", unit="batch"):
+            rows = left[start : start + config.batch_size]
+            seeds = ranking[rows, attempt].tolist()
+            found = signal_leak(
+                denoiser,
+                None,  # the first noise is that of the seed: the chosen one
+                reward,
+                [prompts[i] for i in rows],
+                seeds,
+                min_reward=config.min_reward,
+                signal_strength=config.signal_strength,
+                noise_scale=config.noise_scale,
+                rounds=config.rounds,
+            )
+            for j, i in enumerate(rows):
+                good = [target[j] for target, kept in found if kept[j]]
+                if good:
+                    leaks[i] = seeds[j], good[-1].flatten().half().numpy()
+    order = sorted(leaks)
+    return {
+        "prompt": [prompts[i] for i in order],
+        "seed": [leaks[i][0] for i in order],
+        "target": [leaks[i][1] for i in order],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Noises shared by many prompts: the right ones are found, transferred to similar prompts, and learned."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,9 @@ from noisear_rl.data.shared_noise import (
 from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import NoiseARConfig
+from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
+from noisear_rl.rewards import load_reward
 
 
 def world(prompts, noises, luck, seed=0):
@@ -177,11 +181,32 @@ def test_a_leak_is_the_layout_of_the_chosen_noise(tried, tmp_path, turbo):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "none", noises=2, target="leak", min_reward=2.0), turbo)
 
 
+def test_the_next_noise_is_tried_where_an_image_is_not_good(tried, tmp_path, turbo):
+    options = {"noises": 3, "target": "leak", "prompts": "train-balanced", "num_prompts": 24}
+    config = SharedNoiseConfig(tried, tmp_path / "once", **options)
+    choice = build_pairs(config, turbo)
+    _, _, noise, seeds = rewards_by_noise(load_rollouts(tried))
+    prompts = list(dict.fromkeys(resolve_prompts("train-balanced", turbo.name, count=24).prompts))
+    reward, by_noise = load_reward({"shapes-match": 1.0}), []
+    for column in range(3):
+        chosen = torch.from_numpy(noise[choice.ranking[:, column]]).unflatten(1, turbo.latent_shape)
+        by_noise.append(reward.score(turbo.denoise(chosen, turbo.encode(prompts)), prompts) >= 0.8)
+    good = torch.stack(by_noise, 1).numpy()
+    assert good.any(1).sum() > good[:, 0].sum() > 0  # some first noises fail
+    build_pairs(replace(config, output_dir=tmp_path / "thrice", tries=3), turbo)
+    for folder, tries in (("once", 1), ("thrice", 3)):
+        rows = load_pairs(tmp_path / folder).with_format("numpy")[:]
+        wanted = {p: seeds[choice.ranking[i, good[i].argmax()]] for i, p in enumerate(prompts) if good[i, :tries].any()}
+        assert dict(zip(rows["prompt"], rows["seed"], strict=True)) == wanted
+
+
 def test_rejects_bad_settings(tried, tmp_path, turbo):
     with pytest.raises(ValueError, match=r"target must be one of .*did you mean 'leak'"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", target="leaks"), turbo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise_scale"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
+    with pytest.raises(ValueError, match="tries must be between 1 and the 2 noises, got 3"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noises=2, target="leak", tries=3), turbo)
     own = tmp_path / "own"
     options = {"num_prompts": 2, "samples_per_prompt": 2, "prompts_per_shard": 2}
     collect(CollectConfig("NoiseAR-ShapesTurbo-v0", output_dir=own, **options))
