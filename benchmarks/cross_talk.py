@@ -36,7 +36,6 @@ from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.policy.loading import initial_policy
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.provenance import provenance
 from noisear_rl.rewards import WeightedReward, load_reward
 
 PAIRS, EPISODES, KL = 6, 64, 1.0  # pairs, images of the first caption of each, and the size of a step in nats
@@ -123,7 +122,7 @@ def measure() -> dict[str, Any]:
         drawn = episodes(denoiser, reward, pair[0], 1_000_000 * (seed + 1) + EPISODES * number)
         for name, reader in readers.items():
             found[name][number].append(shares(untrained(name, reader, pair, seed), reader, pair, *drawn))
-    return {"provenance": provenance(), "pairs": pairs, "shares": found}
+    return {"pairs": pairs, "shares": found}
 
 
 def table(record: dict[str, Any]) -> str:

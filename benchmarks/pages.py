@@ -11,6 +11,7 @@ import numpy as np
 
 from noisear_rl.evaluation.intervals import Estimate
 from noisear_rl.evaluation.results import write_page
+from noisear_rl.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -30,11 +31,12 @@ def publish(
         name: Name of the script and of its page.
         description: Shown by ``--help``.
         table: Renders the page from its data.
-        measure: Returns the data.
+        measure: Returns the data; where the process started is added as ``provenance``.
         argv: Arguments; ``None`` for those of the process.
     """
     parser = parser_of(description)
-    write(name, table, None if parser.parse_args(argv).render else measure())
+    start = {"provenance": provenance()}  # before anything is measured: the files may change meanwhile
+    write(name, table, None if parser.parse_args(argv).render else start | dict(measure()))
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -49,9 +51,9 @@ def write(name: str, table: Callable[[dict[str, Any]], str], record: Mapping[str
     print(write_page(RESULTS / f"{name}.md", table, record))
 
 
-def page(parts: Sequence[str], name: str, provenance: Mapping[str, Any], options: str = "") -> str:
-    """Returns the parts of a page, paragraphs and tables, and below them the command and where it ran."""
-    return "\n\n".join([*parts, f"Command: `python benchmarks/{name}.py{options}`. {dict(provenance)}"]) + "\n"
+def page(parts: Sequence[str], name: str, origin: Mapping[str, Any]) -> str:
+    """Returns the parts of a page, paragraphs and tables, and below them the command and its provenance."""
+    return "\n\n".join([*parts, f"Command: `python benchmarks/{name}.py`. {dict(origin)}"]) + "\n"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -23,7 +23,6 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap, holm, significance_mark
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 
 # (schedule length, strong guidance, rounds, inversion)
@@ -71,7 +70,7 @@ def measure() -> dict[str, Any]:
             }
         )
     texts = [[caption.text, caption.category] for caption in captions]
-    return {"provenance": provenance(), "captions": texts, "gaussian": right(noise), "settings": settings}
+    return {"captions": texts, "gaussian": right(noise), "settings": settings}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ from noisear_rl.denoisers import Conditioning, load_denoiser
 from noisear_rl.learning.losses import group_advantages, reinforce_loss
 from noisear_rl.learning.natural_gradient import natural_step
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.provenance import provenance
 
 UPDATES, SAMPLES, KL = 16, 64, 1.0
 FULL_PREFIX = 10.0  # undoes the small initialisation of the patch encoder
@@ -92,7 +91,7 @@ def measure() -> dict[str, Any]:
     results = {"tabular": [tabular(seed, groups) for seed in SEEDS]}
     for name, (positions, prefix) in tqdm(VARIANTS.items(), desc="variants"):
         results[name] = [network(positions, prefix, seed, groups, conditioning) for seed in SEEDS]
-    return {"provenance": provenance(), "progress and KL": results}
+    return {"progress and KL": results}
 
 
 def table(record: dict[str, Any]) -> str:

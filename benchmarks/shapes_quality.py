@@ -22,7 +22,6 @@ from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.evaluation.intervals import bootstrap, category_means
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 
@@ -54,7 +53,7 @@ def measure() -> dict[str, Any]:
         settings.append({"steps": steps, "guidance": guidance, "right": right, "images per second": speed})
     texts = [[caption.text, caption.category] for caption in captions]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"provenance": provenance(), "captions": texts, "settings": settings, "peak memory in GB": peak}
+    return {"captions": texts, "settings": settings, "peak memory in GB": peak}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap, category_means
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 
 CAPTIONS, SAMPLES = 180, 4
@@ -57,7 +56,7 @@ def measure() -> dict[str, Any]:
             }
         )
     texts = [[captions[i].text, captions[i].category] for i in good]
-    return {"provenance": provenance(), "images": len(captions), "captions": texts, "settings": settings}
+    return {"images": len(captions), "captions": texts, "settings": settings}
 
 
 def table(record: dict[str, Any]) -> str:

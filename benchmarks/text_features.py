@@ -24,7 +24,6 @@ from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.learning.run import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
-from noisear_rl.provenance import provenance
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN
 
@@ -92,7 +91,7 @@ def measure() -> dict[str, Any]:
             data[name]["right"].append([right[f"{name} {seed}"] for seed in SEEDS])
             data[name]["kl"].append([results[f"{name} {seed}"].kl_to_gaussian for seed in SEEDS])
             data[name]["cross_talk"].append(talk)
-    return {"provenance": provenance(), "captions": [captions(pair) for pair in range(len(PAIRS))], "methods": data}
+    return {"captions": [captions(pair) for pair in range(len(PAIRS))], "methods": data}
 
 
 def table(record: dict[str, Any]) -> str:
