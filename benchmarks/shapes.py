@@ -14,6 +14,7 @@ them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shape
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from noisear_rl.report.plots import save_figure
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = Path("runs/shapes"), ROOT / "benchmarks/results/shapes.md"
-SEEDS = (0, 2)
+SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
-STAGES = {"NLL on shared layouts": "nll"}
+STAGES = {"NLL on shared layouts": "nll", "PPO from there": "ppo"}
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
@@ -46,7 +47,7 @@ def folder_of(seed: int) -> Path:
 def train(seed: int) -> None:
     """Trains with one training seed; finished stages return immediately."""
     config = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml")
-    prior.train(replace(config, output_dir=folder_of(seed), seed=seed, last="nll"))
+    prior.train(replace(config, output_dir=folder_of(seed), seed=seed))
 
 
 def evaluation() -> EvaluateConfig:
@@ -67,7 +68,8 @@ def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, from the first seed."""
     folder = folder_of(SEEDS[0])
     shared = read_manifest(folder / "tried")["rollouts"] + read_manifest(folder / "shared")["leaked"]
-    return {"NLL on shared layouts": shared}
+    ppo = json.loads((folder / "ppo/metrics.jsonl").read_text().splitlines()[-1])["charts/images"]
+    return {"NLL on shared layouts": shared, "PPO from there": shared + ppo}
 
 
 def table(record: dict[str, Any]) -> str:
