@@ -9,11 +9,11 @@ processes share; the third writes ``results.json``, ``timing.json`` and ``table.
 prompts and seeds: running the same command again completes missing shards, and methods may be added. ``noisear table``
 and ``noisear report`` read the folder.
 
-A method is ``NAME=PATH`` (a policy or an NPNet; several paths ``NAME=PATH,PATH`` are training seeds of one method; a
-policy that comes with the library has a path like ``shapes/ppo``) or a search that starts from Gaussian noise or from a
-named method: ``best-of-N``, ``search-N`` (zeroth-order), ``reno-N``
-(gradients of the reward), ``NAME+best-of-N``. N is the number of images denoised per result. Gaussian noise is always
-the first method.
+A method is ``NAME=PATH`` (a policy, an NPNet, or the folder of ``noisear shared-noise``: its choice alone; several
+paths ``NAME=PATH,PATH`` are training seeds of one method; a policy that comes with the library has a path like
+``shapes/ppo``) or a search that starts from Gaussian noise or from a named method: ``best-of-N``, ``search-N``
+(zeroth-order), ``reno-N`` (gradients of the reward), ``NAME+best-of-N``. N is the number of images denoised per result.
+Gaussian noise is always the first method.
 
 Shapes: ``P`` prompts, ``S`` samples per prompt, noise ``(B, C, h, w)``, images ``(B, 3, H, W)`` in [0, 1].
 """

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch.nn.functional as F
+import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.config import check_choices, parse_config
@@ -37,12 +37,10 @@ from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.files import check_manifest, sha256
-from noisear_rl.policy.layers import Whitening
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward
-
-RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
+from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
 
 
 @dataclass
@@ -81,89 +79,6 @@ class SharedNoiseConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A noise for every prompt.
-
-    Attributes:
-        ranking: ``(Q, noises)`` columns of the chosen noises, for each prompt in order of the expected reward.
-        ridge: The chosen ridge: large if prompts have much in common.
-        average: Mean reward of the tried prompts on all noises.
-        expected: Mean reward of every tried prompt on the noise that the other prompts recommend for it. This
-            estimates the reward of untried prompts, slightly too high because the ridge was chosen by it.
-    """
-
-    ranking: np.ndarray
-    ridge: float
-    average: float
-    expected: float
-
-    @property
-    def noise(self) -> np.ndarray:
-        """``(Q,)`` column of the most promising noise."""
-        return self.ranking[:, 0]
-
-    def __str__(self) -> str:
-        return (
-            f"{len(np.unique(self.noise))} noises for {len(self.noise)} prompts; mean reward of the tried prompts: "
-            f"{self.average:.3f} on all noises, {self.expected:.3f} on the noise that other prompts recommend "
-            f"(ridge {self.ridge:.2g})"
-        )
-
-
-def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, noises: int) -> Choice:
-    """Chooses one of a few noises for every prompt.
-
-    Args:
-        rewards: ``(P, S)``, prompts by noises.
-        tried: ``(P, D)`` text features of these prompts.
-        asked: ``(Q, D)`` text features of the prompts to choose for.
-        noises: Number of distinct noises, chosen greedily.
-
-    Raises:
-        ValueError: If the shapes do not match, a number is not finite, or ``noises`` is not between 1 and ``S``.
-    """
-    if rewards.ndim != 2 or len(tried) != len(rewards) or len(rewards) < 2 or tried.shape[1:] != asked.shape[1:]:
-        raise ValueError(
-            f"expected rewards (P, S) and features (P, D) and (Q, D) with at least two prompts, got {rewards.shape}, "
-            f"{tried.shape} and {asked.shape}"
-        )
-    if not 1 <= noises <= rewards.shape[1]:
-        raise ValueError(f"noises must be between 1 and the {rewards.shape[1]} that were tried, got {noises}")
-    if not all(np.isfinite(part).all() for part in (rewards, tried, asked)):
-        raise ValueError("rewards and features must be finite")
-    relative = rewards - rewards.mean(1, keepdims=True)  # a prompt's difficulty says nothing about noises
-    centred = tried - tried.mean(0)
-    scale = max(np.square(centred).sum(1).mean(), 1e-12)
-    # Products of two features, such as a word and its place; + 1: a noise may suit all prompts.
-    kernel = lambda x: ((x - tried.mean(0)) @ centred.T / scale + 1) ** 2
-    values, vectors = np.linalg.eigh(kernel(tried))
-    rotated, rows = vectors.T @ relative, np.arange(len(rewards))
-    best: tuple[float, float, np.ndarray, np.ndarray] | None = None
-    for ridge in RIDGES:
-        shrunk = vectors * (values / (values + ridge))
-        smooth = shrunk @ rotated  # (P, S) predicted reward
-        own = (shrunk * vectors).sum(1, keepdims=True)  # diagonal of the smoother
-        without = (smooth - own * relative) / (1 - own)  # each row predicted from the other prompts
-        chosen = _cover(smooth, noises)
-        expected = float(rewards[rows, chosen[without[:, chosen].argmax(1)]].mean())
-        if best is None or expected > best[0]:
-            best = expected, float(ridge), chosen, vectors @ (rotated / (values + ridge)[:, None])
-    assert best is not None
-    expected, ridge, chosen, weights = best
-    ranking = chosen[np.argsort(-(kernel(asked) @ weights[:, chosen]), 1, kind="stable")]
-    return Choice(ranking, ridge, float(rewards.mean()), expected)
-
-
-def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
-    """Greedily chosen columns: each one raises the mean over rows of the best chosen column most."""
-    best, chosen = np.full(len(predicted), -np.inf), []
-    for _ in range(count):
-        chosen.append(int(np.maximum(predicted, best[:, None]).mean(0).argmax()))
-        best = np.maximum(best, predicted[:, chosen[-1]])
-    return np.array(chosen)
-
-
 def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
     """Arranges rollouts of ``collect.py --same-noise`` by prompt and noise.
 
@@ -186,24 +101,10 @@ def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndar
     return prompts[complete].tolist(), rewards, np.stack(drawn["noise"]).astype(np.float32), drawn["seed"].tolist()
 
 
-def text_features(reader: PromptReader, prompts: Sequence[str], tried: Sequence[str]) -> np.ndarray:
-    """What is read of each prompt, token by token at its place: ``(Q, F)``, with ``F = L · D``.
-
-    Embeddings are whitened, by statistics of the prompts that were tried; token ids become unit vectors.
-    """
-    text, mask = (part.cpu() for part in reader.read_prompts(prompts))
-    if "text_vocabulary" in reader.sizes:
-        features = F.one_hot(text[..., 0].long(), reader.sizes["text_vocabulary"]).float()
-    else:
-        known, known_mask = (part.cpu() for part in reader.read_prompts(tried))
-        whiten = Whitening(known.shape[-1])
-        whiten.fit(known[known_mask.bool()])
-        features = whiten(text)
-    return (features * mask[..., None]).flatten(1).numpy()
-
-
 def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> Choice:
     """Writes up to one pair per prompt in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
+
+    ``choice.safetensors`` beside them is a method of ``noisear evaluate`` (:mod:`noisear_rl.samplers.shared_noise`).
 
     Args:
         config: Options.
@@ -243,6 +144,9 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     check_manifest(
         config.output_dir, rollouts.manifest | own | {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
     )
+    chosen = torch.from_numpy(noise[choice.chosen]).unflatten(1, tuple(denoiser.latent_shape))
+    weights = torch.from_numpy(choice.weights).float().contiguous()
+    SharedNoises(chosen, weights, tried, config.text_encoder, denoiser.name).save(config.output_dir)
     if shard_file(config.output_dir, 0).exists():
         return choice
     if leak:

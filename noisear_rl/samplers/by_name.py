@@ -1,8 +1,9 @@
 """The methods an evaluation compares, by name: trained policies and networks, and searches that start from them.
 
-``NAME=PATH`` is a policy or an NPNet, ``NAME=PATH,PATH`` the training seeds of one; a path may be the name of a policy
-that comes with the library, such as ``shapes/nll``. ``best-of-N``, ``search-N`` and ``reno-N`` start from Gaussian
-noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they denoise per result.
+``NAME=PATH`` is a policy, an NPNet or a choice of shared noises, ``NAME=PATH,PATH`` the training seeds of one; a path
+may be the name of a policy that comes with the library, such as ``shapes/nll``. ``best-of-N``, ``search-N`` and
+``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they
+denoise per result.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from noisear_rl.samplers.best_of import BestOf
 from noisear_rl.samplers.npnet import NPNetSampler, holds_npnet, load_npnet
 from noisear_rl.samplers.reno import Reno
 from noisear_rl.samplers.search import ZerothOrderSearch
+from noisear_rl.samplers.shared_noise import FILE, SharedNoises, SharedNoiseSampler, holds_shared_noises
 from noisear_rl.samplers.simple import GAUSSIAN, as_sampler
 
 SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d+)")
@@ -124,6 +126,8 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
     def make(path: str) -> Sampler:
         if holds_npnet(path):
             return NPNetSampler(denoiser, load_npnet(path))
+        if holds_shared_noises(path):
+            return SharedNoiseSampler(denoiser, SharedNoises.load(path))
         policy = load_policy(path)
         if temperature is not None:
             policy.config = dataclasses.replace(policy.config, temperature=temperature)
@@ -159,6 +163,8 @@ def _searching(
 
 
 def _digest(path: str) -> str:
-    """SHA-256 of a checkpoint's weights; a Hub id as it is."""
+    """SHA-256 of a checkpoint's weights, or of shared noises; a Hub id as it is."""
+    if holds_shared_noises(path):
+        return sha256(Path(path) / FILE)
     file = Path(find_checkpoint(path, "policy")) / "model.safetensors" if Path(path).is_dir() else Path(path)
     return sha256(file) if file.is_file() else path

@@ -13,9 +13,7 @@ from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.data.shared_noise import (
     SharedNoiseConfig,
     build_pairs,
-    choose_noise,
     rewards_by_noise,
-    text_features,
 )
 from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.gaussian import standard_noise
@@ -23,6 +21,8 @@ from noisear_rl.policy import NoiseARConfig
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward
+from noisear_rl.samplers.by_name import plan_methods
+from noisear_rl.samplers.shared_noise import SharedNoises, SharedNoiseSampler, choose_noise, text_features
 
 
 def world(prompts, noises, luck, seed=0):
@@ -198,6 +198,26 @@ def test_the_next_noise_is_tried_where_an_image_is_not_good(tried, tmp_path, tur
         rows = load_pairs(tmp_path / folder).with_format("numpy")[:]
         wanted = {p: seeds[choice.ranking[i, good[i].argmax()]] for i, p in enumerate(prompts) if good[i, :tries].any()}
         assert dict(zip(rows["prompt"], rows["seed"], strict=True)) == wanted
+
+
+@pytest.mark.parametrize("encoder", ["denoiser", "tokens"])
+def test_the_choice_alone_is_a_method(tried, tmp_path, turbo, encoder):
+    asked = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red cross")
+    choice = build_pairs(SharedNoiseConfig(tried, tmp_path, asked, noises=3, text_encoder=encoder), turbo)
+    _, _, noise, seeds = rewards_by_noise(load_rollouts(tried))
+    (method,) = (m for m in plan_methods([f"choice={tmp_path}"], turbo) if m.name == "choice")
+    sampler = method.make()
+    drawn = sampler([*asked, asked[2]], [0, 1, 2, 99])
+    wanted = [*choice.noise, choice.noise[2]]
+    np.testing.assert_array_equal(drawn.noise.flatten(1).numpy(), noise[wanted])
+    torch.testing.assert_close(drawn.noise, standard_noise([seeds[i] for i in wanted], (4, 8, 8)), rtol=0, atol=2e-3)
+    torch.testing.assert_close(sampler(asked[1:2], [5]).images[0], drawn.images[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn.images, turbo.denoise(drawn.noise, turbo.encode([*asked, asked[2]])))
+    assert drawn.nfe == turbo.nfe and drawn.kl_to_gaussian is None and method.trained
+    shared = SharedNoises.load(tmp_path)
+    assert (shared.text_encoder, shared.denoiser) == (encoder, "shapes-turbo") and len(shared.tried) == 5
+    with pytest.raises(ValueError, match=r"for 'shapes-turbo', of shape \(4, 4, 8\)"):
+        SharedNoiseSampler(turbo, replace(shared, noises=shared.noises[:, :, :4]))
 
 
 def test_rejects_bad_settings(tried, tmp_path, turbo):
