@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 RUNS, PAGE = Path("runs/shapes"), ROOT / "benchmarks/results/shapes.md"
 SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
-STAGES = {"NLL on shared layouts": "nll", "PPO from there": "ppo"}
+STAGES = {"shared noise, no policy": "shared", "NLL on shared layouts": "nll", "PPO from there": "ppo"}
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
@@ -65,11 +65,11 @@ def evaluation() -> EvaluateConfig:
 
 
 def training_images() -> dict[str, int]:
-    """Returns the number of images denoised to train each method, from the first seed."""
+    """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
-    shared = read_manifest(folder / "tried")["rollouts"] + read_manifest(folder / "shared")["leaked"]
+    tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
     ppo = json.loads((folder / "ppo/metrics.jsonl").read_text().splitlines()[-1])["charts/images"]
-    return {"NLL on shared layouts": shared, "PPO from there": shared + ppo}
+    return dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
 
 
 def table(record: dict[str, Any]) -> str:

@@ -170,8 +170,8 @@ class SharedNoises:
         """Reads a folder that ``noisear shared-noise`` wrote."""
         with safe_open(Path(folder) / FILE, "pt") as file:
             facts = file.metadata()
-            tensors = (file.get_tensor(name) for name in ("noises", "weights"))
-            return cls(*tensors, json.loads(facts["tried"]), facts["text_encoder"], facts["denoiser"])
+            noises, weights = file.get_tensor("noises"), file.get_tensor("weights")
+        return cls(noises, weights, json.loads(facts["tried"]), facts["text_encoder"], facts["denoiser"])
 
 
 def holds_shared_noises(path: str | Path) -> bool:
