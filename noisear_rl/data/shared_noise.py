@@ -37,7 +37,7 @@ from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.denoisers import Denoiser, load_denoiser
 from noisear_rl.files import check_manifest, sha256
-from noisear_rl.prompts import resolve_prompts
+from noisear_rl.prompts import categories_of, resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
@@ -56,6 +56,9 @@ class SharedNoiseConfig:
     num_prompts: int | None = None
     """Number of prompts to choose for; a split gives equal shares of its categories, with captions of small categories
     repeated. Unset for all."""
+    balance: float = 0.0
+    """How far categories of captions are evened out, by repeating the pairs of small ones: 0 keeps the categories' sizes,
+    1 makes them about equal."""
     noises: int = 8
     """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
     text_encoder: str = "denoiser"
@@ -120,6 +123,8 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         raise ValueError(f"noise_scale must be between 0 and 1, got {config.noise_scale}")
     if leak and not (config.signal_strength > 0 and config.rounds > 0 and config.batch_size > 0):
         raise ValueError("signal_strength, rounds and batch_size must be positive")
+    if not 0 <= config.balance <= 1:
+        raise ValueError(f"balance must be between 0 and 1, got {config.balance}")
     if leak and not 1 <= config.tries <= config.noises:
         raise ValueError(f"tries must be between 1 and the {config.noises} noises, got {config.tries}")
     rollouts = load_rollouts(config.rollouts)
@@ -137,7 +142,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     choice = choose_noise(
         rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
     )
-    own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target")}
+    own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance")}
     own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
@@ -156,10 +161,23 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     else:
         targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
         rows = {"prompt": asked, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
-    times = Counter(prompts)  # a repeated prompt counts more
+    times = repeats(prompts, config.balance)
     repeated = [i for i, prompt in enumerate(rows["prompt"]) for _ in range(times[prompt])]
     write_shard(config.output_dir, 0, {key: [part[i] for i in repeated] for key, part in rows.items()}, PAIR_FEATURES)
     return choice
+
+
+def repeats(prompts: Sequence[str], balance: float) -> dict[str, int]:
+    """How often the pair of each prompt counts: once per time that it is given, more often in small categories.
+
+    Args:
+        prompts: Prompts; those outside the embedded world form one category.
+        balance: 0 keeps the sizes of the categories, 1 makes them about equal.
+    """
+    categories = dict(zip(prompts, categories_of(prompts), strict=True))
+    sizes = Counter(categories[prompt] for prompt in prompts)
+    largest = max(sizes.values())
+    return {p: n * round((largest / sizes[categories[p]]) ** balance) for p, n in Counter(prompts).items()}
 
 
 def _leaks(

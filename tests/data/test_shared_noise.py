@@ -13,6 +13,7 @@ from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.data.shared_noise import (
     SharedNoiseConfig,
     build_pairs,
+    repeats,
     rewards_by_noise,
 )
 from noisear_rl.denoisers.shapes.captions import RELATIONS
@@ -220,6 +221,15 @@ def test_the_choice_alone_is_a_method(tried, tmp_path, turbo, encoder):
         SharedNoiseSampler(turbo, replace(shared, noises=shared.noises[:, :, :4]))
 
 
+def test_pairs_of_small_categories_are_repeated():
+    position = [f"a photo of a {a} left of a {b}" for a in ("red cross", "blue cross") for b in ("circle", "square")]
+    prompts = [*position, "a photo of a cross", "a photo of a cross", "a lighthouse at dawn"]
+    natural = repeats(prompts, 0.0)
+    assert natural == {**dict.fromkeys(position, 1), "a photo of a cross": 2, "a lighthouse at dawn": 1}
+    assert repeats(prompts, 1.0) == natural | {"a photo of a cross": 4, "a lighthouse at dawn": 4}
+    assert repeats(prompts, 0.5) == natural | {"a photo of a cross": 2, "a lighthouse at dawn": 2}
+
+
 def test_rejects_bad_settings(tried, tmp_path, turbo):
     with pytest.raises(ValueError, match=r"target must be one of .*did you mean 'leak'"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", target="leaks"), turbo)  # type: ignore[arg-type]
@@ -227,6 +237,8 @@ def test_rejects_bad_settings(tried, tmp_path, turbo):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
     with pytest.raises(ValueError, match="tries must be between 1 and the 2 noises, got 3"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noises=2, target="leak", tries=3), turbo)
+    with pytest.raises(ValueError, match=r"balance must be between 0 and 1, got 1\.5"):
+        build_pairs(SharedNoiseConfig(tried, tmp_path / "a", balance=1.5), turbo)
     own = tmp_path / "own"
     options = {"num_prompts": 2, "samples_per_prompt": 2, "prompts_per_shard": 2}
     collect(CollectConfig("NoiseAR-ShapesTurbo-v0", output_dir=own, **options))
