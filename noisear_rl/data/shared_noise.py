@@ -57,8 +57,8 @@ class SharedNoiseConfig:
     """Number of prompts to choose for; a split gives equal shares of its categories, with captions of small categories
     repeated. Unset for all."""
     balance: float = 0.0
-    """How far categories of captions are evened out, by repeating the pairs of small ones: 0 keeps the categories' sizes,
-    1 makes them about equal."""
+    """How far categories of captions are evened out, by repeating the pairs of small ones: 0 keeps their sizes, 1 makes
+    them about equal."""
     noises: int = 8
     """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
     text_encoder: str = "denoiser"

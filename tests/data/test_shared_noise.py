@@ -222,7 +222,9 @@ def test_the_choice_alone_is_a_method(tried, tmp_path, turbo, encoder):
 
 
 def test_pairs_of_small_categories_are_repeated():
-    position = [f"a photo of a {a} left of a {b}" for a in ("red cross", "blue cross") for b in ("circle", "square")]
+    position = [
+        f"a photo of a {a} left of a {b}" for a in ("red cross", "blue cross") for b in ("red circle", "blue square")
+    ]
     prompts = [*position, "a photo of a cross", "a photo of a cross", "a lighthouse at dawn"]
     natural = repeats(prompts, 0.0)
     assert natural == {**dict.fromkeys(position, 1), "a photo of a cross": 2, "a lighthouse at dawn": 1}
