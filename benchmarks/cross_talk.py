@@ -1,4 +1,4 @@
-"""How far does a step on "left of" move the noise of "right of"? Untrained policies by text pathway.
+"""How far does a step on "left of" move the noise of "right of"? Untrained policies by text pathway, and a trained one.
 
     python benchmarks/cross_talk.py
     python benchmarks/cross_talk.py --render    # the page again from its data
@@ -8,7 +8,8 @@ equal text embeddings. A policy takes one natural-gradient step on images of the
 KL measured on that caption or on both; the share is ``⟨Δ_twin, Δ_own⟩ / ⟨Δ_own, Δ_own⟩`` of the shifts of its means. 1:
 what one learns, the other learns too, and opposite rewards cancel; 0: they learn independently. Next to it the
 diagnostic that training logs, ``policy/cross_talk``, which takes a small step along the plain gradient. Whitening is
-fitted on all training captions, as in a run on ``train``, or on the twins alone, as in a run on those two. Writes
+fitted on all training captions, as in a run on ``train``, or on the twins alone, as in a run on those two. The trained
+policy is the one that comes with the library, on images of its own noise. Writes
 ``cross_talk.md`` and the numbers behind it, ``cross_talk.json``, in ``benchmarks/results``.
 
 Shapes: ``B`` episodes, ``L`` text tokens, ``D`` text width.
@@ -27,14 +28,13 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import Denoiser, load_denoiser, policy_sizes
 from noisear_rl.denoisers.shapes.captions import captions_of
-from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.losses import reinforce_loss
 from noisear_rl.learning.natural_gradient import natural_step
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.config import DENOISER
-from noisear_rl.policy.loading import initial_policy
+from noisear_rl.policy.loading import initial_policy, load_policy
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward, load_reward
 
@@ -46,6 +46,7 @@ PATHWAYS: dict[str, dict[str, Any]] = {
     f"denoiser, whitened {BY_TWINS}, text x 4": WHITENED,
     "tokens, 2 text layers": {"text_encoder": "tokens", "text_layers": 2},
 }
+TRAINED = "shapes/nll"
 
 
 def twins() -> list[tuple[str, str]]:
@@ -68,7 +69,7 @@ def shares(
     """Returns the share by a natural-gradient step on one caption, within an update on both, and as training logs it.
 
     Args:
-        policy: An untrained policy.
+        policy: The policy that takes the step.
         reader: Reads the pair.
         pair: The caption of the images, and its twin.
         noise: ``(B, C, H, W)`` of the images.
@@ -93,8 +94,10 @@ def shares(
     return share(patches, *own), share(*both), logged
 
 
-def untrained(name: str, reader: PromptReader, pair: tuple[str, str], seed: int) -> NoiseARPolicy:
-    """Returns the policy of a pathway, with its text statistics."""
+def policy_of(name: str, reader: PromptReader, pair: tuple[str, str], seed: int) -> NoiseARPolicy:
+    """Returns the untrained policy of a pathway, with its text statistics, or the trained one."""
+    if name == TRAINED:
+        return load_policy(TRAINED)
     torch.manual_seed(seed)
     config, sizes = NoiseARConfig(log_variance="fixed", **PATHWAYS[name]), policy_sizes(reader.denoiser, 2)
     policy = initial_policy(None, config, sizes | reader.sizes, reader.denoiser.name)
@@ -103,10 +106,17 @@ def untrained(name: str, reader: PromptReader, pair: tuple[str, str], seed: int)
 
 
 @torch.no_grad()
-def episodes(denoiser: Denoiser, reward: WeightedReward, prompt: str, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns noises ``(B, C, H, W)``, which are those of every untrained policy, and their advantages ``(B,)``."""
-    noise = standard_noise(range(first, first + EPISODES), denoiser.latent_shape)
+def episodes(
+    denoiser: Denoiser,
+    reward: WeightedReward,
+    policy: NoiseARPolicy,
+    reader: PromptReader,
+    prompt: str,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns noises ``(B, C, H, W)`` of the policy, the same if untrained, and their advantages ``(B,)``."""
     prompts = [prompt] * EPISODES
+    noise = policy.noise(policy.sample(*reader.read_prompts(prompts), seeds=range(first, first + EPISODES)))
     rewards = reward.score(denoiser.denoise(noise, denoiser.encode(prompts)), prompts)
     return noise, (rewards - rewards.mean()) / rewards.std()
 
@@ -114,14 +124,17 @@ def episodes(denoiser: Denoiser, reward: WeightedReward, prompt: str, first: int
 def measure() -> dict[str, Any]:
     """Returns the three shares of every pathway, ``(pairs, seeds, 3)``."""
     denoiser, reward, pairs = load_denoiser("shapes-turbo"), load_reward("shapes-match"), twins()
-    readers = {
-        name: PromptReader(options.get("text_encoder", DENOISER), denoiser) for name, options in PATHWAYS.items()
-    }
-    found: dict[str, list[list[tuple[float, float, float]]]] = {name: [[] for _ in pairs] for name in PATHWAYS}
+    names = [*PATHWAYS, TRAINED]
+    read = {name: PATHWAYS.get(name, {}).get("text_encoder", DENOISER) for name in PATHWAYS}
+    read[TRAINED] = load_policy(TRAINED).config.text_encoder
+    readers = {encoder: PromptReader(encoder, denoiser) for encoder in set(read.values())}
+    found: dict[str, list[list[tuple[float, float, float]]]] = {name: [[] for _ in pairs] for name in names}
     for (number, pair), seed in tqdm(list(itertools.product(enumerate(pairs), SEEDS)), desc="pairs and seeds"):
-        drawn = episodes(denoiser, reward, pair[0], 1_000_000 * (seed + 1) + EPISODES * number)
-        for name, reader in readers.items():
-            found[name][number].append(shares(untrained(name, reader, pair, seed), reader, pair, *drawn))
+        for name in names:
+            reader = readers[read[name]]
+            policy = policy_of(name, reader, pair, seed)
+            drawn = episodes(denoiser, reward, policy, reader, pair[0], 1_000_000 * (seed + 1) + EPISODES * number)
+            found[name][number].append(shares(policy, reader, pair, *drawn))
     return {"pairs": pairs, "shares": found}
 
 
@@ -137,11 +150,11 @@ def table(record: dict[str, Any]) -> str:
     return page(
         [
             f"Share by which a step on {EPISODES} images of a “left of” caption moves the noise of its “right of” "
-            f"twin, by an untrained policy: mean over {len(record['pairs'])} pairs of training captions and "
-            f"{len(SEEDS)} seeds, and the range of the pairs. 1: what one caption learns, its twin learns too; 0: they "
-            f"learn independently. One caption: a natural-gradient step of {KL:g} nats, measured on that caption. "
-            "Both: the same, measured on both captions, as in an update on both. Gradient: a small step along the "
-            "plain gradient, as training logs it (`policy/cross_talk`).",
+            f"twin, by untrained policies and by `{TRAINED}`: mean over {len(record['pairs'])} pairs of training "
+            f"captions and {len(SEEDS)} seeds, and the range of the pairs. 1: what one caption learns, its twin learns "
+            f"too; 0: they learn independently. One caption: a natural-gradient step of {KL:g} nats, measured on that "
+            "caption. Both: the same, measured on both captions, as in an update on both. Gradient: a small step along "
+            "the plain gradient, as training logs it (`policy/cross_talk`).",
             markdown(["text pathway", "natural, one caption", "natural, both", "gradient"], rows),
             "Pairs: " + "; ".join(first.removeprefix("a photo of ") for first, _ in record["pairs"]) + ".",
         ],

@@ -185,7 +185,7 @@ def test_shares_of_cross_talk(random_denoiser, monkeypatch):
             continue  # reads all training captions
         reader = PromptReader("tokens" if "tokens" in name else "denoiser", random_denoiser)
         for texts in (pair, (pair[0], pair[0])):
-            policy = cross_talk.untrained(name, reader, pair, 0)
+            policy = cross_talk.policy_of(name, reader, pair, 0)
             found[name, texts == pair] = cross_talk.shares(policy, reader, texts, noise, advantages)
         assert found[name, False] == pytest.approx((1, 1, 1), abs=1e-4)
     normalized, by_twins, _ = (shares[0] for (_, differ), shares in found.items() if differ)
