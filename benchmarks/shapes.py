@@ -14,7 +14,6 @@ them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shape
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from noisear_rl.config import load_yaml
 from noisear_rl.evaluation.intervals import bootstrap, category_means, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import Results, from_record, load_results, read_record, to_record, write_page
 from noisear_rl.files import read_manifest
+from noisear_rl.learning.run import read_records
 from noisear_rl.report.plots import save_figure
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +68,15 @@ def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
     tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
-    ppo = json.loads((folder / "ppo/metrics.jsonl").read_text().splitlines()[-1])["charts/images"]
+    ppo = int(read_records(folder / "ppo")[-1]["charts/images"])
     return dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
+
+
+def curves() -> list[list[tuple[int, float]]]:
+    """Returns the training reward of every PPO run against all images denoised so far, by training seed."""
+    start = list(training_images().values())[-2]
+    logs = [read_records(folder_of(seed) / "ppo") for seed in SEEDS]
+    return [[(start + int(r["charts/images"]), round(r["charts/episodic_return"], 4)) for r in log] for log in logs]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -135,8 +142,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def chart(path: Path, results: Results) -> None:
-    """Plots the percentage of right images against cost and against diversity."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), dpi=110, sharey=True)
+    """Plots the percentage of right images against cost and diversity, and the reward of PPO against images."""
+    figure, (*panels, last) = plt.subplots(1, 3, figsize=(13, 3.8), dpi=110)
     baseline = results.methods[results.baseline]
     for i, (group, names) in enumerate(results.groups.items()):
         members = [results.methods[name] for name in names]
@@ -149,11 +156,17 @@ def chart(path: Path, results: Results) -> None:
     panels[0].set(xscale="log", xlabel="network evaluations per image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     panels[0].minorticks_off()
-    panels[1].set(xlabel="diversity of layouts within a caption, Gaussian = 1")
-    for axes in panels:
+    panels[1].set(xlabel="diversity of layouts within a caption, Gaussian = 1", ylim=panels[0].get_ylim())
+    for seed, points in enumerate(results.facts["curves"]):
+        last.plot(*np.array(points).T, color=f"C{len(results.groups) - 1}", alpha=0.7, lw=1, label=f"seed {seed}")
+    last.set(xlabel="images denoised for training", ylabel="PPO: reward on training captions")
+    last.xaxis.set_major_formatter("{x:,.0f}")
+    for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle("Test captions, held-out judge, 95 % intervals over captions and training seeds", fontsize=10)
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Left and centre: test captions, held-out judge, 95 % intervals over captions and training seeds", fontsize=10
+    )
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -171,7 +184,8 @@ def main() -> None:
             train(seed)
         if arguments.train is not None or not evaluate.run(evaluation()):
             return  # or not the main process
-        record = to_record(replace(load_results(RUNS / "evaluation"), facts={"images": training_images()}))
+        facts = {"images": training_images(), "curves": curves()}
+        record = to_record(replace(load_results(RUNS / "evaluation"), facts=facts))
     print(write_page(PAGE, table, record))
     chart(PAGE.with_suffix(".png"), from_record(read_record(PAGE.with_suffix(".json")), RUNS))
 
