@@ -4,7 +4,7 @@ A run folder holds ``config.yaml`` (the resolved configuration), ``provenance.js
 command of the first start, and of every resumption that differs), ``metrics.jsonl`` and TensorBoard files (one record
 per update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule, counters) and
 the configuration. All randomness of update ``u`` follows from ``(seed, u)``, so a resumed run equals an uninterrupted
-one without any saved generator.
+one without any saved generator. Of several processes, the main one writes; all must see the folder.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
 from noisear_rl.config import check_choices, to_mapping
+from noisear_rl.distributed import barrier, is_main, process, same_for_all
 from noisear_rl.files import write_atomically
 from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
@@ -99,52 +99,52 @@ class Run:
 
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
-        ValueError: If an option is not among its choices, or several processes were launched.
+        ValueError: If an option is not among its choices, or several processes do not see the same folder.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
         check_choices(config, type(config).__name__)
-        self.folder, self.config = Path(folder), config
+        self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
-        if self.accelerator.num_processes > 1:
-            raise ValueError("training runs in a single process: start it without a distributed launcher")
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-        self.accelerator.init_trackers("noisear-rl")
+        self._checkpoint = list_checkpoints(self.folder)[-1:]
+        same_for_all(str(self._checkpoint), f"{folder}: the newest checkpoint")
         self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
-        if not list_checkpoints(self.folder):
-            self._record_start()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self.accelerator.device
+        if is_main():
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+            if not self._checkpoint:
+                self._record_start()
+        self.accelerator.init_trackers("noisear-rl")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Writes one record to TensorBoard and ``metrics.jsonl``."""
+        """Writes one record to TensorBoard and ``metrics.jsonl``, in the main process."""
+        if not is_main():
+            return
         self._record_start()
         self.accelerator.log(values, step=step)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def save(self, network: Network, counters: Counters, **parts: Any) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint, in the main process.
 
         Args:
             network: The policy, or another network.
             counters: The run's progress.
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
+        if not is_main():
+            return
         state = {name: part.state_dict() for name, part in parts.items()}
         counts = {"counters": dataclasses.asdict(counters)}
         save_checkpoint(self.folder, counters.step, network, counts | state, to_mapping(self.config))
 
     def load(self, network: Any, **parts: Any) -> Counters:
         """Restores the newest checkpoint, if there is one; returns the run's progress."""
-        found = list_checkpoints(self.folder)
+        found = self._checkpoint
         if not found:
             return Counters()
         saved = type(network).from_pretrained(str(found[-1]))
@@ -157,7 +157,8 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         counters = Counters(**state["counters"])
-        self._forget_after(counters.step)
+        if is_main():
+            self._forget_after(counters.step)
         if self._start is not None:
             self._start["step"] = counters.step
         return counters
@@ -182,8 +183,10 @@ class Run:
         self._start = None
 
     def close(self) -> None:
-        """Flushes the logs."""
-        self.accelerator.end_training()
+        """Flushes the logs, and waits for all processes."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        barrier()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
