@@ -381,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         iterate(config)
     else:
         train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

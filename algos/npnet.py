@@ -207,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(NPNetTrainingConfig, argv, __doc__)
     train(config)
-    print(f"network: {config.output_dir}")
+    if is_main():
+        print(f"network: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(RewardGradientConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

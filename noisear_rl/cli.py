@@ -36,6 +36,10 @@ COMMANDS = {
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges from scratch"),
 }
 
+# Commands whose work several processes share.
+SHARED = {"pairs", "shared-noise", "nll", "reinforce", "ppo", "train-prior", "collect", "dpo", "reward-gradient"}
+SHARED |= {"npnet", "evaluate"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` lists the options of a command."""
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in COMMANDS:
         raise SystemExit(f"noisear: unknown command {arguments[0]!r}\n\n{usage}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and arguments[0] not in SHARED:
+        raise SystemExit(f"noisear {arguments[0]} runs in one process: start it without a launcher")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences hints about optional packages
     try:
         importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from accelerate import PartialState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import distributed, nn
 
+from noisear_rl import heartbeat
+
 LAUNCHERS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-PATIENCE = timedelta(days=1)  # for the slowest process; one that dies is noticed at once
+PATIENCE = timedelta(days=1)  # for the slowest process; one that dies is noticed sooner, by noisear_rl/heartbeat.py
 
 
 @functools.cache
@@ -48,6 +51,7 @@ def process() -> PartialState:
         )
     if launched > 1:
         print(f"process {state.process_index} of {launched} on {state.device}", file=sys.stderr, flush=True)
+        heartbeat.start(state.process_index, launched)
     return state
 
 
@@ -176,6 +180,15 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def gather_objects(items: list[Any]) -> list[Any]:
+    """The items of all processes, one after the other."""
+    if num_processes() == 1:
+        return items
+    found: list[list[Any]] = [[]] * num_processes()
+    distributed.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
 def same_for_all(value: str, what: str) -> None:
     """Refuses what differs between processes.
 
@@ -183,8 +196,7 @@ def same_for_all(value: str, what: str) -> None:
         ValueError: If it does.
     """
     if num_processes() > 1:
-        values: list[str | None] = [None] * num_processes()
-        distributed.all_gather_object(values, value)
+        values = gather_objects([value])
         if len(set(values)) > 1:
             raise ValueError(f"{what} differs between processes, {values}: all machines must see the same folder")
 

@@ -28,7 +28,9 @@ LEARNED = NoiseARConfig(d_model=16, d_ff=16, n_layers=1, n_heads=2, log_variance
 TINY = NPNetConfig(image_size=8, patch_size=2, window_size=2, d_model=8, depths=(2, 1), n_heads=(2, 2))
 TOY = toys.NoDenoiser((4, 8, 8), 2)
 TURBO = {"dtype": "float32"}
-PROMPTS = tuple(f"a photo of a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square"))
+PROMPTS = tuple(
+    f"a photo of a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")
+)
 TOP_LEFT = str(Path(__file__).parent / "files/top_left.py")
 
 
@@ -75,15 +77,12 @@ def trainings(data: Path, updates: int):
     chosen |= {"denoiser_options": TURBO, "policy": SMALL, "learning_rate": 3e-3, "held_out_share": 0.2, "epochs": 10}
     images = {"prompts": PROMPTS[:2], "prompts_per_update": 2, "samples_per_prompt": 3, "updates": updates}
     images |= {"reward": TOP_LEFT, "denoiser_options": TURBO, "policy": SMALL, "save_every": 3}
-    on_pairs = lambda module, config, folder, **options: module.train(config(output_dir=folder, **options))
     return {
         "ppo-natural": on_ppo(epochs=2, minibatches=2, fisher_episodes=6),
         "ppo-adam": on_ppo(Gaps(), **adam, epochs=2, minibatches=3, kl_coef=0.1, entropy_coef=0.01, policy=LEARNED),
         "ppo-gae": on_ppo(advantage="gae", critic_batch_size=8, optimizer="adaptive_adam"),
         "reinforce": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, advantage="ema"),
-        "dpo": lambda folder, **more: dpo.train(
-            dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | more))
-        ),
+        "dpo": lambda folder, **more: dpo.train(dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | more))),
         "dpo-aot": lambda folder, **more: dpo.train(
             dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | {"loss_type": ("aot", "sft")} | more))
         ),

@@ -3,7 +3,7 @@
 Two kinds: ``weak_to_strong``, the noise that strong guidance would have preferred
 (:mod:`~noisear_rl.data.weak_to_strong`), and ``signal_leak``, the noise that the forward process would have made of a
 good image (:mod:`~noisear_rl.data.signal_leak`). Several processes share the shards:
-``accelerate launch --num-processes 4 -m noisear_rl.data.pairs …``.
+``torchrun --nproc-per-node 4 -m noisear_rl.data.pairs …``.
 
 Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
@@ -25,6 +24,7 @@ from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
 from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy import load_policy, policy_sha256
@@ -106,7 +106,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         raise ValueError("signal_leak chooses images by a reward: set filter_reward")
     if leak and not (config.noise_scale > 0 and config.signal_strength > 0):
         raise ValueError("noise_scale and signal_strength must be positive")
-    state = PartialState()
+    state = process()
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     if leak and not denoiser.signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
@@ -124,9 +124,11 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     }
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
         manifest.pop(key)
-    check_manifest(config.output_dir, manifest)
+    if is_main():
+        check_manifest(config.output_dir, manifest)
+    barrier()
     reward = load_reward(config.filter_reward) if config.filter_reward else None
-    bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not state.is_main_process)
+    bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not is_main())
     for shard, start in enumerate(range(0, config.pairs, config.shard_size)):
         end = min(start + config.shard_size, config.pairs)
         if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
@@ -160,7 +162,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
             bar.update(len(indices))
         write_shard(config.output_dir, shard, rows, PAIR_FEATURES)
     bar.close()
-    state.wait_for_everyone()
+    barrier()
     return load_pairs(config.output_dir)
 
 
@@ -208,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(PairsConfig, argv, __doc__)
     pairs = build_pairs(config)
-    print(f"{len(pairs)} of {config.pairs} pairs kept in {config.output_dir}")
+    if is_main():
+        print(f"{len(pairs)} of {config.pairs} pairs kept in {config.output_dir}")
 
 
 if __name__ == "__main__":
