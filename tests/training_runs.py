@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from signal import SIGKILL
 
+import gymnasium
 import torch
 from safetensors.torch import save_file
 
@@ -17,8 +19,10 @@ from noisear_rl.algos import dpo, nll, npnet, ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
+from noisear_rl.distributed import is_main, num_processes
 from noisear_rl.files import check_manifest
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.run import Run
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.samplers.npnet import NPNetConfig
 from tests import toys
@@ -55,33 +59,39 @@ def prepare(data: Path) -> None:
     collect(CollectConfig("NoiseAR-ShapesTurbo-v0", prompts=PROMPTS, output_dir=data / "rollouts", **again))
 
 
-def episodes(module, config, reward, updates, **options):
+def episodes(module, config, reward, updates, normalize="none", **options):
     """A training on episodes: 21 of them, which two processes share unequally."""
-    name = toys.register(reward)
     defaults = {"prompts_per_update": 3, "samples_per_prompt": 7, "updates": updates, "save_every": 3, "policy": SMALL}
-    prompts = ("up", "down", "upwards")
-    return lambda folder, **more: module.train(
-        config(name, prompts=prompts, output_dir=folder, **(defaults | options | more))
-    )
+    defaults |= {"prompts": ("up", "down", "upwards")}
+
+    def train(folder, **more):
+        name = toys.register(reward)  # anew: its reward has statistics
+        gymnasium.registry[name].kwargs["reward"].normalize = normalize
+        return module.train(config(name, output_dir=folder, **(defaults | options | more)))
+
+    return train
 
 
 def trainings(data: Path, updates: int):
     """Trainings by name, as functions of their folder and further options."""
     on_ppo = lambda reward=None, **options: episodes(ppo, ppo.PPOConfig, reward or toys.Target(), updates, **options)
-    adam = {"optimizer": "adam", "learning_rate": 3e-3}
+    adam = {"optimizer": "adam", "learning_rate": 1e-3}
+    natural = {"damping": 1.0}  # at the default of 0.01 a step magnifies rounding errors a thousandfold
     pairs = {"denoiser": "shapes-turbo", "denoiser_options": TURBO, "batch_size": 9, "held_out_share": 0.2}
-    pairs |= {"log_every": 5, "save_every": 3, "learning_rate": 3e-3, "epochs": max(1, updates // 6)}
+    pairs |= {"log_every": 5, "save_every": 3, "learning_rate": 1e-3, "epochs": max(1, updates // 6)}
     golden = {"denoiser": "none", "npnet": TINY, "batch_size": 11, "evaluate_every": 4, "save_every": 3}
-    golden |= {"learning_rate": 3e-3, "epochs": max(1, updates // 4)}
+    golden |= {"learning_rate": 1e-3, "epochs": max(1, updates // 4)}
     chosen = {"threshold": 0.0, "strategy": "all_above_margin", "batch_size": 13, "evaluate_every": 3, "save_every": 3}
-    chosen |= {"denoiser_options": TURBO, "policy": SMALL, "learning_rate": 3e-3, "held_out_share": 0.2, "epochs": 10}
+    chosen |= {"denoiser_options": TURBO, "policy": SMALL, "learning_rate": 1e-3, "held_out_share": 0.2}
+    chosen |= {"epochs": -(-updates // 6), "patience": 0}
     images = {"prompts": PROMPTS[:2], "prompts_per_update": 2, "samples_per_prompt": 3, "updates": updates}
     images |= {"reward": TOP_LEFT, "denoiser_options": TURBO, "policy": SMALL, "save_every": 3}
     return {
-        "ppo-natural": on_ppo(epochs=2, minibatches=2, fisher_episodes=6),
-        "ppo-adam": on_ppo(Gaps(), **adam, epochs=2, minibatches=3, kl_coef=0.1, entropy_coef=0.01, policy=LEARNED),
-        "ppo-gae": on_ppo(advantage="gae", critic_batch_size=8, optimizer="adaptive_adam"),
-        "reinforce": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, advantage="ema"),
+        "ppo-natural": on_ppo(**natural, epochs=2, minibatches=2, fisher_episodes=6),
+        "ppo-adam": on_ppo(Gaps(), **adam, minibatches=16, kl_coef=0.1, entropy_coef=0.01, policy=LEARNED),
+        "ppo-gae": on_ppo(**adam, advantage="gae", critic_batch_size=8),
+        "reinforce": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, **natural, advantage="ema"),
+        "reinforce-running": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, "running", **adam),
         "dpo": lambda folder, **more: dpo.train(dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | more))),
         "dpo-aot": lambda folder, **more: dpo.train(
             dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | {"loss_type": ("aot", "sft")} | more))
@@ -98,17 +108,32 @@ def trainings(data: Path, updates: int):
     }
 
 
+def flat(tensors) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
 def main(data: str, folder: str, updates: str, *names: str) -> None:
-    """Runs trainings one after the other; ``NAME:key=value`` overrides an option."""
+    """Runs trainings one after the other; ``NAME:key=value`` overrides an option, ``KILL`` ends the first at a save."""
     known, rank = trainings(Path(data), int(updates)), int(os.environ.get("RANK", 0))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if names[0] == "KILL":
+        save = Run.save
+        Run.save = lambda *arguments, **parts: (save(*arguments, **parts), is_main() and os.kill(os.getpid(), SIGKILL))
+        names = names[1:]
     for item in names:
         name, *options = item.split(":")
         given = {key: json.loads(value) for key, _, value in (option.partition("=") for option in options)}
         network = known[name](Path(folder) / name, **given)
-        tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(tensors, Path(folder) / f"{name}.{rank}.safetensors")
-    joined = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    (Path(folder) / f"process-{rank}.json").write_text(json.dumps({"rank": rank, "processes": joined}))
+        save_file(
+            {key: value.contiguous() for key, value in network.state_dict().items()}, parameters(folder, name, rank)
+        )
+    (Path(folder) / f"process-{rank}.json").write_text(json.dumps({"processes": num_processes()}))
+
+
+def parameters(folder: str | Path, name: str, rank: int = 0) -> Path:
+    """The file of a process's final parameters."""
+    return Path(folder) / f"{name}.{rank}.safetensors"
 
 
 if __name__ == "__main__":
