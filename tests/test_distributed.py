@@ -1,11 +1,9 @@
 """Several processes give what one gives, end together, and resume; started by torchrun, each says how many they are."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,22 +12,12 @@ from safetensors.torch import load_file
 
 from noisear_rl.distributed import Part, among, shard
 from noisear_rl.learning.run import read_records
+from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.training_runs import flat, parameters, prepare, trainings
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "reinforce-running", "dpo", "dpo-aot", "reward-gradient")
 SUPERVISED = ("nll", "npnet")
 QUICK = 3
-
-
-def launch(count: int, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a script or a module in several processes, each of which must know of all."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    assert all(f"process {rank} of {count} on" in done.stderr for rank in range(count)) or count == 1
-    return done
 
 
 @pytest.fixture(scope="module")
