@@ -1,6 +1,7 @@
 """Several processes give what one gives, end together, and resume; started by torchrun, each says how many they are."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -125,15 +126,14 @@ def started_by_hand(how, silence, work):
         given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment = ENVIRONMENT | given | {"RANK": rank, "LOCAL_RANK": rank}
         command = [sys.executable, "-c", DYING, how, str(silence), str(work)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        processes.append(process)
     outputs = [process.communicate() for process in processes]
     return processes[0].returncode, *outputs[0]
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
