@@ -12,6 +12,7 @@ Shapes: ``n`` rows of all processes, ``b`` rows of this one.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,9 +36,14 @@ def process() -> PartialState:
     """This process among those that were launched, which the first call joins: on accelerators by NCCL, else by gloo.
 
     Raises:
-        ValueError: If fewer processes found each other than were launched.
+        ValueError: If fewer processes found each other than were asked for.
     """
     launched = get_int_from_env(LAUNCHERS, 1)
+    if launched == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "`accelerate launch --cpu` asks for several processes, but starts one: use `torchrun`, or `--config_file` with "
+            "configs/accelerate/cpu.yaml"
+        )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
         launched > 1 and (accelerator is None or accelerator.type == "mps")
@@ -146,10 +152,12 @@ def among(batch: np.ndarray | torch.Tensor, held: np.ndarray) -> Part:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, the same in each of them; changes the tensor."""
-    if num_processes() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
+    """The sum over all processes, the same in each of them. The tensor itself may change."""
+    if num_processes() == 1:
+        return tensor
+    total = tensor.to(process().device)
+    distributed.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def sum_gradients(network: nn.Module) -> None:

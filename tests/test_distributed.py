@@ -164,6 +164,14 @@ def test_launched_processes_that_do_not_meet_are_refused():
     assert done.returncode and "ValueError" in done.stderr
 
 
+def test_accelerates_own_launch_on_a_cpu_is_refused():
+    """It sets the address to meet at, and then starts a single process."""
+    given = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, "-c", "from noisear_rl.distributed import process; process()"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | given, capture_output=True, text=True)
+    assert done.returncode and "asks for several processes, but starts one: use `torchrun`" in done.stderr
+
+
 def test_a_command_for_one_process_refuses_more():
     command = [sys.executable, "-m", "noisear_rl.cli", "demo"]
     environment = ENVIRONMENT | {"WORLD_SIZE": "2"}

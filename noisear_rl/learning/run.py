@@ -99,11 +99,14 @@ class Run:
 
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
-        ValueError: If an option is not among its choices, or several processes do not see the same folder.
+        ValueError: If an option is not among its choices, ``micro_batches`` is below 1, or several processes do not see
+            the same folder.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
         check_choices(config, type(config).__name__)
+        if getattr(config, "micro_batches", 1) < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {config.micro_batches}")
         self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
