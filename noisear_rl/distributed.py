@@ -41,8 +41,8 @@ def process() -> PartialState:
     launched = get_int_from_env(LAUNCHERS, 1)
     if launched == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise ValueError(
-            "`accelerate launch --cpu` asks for several processes, but starts one: use `torchrun`, or `--config_file` with "
-            "configs/accelerate/cpu.yaml"
+            "`accelerate launch --cpu` asks for several processes, but starts one: use `torchrun`, or `--config_file` "
+            "with configs/accelerate/cpu.yaml"
         )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
