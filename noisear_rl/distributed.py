@@ -17,15 +17,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import distributed, nn
 
 from noisear_rl import heartbeat
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 LAUNCHERS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 PATIENCE = timedelta(days=1)  # for the slowest process; one that dies is noticed sooner, by noisear_rl/heartbeat.py
@@ -38,6 +39,9 @@ def process() -> PartialState:
     Raises:
         ValueError: If fewer processes found each other than were asked for.
     """
+    from accelerate import PartialState  # here, since environments import this module
+    from accelerate.utils import get_int_from_env, parse_flag_from_env
+
     launched = get_int_from_env(LAUNCHERS, 1)
     if launched == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise ValueError(
