@@ -29,10 +29,21 @@ from torch.distributions import Independent, kl_divergence
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.config import check_choices, parse_config
+from noisear_rl.config import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
@@ -54,7 +65,7 @@ class DPOConfig:
 
     rollouts: Path = Path("runs/rollouts")
     """Folder that `algos/collect.py` wrote."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     init_from: str | None = None
     """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
@@ -64,53 +75,56 @@ class DPOConfig:
     """A fresh policy, in the rollouts' sizes."""
     output_dir: Path = Path("runs/dpo")
     """Run folder."""
-    threshold: float = 0.3
+    threshold: NonNegativeFloat = 0.3
     """Rewards of a pair differ by more than this."""
     strategy: Strategy = "best_worst"
     """`best_worst` (one pair per prompt) or `all_above_margin`."""
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """trl's names: `sigmoid`, `hinge`, `ipo`, `robust`, `apo_zero`, `sft` (NLL of the preferred noise), …"""
-    loss_weights: tuple[float, ...] | None = None
+    loss_weights: tuple[Float, ...] | None = None
     """One weight per loss; unset for 1 each."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Inverse temperature, in 1/nats of the whole noise: the loss saturates at a margin of about 1/beta."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of flipped labels (`robust`, `aot`), epsilon of `exo_pair`."""
-    discopop_tau: float = 0.05
+    discopop_tau: PositiveFloat = 0.05
     """Temperature of `discopop`."""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """Passes over the pairs, at most."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Pairs per update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Adam's learning rate."""
-    target_kl: float = 0.05
+    target_kl: PositiveFloat = 0.05
     """Size of a natural step in nats per noise."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    held_out_share: float = 0.1
+    held_out_share: Share = 0.1
     """Share of the prompts whose pairs are only validated on."""
-    held_out_pairs: int = 2048
+    held_out_pairs: PositiveInt = 2048
     """Held-out pairs per evaluation, at most."""
-    evaluate_every: int = 20
+    evaluate_every: PositiveInt = 20
     """Updates between evaluations on held-out pairs."""
-    patience: int = 10
+    patience: NonNegativeInt = 10
     """Stop after this many evaluations without a better held-out accuracy, and keep the best policy; 0 keeps the last
     one."""
-    max_kl: float | None = None
+    max_kl: PositiveFloat | None = None
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
-    rounds: int = 1
+    rounds: PositiveInt = 1
     """Rounds of training; each after the first trains on new rollouts of the same prompts, by the policy so far."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, held-out prompts and order."""
-    save_every: int = 200
+    save_every: PositiveInt = 200
     """Updates between checkpoints."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # patches (2b, N, A), text (2b, L, D), text mask (2b, L)
@@ -128,7 +142,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         FileNotFoundError: If there are no rollouts.
         FileExistsError: If the run folder holds a run and ``resume`` is false.
     """
-    check_choices(config)
+    check_config(config)
     weights = config.loss_weights or (1.0,) * len(config.loss_type)
     strength = Strength(config.beta, config.label_smoothing, config.discopop_tau)
     check_losses(config.loss_type, weights, strength)

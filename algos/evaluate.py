@@ -35,8 +35,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from noisear_rl.config import check_choices, parse_config, to_mapping
-from noisear_rl.denoisers import EMBEDDED, load_denoiser
+from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
+from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.evaluation.compare import finite_components
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
@@ -47,7 +47,7 @@ from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.provenance import provenance
-from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
+from noisear_rl.rewards import RewardConfig, RewardSpec, WeightedReward, load_reward, reward_config
 from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.shapes import ShapesExact
 from noisear_rl.samplers import Sampler
@@ -60,36 +60,39 @@ class EvaluateConfig:
 
     methods: tuple[str, ...] = ()
     """Methods: NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Name or folder of the denoiser."""
     prompts: str = "validation"
     """Prompt set: a file, the name of a published set, `geneval-style` (generated prompts), or a split of `shapes`:
     `validation` to choose settings by, `test` for published results alone."""
-    num_prompts: int | None = None
+    num_prompts: PositiveInt | None = None
     """Number of prompts: equal shares of the categories for generated prompts and splits of `shapes` (120 if unset),
     the first ones for files and published sets (all if unset)."""
     skip_bad_rows: bool = False
     """Skip malformed rows of the prompt file."""
-    samples: int = 8
+    samples: PositiveInt = 8
     """Noises per prompt."""
-    scorers: tuple[str, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
+    scorers: tuple[RewardSpec, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
     """Scorers, or a reward file. The first one is the judge: neither training nor searches may use it."""
-    choose_by: str | None = None
+    choose_by: RewardSpec | None = None
     """Reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """Settings of `search-N` and `reno-N`."""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """Factor on the standard deviation of policies; unset for their own."""
     resample: Resample = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
-    seed: int = 1_000_000
+    seed: Seed = 1_000_000
     """First seed of the noises; training uses other seeds."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Noises per batch, which form one shard."""
     output_dir: Path = Path("runs/evaluate")
     """Folder for images and results."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Options of the denoiser, such as `dtype float32`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def prompt_set(config: EvaluateConfig) -> PromptSet:
@@ -159,7 +162,9 @@ def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[
     return found
 
 
-def join_shards(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
+def join_shards(
+    config: EvaluateConfig, judge: str, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]
+) -> None:
     """Joins the shards into ``results.json`` and ``timing.json``."""
     results, seconds_per_image, num_images = {}, {}, len(chosen) * config.samples
     for method in methods:
@@ -191,7 +196,7 @@ def join_shards(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Met
         "prompts": chosen.prompts,
         "categories": chosen.categories,
         "samples": config.samples,
-        "judge": next(iter(scorers_of(config).weights)),
+        "judge": judge,
         "methods": results,
     }
     write_atomically(config.output_dir / "timing.json", json.dumps(seconds_per_image, indent=1))
@@ -217,14 +222,14 @@ def run(config: EvaluateConfig) -> str:
     Raises:
         ValueError: If an option is invalid, a scorer fails, or the folder holds an evaluation with other settings.
     """
-    check_choices(config, "evaluate")
-    if min(config.samples, config.batch_size) < 1:
-        raise ValueError("samples and batch_size must be at least 1")
+    check_config(config)
     state = PartialState()
     chosen, scorers = prompt_set(config), scorers_of(config)
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
     if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
         raise ValueError(f"{choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
+    reward = load_reward(scorers)
+    reward.check_prompts(chosen.prompts)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
 
@@ -267,7 +272,6 @@ def run(config: EvaluateConfig) -> str:
     state.wait_for_everyone()
 
     # Scores, once all images exist.
-    reward = load_reward(scorers)
     with tqdm(desc="scores", **progress) as bar:
         for (method, rows), count in zip(work, counts, strict=True):
             if not _shard_file(config, "scores", method, rows).exists():
@@ -278,7 +282,7 @@ def run(config: EvaluateConfig) -> str:
     # Results.
     if not state.is_main_process:
         return ""
-    join_shards(config, chosen, methods, shards)
+    join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
     text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
     write_atomically(config.output_dir / "table.md", text + "\n")
     return text

@@ -26,8 +26,9 @@ import torch
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
-from noisear_rl.config import parse_config
-from noisear_rl.envs import make_vector_env
+from noisear_rl.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
+from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss, standardized
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
@@ -35,6 +36,7 @@ from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -42,11 +44,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class ReinforceConfig:
     """Options of REINFORCE."""
 
-    env_id: str = "NoiseAR-Shapes-v0"
+    env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
@@ -56,42 +58,45 @@ class ReinforceConfig:
     """A fresh policy, in the environment's sizes. Its log-variance is fixed: learning it spends KL on noise."""
     output_dir: Path = Path("runs/reinforce")
     """Run folder."""
-    updates: int = 100
+    updates: PositiveInt = 100
     """Updates of the policy."""
-    prompts_per_update: int = 4
+    prompts_per_update: PositiveInt = 4
     """Distinct prompts per update, cycled in shuffled order."""
-    samples_per_prompt: int = 64
+    samples_per_prompt: PositiveInt = 64
     """Noises per prompt and update. `target_kl` should be about proportional to it."""
     advantage: Advantage = "rloo"
     """Baseline: `none`, `ema`, `rloo` (leave one out) or `grpo` (group mean and standard deviation)."""
-    ema_decay: float = 0.9
+    ema_decay: Fraction = 0.9
     """With `ema`: decay of the running mean of rewards, per update."""
     optimizer: Optimizer = "natural"
     """`natural` (a step of `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
     step: Step = "adaptive"
     """`adaptive` (at most `target_kl`, and small until rewards confirm the steps so far) or `fixed` (`target_kl`)."""
-    target_kl: float = 2.0
+    target_kl: PositiveFloat = 2.0
     """Size of a step in nats per noise; with `adaptive`, of the largest."""
-    damping: float = 0.01
+    damping: NonNegativeFloat = 0.01
     """Damping of the Fisher matrix."""
-    cg_iterations: int = 8
+    cg_iterations: PositiveInt = 8
     """Conjugate-gradient iterations per natural step."""
-    fisher_episodes: int = 128
+    fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix is measured on; a step costs about 25 passes over them."""
-    learning_rate: float = 2e-4
+    learning_rate: PositiveFloat = 2e-4
     """Adam's learning rate."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    kl_prior_coef: float = 0.0
+    kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
-    save_every: int = 20
+    save_every: PositiveInt = 20
     """Updates between checkpoints."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: ReinforceConfig) -> NoiseARPolicy:

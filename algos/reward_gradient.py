@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.samplers.reno import norm_regularizer
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -36,11 +37,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class RewardGradientConfig:
     """Options of training by reward gradients."""
 
-    denoiser: str = "shapes-turbo"
+    denoiser: DenoiserName = "shapes-turbo"
     """Denoiser's name or folder; memory grows with its steps."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Differentiable scorer; unset for the denoiser's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
@@ -50,37 +51,40 @@ class RewardGradientConfig:
     """A fresh policy, in the denoiser's sizes. A learned variance would collapse: one good noise is enough."""
     output_dir: Path = Path("runs/reward-gradient")
     """Run folder."""
-    updates: int = 500
+    updates: PositiveInt = 500
     """Updates of the policy."""
-    prompts_per_update: int = 128
+    prompts_per_update: PositiveInt = 128
     """Prompts per update, cycled in shuffled order."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: PositiveInt = 1
     """Noises per prompt and update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate."""
-    target_kl: float = 0.5
+    target_kl: PositiveFloat = 0.5
     """Size of a natural step in nats per noise."""
-    fisher_episodes: int = 128
+    fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix and the KL are measured on."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    max_noise_gradient: float = 1.0
+    max_noise_gradient: PositiveFloat = 1.0
     """The gradient of each image's reward by its noise is clipped to this norm; it is huge where objects appear or
     vanish."""
-    kl_prior_coef: float = 0.002
+    kl_prior_coef: NonNegativeFloat = 0.002
     """Weight of the KL to N(0, I), in reward per nat."""
-    norm_coef: float = 0.0
+    norm_coef: NonNegativeFloat = 0.0
     """Weight of ReNO's norm term."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
-    save_every: int = 100
+    save_every: PositiveInt = 100
     """Updates between checkpoints."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: RewardGradientConfig) -> NoiseARPolicy:

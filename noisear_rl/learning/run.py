@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
-from noisear_rl.config import check_choices, to_mapping
+from noisear_rl.config import check_config, to_mapping
 from noisear_rl.files import write_atomically
 from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
@@ -103,7 +103,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
-        check_choices(config, type(config).__name__)
+        check_config(config)
         self.folder, self.config = Path(folder), config
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")

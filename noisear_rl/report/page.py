@@ -27,7 +27,7 @@ import tyro
 import yaml
 from markupsafe import Markup
 
-from noisear_rl.config import parse_config
+from noisear_rl.config import NonNegativeInt, PositiveInt, check_config, parse_config
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import load
 from noisear_rl.files import write_atomically
@@ -59,10 +59,13 @@ class ReportConfig:
     """HTML file to write."""
     title: str = ""
     """Title; unset for the name of the denoiser."""
-    max_images: int = 500
+    max_images: NonNegativeInt = 500
     """Largest number of images on the page; prompts that fail most come first."""
-    images_per_cell: int = 4
+    images_per_cell: PositiveInt = 4
     """Images per prompt and method."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 @dataclass
