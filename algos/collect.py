@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.command import run_script
 from noisear_rl.config import PositiveInt, Seed, check_config, parse_config
 from noisear_rl.data.rollouts import load_rollouts, rollout_features, rollout_manifest
 from noisear_rl.data.shards import shard_file, write_shard
@@ -171,4 +172,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

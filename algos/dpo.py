@@ -29,6 +29,7 @@ from torch.distributions import Independent, kl_divergence
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
+from noisear_rl.command import run_script
 from noisear_rl.config import (
     Float,
     Fraction,
@@ -359,4 +360,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,6 +35,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
 from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
@@ -296,4 +297,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

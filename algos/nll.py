@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share, check_config, parse_config
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, policy_sizes
@@ -176,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share, check_config, parse_config
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
@@ -196,4 +197,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from torch.distributions import kl_divergence
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.command import run_script
 from noisear_rl.config import (
     Float,
     Fraction,
@@ -306,4 +307,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

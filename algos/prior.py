@@ -23,6 +23,7 @@ from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as pretrain
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.ppo import train as improve
+from noisear_rl.command import run_script
 from noisear_rl.config import Seed, check_config, parse_config
 from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs
 from noisear_rl.policy import NoiseARPolicy
@@ -75,4 +76,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
+from noisear_rl.command import run_script
 from noisear_rl.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
 from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.envs import EnvId, make_vector_env
@@ -218,4 +219,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

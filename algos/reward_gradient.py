@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.envs.noise_task import NoiseTask
@@ -176,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from noisear_rl.command import Stop, run_command
+from noisear_rl.config import nearest
+
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
     "sample": ("noisear_rl.sample", "draw images from Gaussian noise and from a policy's noise, side by side"),
@@ -41,17 +44,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` lists the options of a command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:19}{text}" for name, (_, text) in COMMANDS.items())
-    usage = f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command."
+    usage = (
+        f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command; "
+        "`--traceback` shows where an error was raised."
+    )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return
     if arguments[0] not in COMMANDS:
-        raise SystemExit(f"noisear: unknown command {arguments[0]!r}\n\n{usage}")
+        near = nearest(arguments[0], COMMANDS)
+        message = f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}"
+        print(message, file=sys.stderr)
+        raise Stop(message)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences hints about optional packages
-    try:
-        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-    except (FileExistsError, FileNotFoundError, ValueError) as error:  # user errors: no traceback
-        raise SystemExit(f"noisear {arguments[0]}: {error}") from error
+    run_command(
+        f"noisear {arguments[0]}",
+        lambda options: importlib.import_module(COMMANDS[arguments[0]][0]).main(options),
+        arguments[1:],
+    )
 
 
 if __name__ == "__main__":

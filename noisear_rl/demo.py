@@ -18,6 +18,7 @@ from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as train_nll
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reinforce import train as train_reinforce
+from noisear_rl.command import run_script
 from noisear_rl.config import PositiveInt, Seed, check_config, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig, build_pairs
 from noisear_rl.denoisers import load_denoiser
@@ -135,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

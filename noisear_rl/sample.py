@@ -20,6 +20,7 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
+from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, Seed, check_config, parse_config
 from noisear_rl.denoisers import EMBEDDED, Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.files import atomic
@@ -125,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

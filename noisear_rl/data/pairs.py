@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import (
     Float,
     NonNegativeFloat,
@@ -223,4 +224,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from noisear_rl.command import run_script
 from noisear_rl.config import Float, Fraction, PositiveFloat, PositiveInt, Share, check_config, parse_config
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
@@ -226,4 +227,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from noisear_rl.command import run_script
 from noisear_rl.config import check_config, parse_config
 from noisear_rl.evaluation.intervals import Resample, preference_probability, win_rate
 from noisear_rl.evaluation.results import Results
@@ -207,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 import yaml
 
+from noisear_rl.command import run_script
 from noisear_rl.config import PositiveInt, Seed, check_config, parse_config, to_mapping
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.evaluation.compare import evaluate
@@ -108,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ import tyro
 import yaml
 from markupsafe import Markup
 
+from noisear_rl.command import run_script
 from noisear_rl.config import NonNegativeInt, PositiveInt, check_config, parse_config
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import load
@@ -300,4 +301,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ import yaml
 
 from noisear_rl import ENVIRONMENTS
 from noisear_rl.checkpoints import find_checkpoint, load_state
+from noisear_rl.command import run_script
 from noisear_rl.config import check_config, parse_config
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.files import read_manifest, sha256
@@ -192,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -63,12 +65,41 @@ class RewardConfig:
 class FunctionReward:
     """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
 
-    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]) -> None:
-        self.name, self.function = name, function
+    def __init__(
+        self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any], file: Path | None = None
+    ) -> None:
+        self.name, self.function, self.file = name, function, file
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32."""
-        return torch.as_tensor(self.function(images, prompts), dtype=torch.float32, device=images.device)
+        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32.
+
+        Raises:
+            ValueError: If the function raises an error, exits, or returns anything but numbers; names file and cause.
+        """
+        with _blamed(self.file or self.name, f"scorer {self.name!r} failed"):
+            found = self.function(images, prompts)
+        try:
+            return torch.as_tensor(found, dtype=torch.float32, device=images.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            expected = f"expected ({len(prompts)},) numbers"
+            raise ValueError(
+                f"{self.file or self.name}: scorer {self.name!r} returned {found!r:.80}, {expected}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _blamed(file: Path | str, what: str) -> Iterator[None]:
+    """Turns an error of a user's file, and its attempt to exit, into one that names file, line and cause."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: syntax error: {error.msg}") from error
+    except SystemExit as error:
+        raise ValueError(f"{file}: {what}: it exits (code {error.code!r})") from error
+    except Exception as error:
+        lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{file}{where}: {what}: {type(error).__name__}: {error}") from error
 
 
 def load_reward(
@@ -141,12 +172,13 @@ def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    with _blamed(path, "cannot be loaded"):
+        specification.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{path} has no function {function!r}: define {function}(images, prompts)")
     if options:
         raise ValueError(f"reward {name!r} takes no options")
-    return FunctionReward(path.stem if function == "score" else function, getattr(module, function))
+    return FunctionReward(path.stem if function == "score" else function, getattr(module, function), path)
 
 
 def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
