@@ -29,6 +29,7 @@ from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
+from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256, text_encoder_of
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
@@ -76,6 +77,7 @@ def collect(config: CollectConfig) -> None:
     """
     check_config(config)
     state, k = PartialState(), config.samples_per_prompt
+    _lock = lock_folder(config.output_dir) if state.is_main_process else None
     batch = config.prompts_per_shard * k
     gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}

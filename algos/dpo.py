@@ -96,7 +96,7 @@ class DPOConfig:
     """Pairs per update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: NonNegativeFloat = 1e-4
     """Adam's learning rate."""
     target_kl: PositiveFloat = 0.05
     """Size of a natural step in nats per noise."""
@@ -119,6 +119,8 @@ class DPOConfig:
     """Seed of initialisation, held-out prompts and order."""
     save_every: PositiveInt = 200
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -225,7 +227,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
             bar.set_postfix(accuracy=f"{record['rewards/accuracies']:.3f}", held_out=f"{accuracy:.3f}")
             if config.max_kl is not None and record["policy/kl_to_reference"] > config.max_kl:
                 break
-        if counters.step % config.save_every == 0:
+        if counters.step % config.save_every == 0 or run.stopping:
             run.save(policy, counters, **parts)
     if config.patience > 0:
         policy.load_state_dict(best.state_dict())

@@ -46,6 +46,7 @@ from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
+from noisear_rl.integrity import lock_folder, verify, write_checksums
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards import RewardConfig, RewardSpec, WeightedReward, load_reward, reward_config
@@ -136,6 +137,10 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     file = _shard_file(config, "noise", method, rows)
     with atomic(file) as temporary:
         save_file({name: value.contiguous() for name, value in statistics.items()}, temporary)
+        images = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
+        write_checksums(
+            config.output_dir, {path: path for path in images} | {file: temporary}, _part("noise", method, rows)
+        )
 
 
 def score_shard(
@@ -144,12 +149,18 @@ def score_shard(
     """Scores the images of some prompts as stored on disk, and measures how much the images of a prompt differ."""
     samples = config.samples
     texts = [prompts[row] for row in rows for _ in range(samples)]
+    verify(
+        config.output_dir, part=_part("noise", method, rows), advice=_advice(_shard_file(config, "noise", method, rows))
+    )
     files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
     images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])  # (B, 3, H, W)
     components = finite_components(reward, images, texts, method.name)
     record = {"scores": {name: _rounded(values.reshape(-1, samples)) for name, values in components.items()}}
     record["diversity"] = diversities(reward, images.unflatten(0, (-1, samples))) if samples > 1 else {}
-    write_atomically(_shard_file(config, "scores", method, rows), json.dumps(record))
+    file = _shard_file(config, "scores", method, rows)
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(record))
+        write_checksums(config.output_dir, {file: temporary}, _part("scores", method, rows))
 
 
 def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
@@ -169,6 +180,13 @@ def join_shards(
     """Joins the shards into ``results.json`` and ``timing.json``."""
     results, seconds_per_image, num_images = {}, {}, len(chosen) * config.samples
     for method in methods:
+        for rows in shards:
+            for stage, file in (
+                ("scores", _shard_file(config, "scores", method, rows)),
+                ("noise", _shard_file(config, "noise", method, rows)),
+            ):
+                name = file.relative_to(config.output_dir).as_posix()
+                verify(config.output_dir, [name], part=_part(stage, method, rows), advice=_advice(file))
         parts = [json.loads(_shard_file(config, "scores", method, rows).read_text()) for rows in shards]
         statistics = [load_file(_shard_file(config, "noise", method, rows)) for rows in shards]
         total = {name: torch.stack([part[name] for part in statistics]).sum(0) for name in statistics[0]}
@@ -200,8 +218,11 @@ def join_shards(
         "judge": judge,
         "methods": results,
     }
-    write_atomically(config.output_dir / "timing.json", json.dumps(seconds_per_image, indent=1))
-    write_atomically(config.output_dir / "results.json", json.dumps(record))
+    timing, file = config.output_dir / "timing.json", config.output_dir / "results.json"
+    write_atomically(timing, json.dumps(seconds_per_image, indent=1))
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(record))
+        write_checksums(config.output_dir, {timing: timing, file: temporary}, "results")
 
 
 def _rounded(values: torch.Tensor) -> list[Any]:
@@ -215,6 +236,14 @@ def _concatenated(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]
 def _shard_file(config: EvaluateConfig, stage: Literal["noise", "scores"], method: Method, rows: range) -> Path:
     suffix = "safetensors" if stage == "noise" else "json"
     return config.output_dir / stage / method.slug / f"{rows[0]:05d}.{suffix}"
+
+
+def _part(stage: str, method: Method, rows: range) -> str:
+    return f"{stage}-{method.slug}-{rows[0]:05d}"
+
+
+def _advice(file: Path) -> str:
+    return f"remove {file} and run the same command again, which makes it anew"
 
 
 def run(config: EvaluateConfig) -> str:
@@ -248,6 +277,7 @@ def run(config: EvaluateConfig) -> str:
         "num_inference_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
     }
+    _lock = lock_folder(config.output_dir) if state.is_main_process else None
     if state.is_main_process:
         check_manifest(config.output_dir, manifest)
         for method in methods:

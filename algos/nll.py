@@ -25,7 +25,16 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
-from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share, check_config, parse_config
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, policy_sizes
 from noisear_rl.files import read_manifest
@@ -59,7 +68,7 @@ class NLLConfig:
     """Passes over the pairs."""
     batch_size: PositiveInt = 40
     """Pairs per update."""
-    learning_rate: PositiveFloat = 6.25e-5
+    learning_rate: NonNegativeFloat = 6.25e-5
     """Adam's learning rate at the start of the cosine decay."""
     reconstruction_weight: NonNegativeFloat = 0.2
     """Weight of the reconstruction loss."""
@@ -75,6 +84,8 @@ class NLLConfig:
     """Seed of initialisation, order and reparameterisation noise."""
     save_every: PositiveInt = 500
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -163,7 +174,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
-        if counters.step % config.save_every == 0 or last:
+        if counters.step % config.save_every == 0 or last or run.stopping:
             run.save(policy, counters, optimizer=optimizer, schedule=schedule)
     run.close()
     return policy.eval()

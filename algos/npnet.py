@@ -29,7 +29,16 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
-from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share, check_config, parse_config
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.files import read_manifest
@@ -61,7 +70,7 @@ class NPNetTrainingConfig:
     """Passes over the pairs."""
     batch_size: PositiveInt = 64
     """Pairs per update."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: NonNegativeFloat = 1e-4
     """AdamW's learning rate at the start of the cosine decay."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's weight decay."""
@@ -77,6 +86,8 @@ class NPNetTrainingConfig:
     """Training seed: initialisation, order and added noise."""
     save_every: PositiveInt = 500
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -180,7 +191,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
                 best.load_state_dict(npnet.state_dict())
             run.log(record, counters.step)
             bar.set_postfix(mse=f"{record['losses/mse']:.4f}", held_out=f"{record['losses/mse_held_out']:.4f}")
-        if counters.step % config.save_every == 0 and counters.step < updates:
+        if (counters.step % config.save_every == 0 or run.stopping) and counters.step < updates:
             run.save(npnet, counters, **parts)
     npnet.load_state_dict(best.state_dict())
     run.save(npnet, counters, **parts)

@@ -33,6 +33,7 @@ from noisear_rl.config import (
     Float,
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -90,7 +91,7 @@ class PPOConfig:
     """With `ema`: decay of the running mean of rewards, per update."""
     gae_lambda: Fraction = 0.95
     """With `gae`: 1 trusts returns, 0 the critic."""
-    critic_learning_rate: PositiveFloat = 1e-3
+    critic_learning_rate: NonNegativeFloat = 1e-3
     """With `gae`: Adam's learning rate for the critic."""
     critic_steps: PositiveInt = 8
     """With `gae`: steps of the critic per rollout."""
@@ -110,7 +111,7 @@ class PPOConfig:
     """Conjugate-gradient iterations per natural step."""
     fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix and the KL are measured on; a step costs about 25 passes over them."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
     max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
@@ -124,6 +125,8 @@ class PPOConfig:
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -292,7 +295,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, **parts)
     envs.close()
     run.close()

@@ -27,7 +27,16 @@ from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
 from noisear_rl.command import run_script
-from noisear_rl.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
+from noisear_rl.config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+)
 from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian
@@ -81,7 +90,7 @@ class ReinforceConfig:
     """Conjugate-gradient iterations per natural step."""
     fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix is measured on; a step costs about 25 passes over them."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
     max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
@@ -91,6 +100,8 @@ class ReinforceConfig:
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -204,7 +215,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, **parts)
     envs.close()
     run.close()

@@ -21,7 +21,15 @@ import torch
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
-from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, check_config, parse_config
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+)
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
@@ -60,7 +68,7 @@ class RewardGradientConfig:
     """Noises per prompt and update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: NonNegativeFloat = 1e-3
     """Adam's learning rate."""
     target_kl: PositiveFloat = 0.5
     """Size of a natural step in nats per noise."""
@@ -79,6 +87,8 @@ class RewardGradientConfig:
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 100
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
@@ -163,7 +173,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             record["charts/learning_rate"] = optimizer.learning_rate
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, optimizer=optimizer)
     run.close()
     return policy

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from noisear_rl.command import Stop, run_command
+from noisear_rl.command import WRONG, run_command, stop
 from noisear_rl.config import nearest
 
 COMMANDS = {
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in COMMANDS:
         near = nearest(arguments[0], COMMANDS)
-        message = f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}"
-        print(message, file=sys.stderr)
-        raise Stop(message)
+        stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences hints about optional packages
     run_command(
         f"noisear {arguments[0]}",

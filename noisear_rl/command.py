@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gymnasium.error import Error as GymnasiumError
 
@@ -18,7 +18,7 @@ WRONG, INTERRUPTED = 2, 130  # exit codes
 class Stop(SystemExit):
     """Ends the process with a message, which was printed, and an exit code."""
 
-    def __init__(self, message: str, code: int = WRONG):
+    def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
 
@@ -43,13 +43,13 @@ def run_command(name: str, main: Callable[[Sequence[str]], Any], arguments: Sequ
     except KeyboardInterrupt as error:
         if shown:
             raise
-        raise _stop(f"{name}: interrupted", INTERRUPTED) from error
+        stop(f"{name}: interrupted", INTERRUPTED, error)
     except Exception as error:
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
         if shown or not (out_of_memory or isinstance(error, USER_ERRORS)):
             raise
         advice = "out of memory: use smaller batches, or a preset low_memory.yaml. " if out_of_memory else ""
-        raise _stop(f"{name}: {advice}{describe(error)}") from error
+        stop(f"{name}: {advice}{describe(error)}", WRONG, error)
 
 
 def run_script(main: Callable[[Sequence[str]], Any]) -> None:
@@ -65,6 +65,7 @@ def describe(error: BaseException) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
 
 
-def _stop(message: str, code: int = WRONG) -> Stop:
+def stop(message: str, code: int, error: BaseException | None = None) -> NoReturn:
+    """Prints a message on standard error and raises :class:`Stop`."""
     print(message, file=sys.stderr, flush=True)
-    return Stop(message, code)
+    raise Stop(message, code) from error

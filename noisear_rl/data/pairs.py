@@ -37,6 +37,7 @@ from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
@@ -137,6 +138,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     }
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
         manifest.pop(key)
+    _lock = lock_folder(config.output_dir) if state.is_main_process else None
     check_manifest(config.output_dir, manifest)
     bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not state.is_main_process)
     for shard, start in enumerate(range(0, config.pairs, config.shard_size)):

@@ -38,6 +38,7 @@ from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
 from noisear_rl.files import check_manifest, sha256
+from noisear_rl.integrity import lock_folder
 from noisear_rl.prompts import categories_of, resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward
@@ -144,6 +145,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
+    _lock = lock_folder(config.output_dir)
     check_manifest(
         config.output_dir, rollouts.manifest | own | {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
     )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from noisear_rl.files import atomic, write_atomically
+from noisear_rl.integrity import verify
 
 VERSION = 1
 COMPRESSED, LIMIT = 1_000_000, 2_000_000  # bytes of data: from where they are compressed, and at most
@@ -132,6 +133,7 @@ def load_results(folder: str | Path) -> Results:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no results.json: run `noisear evaluate --output-dir {folder}` first")
     timing = path.with_name("timing.json")
+    verify(path.parent, part="results", advice="run the same `noisear evaluate` command again, which writes it anew")
     try:
         record = json.loads(path.read_text()) | {"timing": json.loads(timing.read_text()) if timing.is_file() else {}}
         return from_record(record, path.parent)

@@ -22,9 +22,21 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
+from noisear_rl.checkpoints import (
+    Network,
+    list_checkpoints,
+    load_state,
+    recover,
+    remove_old,
+    save_checkpoint,
+    whole_checkpoints,
+)
+from noisear_rl.command import stop
 from noisear_rl.config import check_config, to_mapping
 from noisear_rl.files import write_atomically
+from noisear_rl.integrity import lock_folder
+from noisear_rl.learning.interruption import Interruption
+from noisear_rl.learning.records import RECORDS, append_record, forget_after, scores_of
 from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -97,8 +109,11 @@ class Run:
         resume: Resume from the newest checkpoint. Otherwise a folder that holds one is refused.
         wandb: Also log to Weights & Biases.
 
+    SIGTERM and SIGINT end it as :mod:`~noisear_rl.learning.interruption` says, until :meth:`close`.
+
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
+        InUseError: If another process trains in the folder.
         ValueError: If an option is not among its choices, or several processes were launched.
     """
 
@@ -107,16 +122,21 @@ class Run:
         self.folder, self.config = Path(folder), config
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
+        self._lock = lock_folder(self.folder)
+        recover(self.folder)
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
         if self.accelerator.num_processes > 1:
             raise ValueError("training runs in a single process: start it without a distributed launcher")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-        self.accelerator.init_trackers("noisear-rl")
         self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
+        self._tracked = False
         if not list_checkpoints(self.folder):
             self._record_start()
+        flag = "" if resume or not hasattr(config, "resume") else " --resume"
+        self._interruption = Interruption(f"Resume with: {command_line()}{flag}")
+        self._interruption.install()
 
     @property
     def device(self) -> torch.device:
@@ -126,9 +146,11 @@ class Run:
     def log(self, values: dict[str, float], step: int) -> None:
         """Writes one record to TensorBoard and ``metrics.jsonl``."""
         self._record_start()
+        if not self._tracked:  # records after the checkpoint that a killed process left are hidden
+            self.accelerator.init_trackers("noisear-rl", init_kwargs={"tensorboard": {"purge_step": step}})
+            self._tracked = True
         self.accelerator.log(values, step=step)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_record(self.folder, {"step": step, **values})
 
     def save(self, network: Network, counters: Counters, **parts: Any) -> None:
         """Writes a checkpoint.
@@ -140,34 +162,44 @@ class Run:
         """
         state = {name: part.state_dict() for name, part in parts.items()}
         counts = {"counters": dataclasses.asdict(counters)}
-        save_checkpoint(self.folder, counters.step, network, counts | state, to_mapping(self.config))
+        options, records = to_mapping(self.config), self.folder / RECORDS
+        save_checkpoint(self.folder, counters.step, network, counts | state, options, records)
+        if keep := getattr(self.config, "keep_checkpoints", 0):
+            remove_old(self.folder, keep, scores_of(self.folder))
+        if self._interruption.asked is not None:
+            self.close()
+            stop(f"saved update {counters.step}. {self._interruption.advice}", 0)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked the run to save and stop; ask once per update."""
+        self._interruption.ready = True
+        return self._interruption.asked is not None
 
     def load(self, network: Any, **parts: Any) -> Counters:
-        """Restores the newest checkpoint, if there is one; returns the run's progress."""
-        found = list_checkpoints(self.folder)
-        if not found:
+        """Restores the newest whole checkpoint, if there is one; returns the run's progress.
+
+        Raises:
+            DamagedError: If there are checkpoints but none is whole, or the records before it are damaged.
+            ValueError: If it is of another network or algorithm.
+        """
+        found = next(whole_checkpoints(self.folder), None)
+        if found is None:
             return Counters()
-        saved = type(network).from_pretrained(str(found[-1]))
+        saved = type(network).from_pretrained(str(found))
         if saved.config != network.config:
-            raise ValueError(
-                f"{found[-1]} holds a network of another configuration: {saved.config}, not {network.config}"
-            )
+            raise ValueError(f"{found} holds a network of another configuration: {saved.config}, not {network.config}")
+        state = load_state(found)
+        if missing := sorted({"counters", *parts} - state.keys()):
+            raise ValueError(f"{found} was saved by another algorithm, or with other options: it holds no {missing[0]}")
         network.load_state_dict(saved.state_dict())
-        state = load_state(found[-1])
         for name, part in parts.items():
             part.load_state_dict(state[name])
         counters = Counters(**state["counters"])
-        self._forget_after(counters.step)
+        forget_after(self.folder, counters.step)
         if self._start is not None:
             self._start["step"] = counters.step
         return counters
-
-    def _forget_after(self, step: int) -> None:
-        """Drops records of updates that a killed run logged but did not save."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def _record_start(self) -> None:
         """Adds this process to ``provenance.json``, once, unless it is what the updates before it ran with."""
@@ -182,10 +214,7 @@ class Run:
         self._start = None
 
     def close(self) -> None:
-        """Flushes the logs."""
+        """Flushes the logs, and gives back the folder and the signals."""
+        self._interruption.remove()
         self.accelerator.end_training()
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records that a run logged."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        self._lock.release()

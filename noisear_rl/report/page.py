@@ -32,7 +32,8 @@ from noisear_rl.config import NonNegativeInt, PositiveInt, check_config, parse_c
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import load
 from noisear_rl.files import write_atomically
-from noisear_rl.learning.run import read_records
+from noisear_rl.integrity import verify_parts
+from noisear_rl.learning.records import read_records
 from noisear_rl.report import charts as figures
 from noisear_rl.report.embed import fit_images
 from noisear_rl.report.summary import (
@@ -101,6 +102,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
                     f"a page shows one evaluation, got {results.folder} and {folder}: write a page for each"
                 )
             results = load(str(folder))
+            verify_parts(folder, "noise-", "remove it and run the same `noisear evaluate` command again")
         elif (folder / "metrics.jsonl").is_file():
             config, starts = folder / "config.yaml", folder / "provenance.json"
             try:
