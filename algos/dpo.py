@@ -45,6 +45,7 @@ from noisear_rl.config import (
 from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
+from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
@@ -52,7 +53,9 @@ from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.prompts.reader import PromptReader
+from noisear_rl.rewards import check_reward
 from noisear_rl.seeds import Stream, stream_rng
+from noisear_rl.trust import values_from
 
 if TYPE_CHECKING:
     import trl
@@ -298,6 +301,9 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
     """Trains ``rounds`` times, each time on rollouts of the policy so far; round ``i`` is in ``output_dir/round-i``."""
     first = load_rollouts(config.rollouts)
     manifest, prompts = first.manifest, tuple(dict.fromkeys(first.prompts))
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        check_env_id(str(manifest.get("env_id")))
+        check_reward(str(manifest.get("reward_spec") or "brightness"))
     policy, rollouts, start = None, config.rollouts, config.init_from
     for number in range(config.rounds):
         folder = config.output_dir / f"round-{number}"

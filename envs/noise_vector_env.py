@@ -22,6 +22,7 @@ from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import WeightedReward
+from noisear_rl.trust import check_code
 
 
 class NoiseVectorEnv(VectorEnv):
@@ -141,6 +142,7 @@ def check_env_id(env_id: str) -> str:
     """
     module, _, name = env_id.rpartition(":")
     if module:
+        check_code(env_id)
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:19}{text}" for name, (_, text) in COMMANDS.items())
     usage = (
-        f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command; "
-        "`--traceback` shows where an error was raised."
+        f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command.\n"
+        "`--traceback` shows where an error was raised; `--trust-code` runs code that configurations or manifests name."
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)

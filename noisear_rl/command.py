@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from gymnasium.error import Error as GymnasiumError
 
+from noisear_rl import trust
+
 USER_ERRORS = (OSError, ValueError, GymnasiumError)  # wrong options, wrong files, full disks
 TRACEBACK, VARIABLE = "--traceback", "NOISEAR_TRACEBACK"
 WRONG, INTERRUPTED = 2, 130  # exit codes
@@ -27,7 +29,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], Any], arguments: Sequ
     """Runs a command and turns errors of its user into a message on standard error.
 
     ``--traceback`` among the arguments, or a non-empty variable ``NOISEAR_TRACEBACK``, shows the traceback of every
-    error instead.
+    error instead. ``--trust-code`` lets configurations and manifests name code (:mod:`noisear_rl.trust`).
 
     Args:
         name: Name of the command, for the message.
@@ -39,7 +41,8 @@ def run_command(name: str, main: Callable[[Sequence[str]], Any], arguments: Sequ
     """
     shown = bool(os.environ.get(VARIABLE)) or TRACEBACK in arguments
     try:
-        main([argument for argument in arguments if argument != TRACEBACK])
+        with trust.trusting(trust.OPTION in arguments):
+            main([argument for argument in arguments if argument not in (TRACEBACK, trust.OPTION)])
     except KeyboardInterrupt as error:
         if shown:
             raise

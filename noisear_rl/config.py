@@ -24,6 +24,8 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator, Strict
 
+from noisear_rl.trust import values_from
+
 Config = TypeVar("Config")
 LARGEST = 10**9  # of a count: more is a slip of the pen, and would overflow or exhaust the memory
 
@@ -127,7 +129,8 @@ def load_yaml(cls: type[Config], path: Path) -> Config:
         raise ConfigError(str(path), f"not a YAML file: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(str(path), f"expected a mapping of option names to values, not {_shown(values)}")
-    return from_mapping(cls, values or {}, str(path))
+    with values_from(path):
+        return from_mapping(cls, values or {}, str(path))
 
 
 def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config") -> Config:

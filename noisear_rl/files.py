@@ -79,12 +79,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        seal = manifest.pop(SEAL, None)  # earlier versions wrote none
+        rest = dict(list(manifest.items())[:-1])
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or make the folder again") from error
-    if seal is not None and seal != _seal(manifest):
+    last = next(reversed(manifest), "")
+    sealed, whole = SEAL in manifest, last == SEAL and manifest[SEAL] == _seal(rest)
+    if (sealed and not whole) or (not sealed and rest and manifest[last] == _seal(rest)):  # also a damaged name
         raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or make the folder again")
-    return manifest
+    return rest if sealed else manifest  # earlier versions wrote no checksum
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -41,8 +41,9 @@ from noisear_rl.files import check_manifest, sha256
 from noisear_rl.integrity import lock_folder
 from noisear_rl.prompts import categories_of, resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import load_reward
+from noisear_rl.rewards import load_reward, reward_config
 from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
+from noisear_rl.trust import values_from
 
 
 @dataclass
@@ -192,7 +193,8 @@ def _leaks(
         prompts: ``Q`` prompts.
         ranking: ``(Q, noises)`` seeds of the noises, the most promising first.
     """
-    reward = load_reward(manifest.get("reward_spec") or manifest["reward"])
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
     leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
     for attempt in range(config.tries):
         left = [i for i in range(len(prompts)) if i not in leaks]

@@ -1,6 +1,14 @@
 """Rewards: images and prompts in, one number per image out; higher is better."""
 
-from noisear_rl.rewards.registry import REWARDS, FunctionReward, RewardConfig, RewardSpec, load_reward, reward_config
+from noisear_rl.rewards.registry import (
+    REWARDS,
+    FunctionReward,
+    RewardConfig,
+    RewardSpec,
+    check_reward,
+    load_reward,
+    reward_config,
+)
 from noisear_rl.rewards.weighted import Reward, WeightedReward
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     "RewardConfig",
     "RewardSpec",
     "WeightedReward",
+    "check_reward",
     "load_reward",
     "reward_config",
 ]

@@ -16,6 +16,7 @@ from pydantic import AfterValidator
 
 from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward
+from noisear_rl.trust import check_code
 
 Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"
@@ -60,6 +61,12 @@ class RewardConfig:
         check_config(self)
         if not self.weights:
             raise ConfigError("reward", "`weights` is empty: expected weights by scorer")
+        for name in self.weights:
+            if ".py" in name:
+                check_code(name)
+        for options in self.options.values():
+            if "python" in options:
+                check_code(str(options["python"]))
 
 
 class FunctionReward:
@@ -202,6 +209,7 @@ def check_reward(spec: str) -> str:
     """
     for name in reward_config(spec).weights:
         if ".py" in name:
+            check_code(name)
             _file_of(name)
         elif name not in REWARDS and name not in (installed := _installed()):
             known = sorted([*REWARDS, *installed])

@@ -32,6 +32,7 @@ from noisear_rl.samplers.shared_noise import FILE, SharedNoises, SharedNoiseSamp
 from noisear_rl.samplers.simple import GAUSSIAN, as_sampler
 
 SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d{1,18})")
+LONGEST_NAME = 100  # characters; its folder is named after it
 LARGEST_SEARCH = 100_000  # images denoised per result
 
 
@@ -100,6 +101,8 @@ def plan_methods(
     methods = {GAUSSIAN: [Method(GAUSSIAN, GAUSSIAN, partial(as_sampler, denoiser, None), [], False)]}
     for item in items:
         name, _, paths = item.partition("=")
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"{name!r:.120} names a method; expected at most {LONGEST_NAME} printable characters")
         asked = None if paths else SEARCH.fullmatch(item)
         if not paths and asked is None:
             raise ValueError(f"expected NAME=PATH, best-of-N, search-N or reno-N, got {item!r}")
