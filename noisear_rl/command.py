@@ -25,7 +25,7 @@ class Stop(SystemExit):
         self.code = code
 
 
-def run_command(name: str, main: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> None:
+def run_command(name: str, main: Callable[[list[str]], Any], arguments: Sequence[str]) -> None:
     """Runs a command and turns errors of its user into a message on standard error.
 
     ``--traceback`` among the arguments, or a non-empty variable ``NOISEAR_TRACEBACK``, shows the traceback of every
@@ -55,7 +55,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], Any], arguments: Sequ
         stop(f"{name}: {advice}{describe(error)}", WRONG, error)
 
 
-def run_script(main: Callable[[Sequence[str]], Any]) -> None:
+def run_script(main: Callable[[list[str]], Any]) -> None:
     """:func:`run_command` for a script that was started by its path or with ``python -m``."""
     run_command(Path(sys.argv[0]).name, main, sys.argv[1:])
 

@@ -67,7 +67,6 @@ WRONG = [
     (PPOConfig, "policy: {d_model: 8, d_model: 16}", "key 'd_model' is repeated"),
     (PPOConfig, "env_id: CartPole-v1", "env_id: 'CartPole-v1' is no noise environment"),
     (PPOConfig, "env_id: NoiseAR-Shape-v0", "unknown environment .*did you mean 'NoiseAR-Shapes-v0'"),
-    (PPOConfig, "env_id: nowhere:X-v0", "module 'nowhere' cannot be imported"),
     (PPOConfig, "reward: shapes-mach", "unknown reward 'shapes-mach'; did you mean 'shapes-match'"),
     (PPOConfig, "reward: 5", r"reward must be text \(or unset\), not 5"),
     (PPOConfig, "prompts: 3", "prompts must be text or a list"),
@@ -149,6 +148,12 @@ def test_numbers_of_other_libraries_and_of_yaml():
     assert (config.updates, config.learning_rate, config.clip_range, config.target_kl) == (3, 1e-4, 0.5, 1.0)
     assert type(config.updates) is int and type(config.clip_range) is float
     assert PPOConfig(prompts=["a b"], output_dir="runs/x") == PPOConfig(prompts=("a b",), output_dir="runs/x")
+
+
+def test_environments_of_modules():
+    with pytest.raises(ConfigError, match="PPOConfig: env_id: 'nowhere:X-v0': module 'nowhere' cannot be imported"):
+        PPOConfig(env_id="nowhere:X-v0")
+    assert PPOConfig(env_id="noisear_rl:NoiseAR-Shapes-v0").env_id == "noisear_rl:NoiseAR-Shapes-v0"
 
 
 def test_wrong_values_assigned_later_are_found_before_a_run_starts(tmp_path):
