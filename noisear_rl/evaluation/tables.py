@@ -82,8 +82,9 @@ def cell_values(cell: Cell, count: int) -> list[str]:
 
 
 def _inert(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text.startswith(tuple("=+-@\t\r\n")) else text
+    """One line of text that a spreadsheet does not take for a formula."""
+    line = _plain_line(text)
+    return f"'{line}" if line.lstrip().startswith(tuple("=+-@")) else line
 
 
 def _plain_line(text: str) -> str:

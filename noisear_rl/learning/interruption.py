@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """Handles the signals of one run from :meth:`install` to :meth:`remove`.
+    """Handles the signals of one run from :meth:`install` to :meth:`remove`, or until nobody refers to it any more.
 
     Args:
         advice: What the user can do next, for the messages.
@@ -39,18 +40,31 @@ class Interruption:
 
     def install(self) -> None:
         """Takes over the signals; does nothing outside the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        former, reference = {number: signal.getsignal(number) for number in SIGNALS}, weakref.ref(self)
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            owner = reference()
+            if owner is not None:
+                owner._handle(number)
+            else:  # a run that nobody closed, after an error
+                signal.signal(number, former[number] or signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        for number in SIGNALS:
+            signal.signal(number, handle)
+        self._former = former
 
     def remove(self) -> None:
         """Gives the signals back and stops the clock."""
         if self._former and self.asked is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         self._former = {}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int) -> None:
         if self.asked is not None:
             stop(f"stopped at once; the checkpoints so far are whole. {self.advice}", 128 + number)
         self.asked = number

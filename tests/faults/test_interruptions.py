@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import shutil
@@ -116,6 +117,14 @@ def test_an_update_that_takes_too_long(whole, tmp_path, monkeypatch):
     assert stop.value.code == 0 and steps(tmp_path) == [2] and time.monotonic() - began < 50
     monkeypatch.delenv("NOISEAR_GRACE")
     assert_resumes_exactly(whole, tmp_path)
+
+
+def test_a_run_that_failed_keeps_no_signals(tmp_path):
+    """After an error in a notebook, Ctrl-C is Ctrl-C again."""
+    Run(tmp_path, Options())  # never closed
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
 
 
 @contextlib.contextmanager
