@@ -1,7 +1,7 @@
 """Collects rollouts for offline algorithms: K noises per prompt from a policy, denoised, scored and written to disk.
 
     python algos/collect.py --config configs/shapes/collect.yaml --policy runs/nll --output-dir runs/rollouts
-    accelerate launch --num-processes 4 algos/collect.py --output-dir runs/rollouts    # the same rollouts
+    torchrun --nproc-per-node 4 algos/collect.py --output-dir runs/rollouts    # the same rollouts
 
 Shard ``s`` depends only on ``(seed, s)``. Processes share the shards; run an interrupted command again to write the
 missing ones.
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from noisear_rl.config import PositiveInt, Seed, check_config, parse_config
 from noisear_rl.data.rollouts import load_rollouts, rollout_features, rollout_manifest
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
@@ -76,8 +76,8 @@ def collect(config: CollectConfig) -> None:
             statistics, or the policy does not fit the environment.
     """
     check_config(config)
-    state, k = PartialState(), config.samples_per_prompt
-    _lock = lock_folder(config.output_dir) if state.is_main_process else None
+    state, k = process(), config.samples_per_prompt
+    _lock = lock_folder(config.output_dir) if is_main() else None
     batch = config.prompts_per_shard * k
     gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
@@ -107,11 +107,13 @@ def collect(config: CollectConfig) -> None:
     }
     if config.reward:  # later rounds must use the same reward
         manifest["reward_spec"] = config.reward
-    check_manifest(config.output_dir, manifest)
+    if is_main():
+        check_manifest(config.output_dir, manifest)
+    barrier()
     features = rollout_features([reward.name for reward, _ in task.reward.rewards], config.save_images)
 
     starts = range(0, len(prompts), config.prompts_per_shard)
-    bar = tqdm(total=len(prompts) * k, desc="collect", unit="image", disable=not state.is_main_process)
+    bar = tqdm(total=len(prompts) * k, desc="collect", unit="image", disable=not is_main())
     for shard, start in enumerate(starts):
         chosen = prompts[start : start + config.prompts_per_shard]
         bar.update(len(chosen) * k)
@@ -150,7 +152,7 @@ def collect(config: CollectConfig) -> None:
         write_shard(config.output_dir, shard, {key: part[: len(repeated)] for key, part in rows.items()}, features)
     bar.close()
     envs.close()
-    state.wait_for_everyone()
+    barrier()
 
 
 def _png(image: torch.Tensor) -> bytes:
@@ -163,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(CollectConfig, argv, __doc__)
     collect(config)
+    if not is_main():
+        return
     rollouts = load_rollouts(config.output_dir)
     rewards, prompts = rollouts.rewards, np.array(rollouts.prompts)
     starts = np.flatnonzero(np.r_[True, prompts[1:] != prompts[:-1]])  # rows of a prompt are contiguous

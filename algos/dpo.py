@@ -10,7 +10,9 @@ with the best accuracy is kept.
     python algos/collect.py --output-dir runs/rollouts
     python algos/dpo.py --config configs/shapes/dpo.yaml --rollouts runs/rollouts
 
-Shapes: ``R`` rollouts, ``b`` pairs of a batch, ``N`` patches, ``A`` elements per patch.
+Several processes share the pairs of a batch (``noisear_rl/distributed.py``); their number changes no result.
+
+Shapes: ``R`` rollouts, ``b`` pairs of a batch in this process, ``N`` patches, ``A`` elements per patch.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from noisear_rl.config import (
 from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
+from noisear_rl.distributed import Part, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
@@ -118,6 +121,8 @@ class DPOConfig:
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
     rounds: PositiveInt = 1
     """Rounds of training; each after the first trains on new rollouts of the same prompts, by the policy so far."""
+    micro_batches: PositiveInt = 1
+    """Parts that gradients are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, held-out prompts and order."""
     save_every: PositiveInt = 200
@@ -152,11 +157,15 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     weights = config.loss_weights or (1.0,) * len(config.loss_type)
     strength = Strength(config.beta, config.label_smoothing, config.discopop_tau)
     check_losses(config.loss_type, weights, strength)
+    if config.micro_batches > 1 and {"aot", "aot_unpaired"} & set(config.loss_type):
+        raise ValueError("aot sorts the pairs of a batch, which micro-batches would tear apart: set micro_batches to 1")
+    process()  # joins the others
 
     # Data: every rollout's patches; each prompt's text is computed once and kept.
     rollouts = load_rollouts(config.rollouts)
     pairs = preference_pairs(rollouts, config.threshold, config.strategy, config.seed)
-    print(pairs, flush=True)
+    if is_main():
+        print(pairs, flush=True)
     torch.manual_seed(config.seed)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
     reader = PromptReader(text_encoder_of(config.init_from, config.policy), denoiser)
@@ -176,6 +185,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     policy = policy.to(run.device)
     fit_text(policy, reader, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
+    same_everywhere(policy)
     reference = copy.deepcopy(policy) if config.reference == "initial" else NoiseARPolicy(policy.config).to(run.device)
     reference.eval().requires_grad_(False)
     optimizer = PolicyOptimizer(
@@ -192,7 +202,8 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
 
     updates_per_epoch = -(-len(train_pairs) // config.batch_size)
     updates = config.epochs * updates_per_epoch
-    bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="dpo", unit="update")
+    left = range(counters.step, updates)
+    bar = tqdm(left, initial=counters.step, total=updates, desc="dpo", unit="update", disable=not is_main())
     for update in bar:
         if 0 < config.patience <= counters.stale:
             break
@@ -201,20 +212,29 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
 
         # Loss and step.
-        batch = batch_of(rows, pairs, patches, prompts, reader, run.device)
-        scored, _, _ = score(policy, reference, batch)
-        loss = preference_loss(scored, config.loss_type, weights, strength)
+        mine, loss, scores = shard(len(rows)), torch.zeros((), device=run.device), []
+        batch = batch_of(rows[mine.rows], pairs, patches, prompts, reader, run.device)
         policy.zero_grad(set_to_none=True)
-        loss.backward()
-        kl = optimizer.step(*batch)
+        for part in mine.local().split(config.micro_batches):
+            both = np.concatenate([part.rows, part.rows + len(mine.rows)])  # chosen, then rejected
+            own, _, _ = score(policy, reference, (batch[0][both], batch[1][both], batch[2][both]))
+            scored = joined(own, part)  # the loss sees the pairs of all processes; gradients flow into our own
+            part_loss = len(scored.chosen) / len(rows) * preference_loss(scored, config.loss_type, weights, strength)
+            part_loss.backward()
+            loss += part_loss.detach()
+            scores.append(scored)
+        sum_gradients(policy)
+        places = np.concatenate([mine.places, mine.places + len(rows)])
+        kl = optimizer.step(*batch, part=Part(np.arange(len(places)), places, 2 * len(rows)))
 
         # Records, early stopping and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
-            record = trl_metrics(scored, loss, config.beta) | {"losses/approx_kl": kl}
-            chunks = np.array_split(held_out, -(-len(held_out) // VALIDATION_BATCH))
+            record = trl_metrics(concatenated(scores), loss, config.beta) | {"losses/approx_kl": kl}
+            ours = shard(len(held_out))
+            chunks = np.array_split(held_out[ours.rows], -(-len(ours.rows) // VALIDATION_BATCH))
             batches = (batch_of(chunk, pairs, patches, prompts, reader, run.device) for chunk in chunks)
-            validated, drift = validate(policy, reference, batches)
+            validated, drift = validate(policy, reference, batches, ours)
             held_out_loss = preference_loss(validated, config.loss_type, weights, strength)
             metrics = trl_metrics(validated, held_out_loss, config.beta)
             record |= {f"eval/{key}": value for key, value in metrics.items()} | drift
@@ -235,7 +255,8 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     if config.patience > 0:
         policy.load_state_dict(best.state_dict())
     run.save(policy, counters, **parts)
-    print(f"held-out pair accuracy: {counters.best:.3f} at best in {counters.step} updates", flush=True)
+    if is_main():
+        print(f"held-out pair accuracy: {counters.best:.3f} at best in {counters.step} updates", flush=True)
     run.close()
     return policy
 
@@ -268,19 +289,38 @@ def score(
     return PairLogProbs(chosen, rejected, reference_chosen, reference_rejected), own, frozen
 
 
+def joined(scored: PairLogProbs, part: Part) -> PairLogProbs:
+    """The pairs of all processes."""
+    return PairLogProbs(*(part.gather(values) for values in vars(scored).values()))
+
+
+def concatenated(scores: Sequence[PairLogProbs]) -> PairLogProbs:
+    """Pairs one after the other, without gradients."""
+    columns = zip(*(vars(scored).values() for scored in scores), strict=True)
+    return PairLogProbs(*(torch.cat(column).detach() for column in columns))
+
+
 @torch.no_grad()
 def validate(
-    policy: NoiseARPolicy, reference: NoiseARPolicy, batches: Iterable[Batch]
+    policy: NoiseARPolicy, reference: NoiseARPolicy, batches: Iterable[Batch], part: Part | None = None
 ) -> tuple[PairLogProbs, dict[str, float]]:
-    """Scores held-out pairs, all of them together since some losses sort a batch (``aot``), and measures the drift."""
-    scored, drifts = [], []
+    """Scores held-out pairs, all of them together since some losses sort a batch (``aot``), and measures the drift.
+
+    Args:
+        policy: The policy.
+        reference: The frozen reference.
+        batches: Pairs of this process.
+        part: Which of the pairs of all processes they are; ``None`` for all of them, in a single process.
+    """
+    scores, drifts = [], []
     for batch in batches:
-        part, own, frozen = score(policy, reference, batch)
-        scored.append(dataclasses.astuple(part))
+        scored, own, frozen = score(policy, reference, batch)
+        scores.append(scored)
         drifts.append(torch.stack([kl_to_gaussian(own), kl_divergence(own, frozen)]))  # (2, 2b, N)
-    to_gaussian, to_reference = torch.cat(drifts, 1).sum(2).mean(1).tolist()
-    together = PairLogProbs(*(torch.cat(part) for part in zip(*scored, strict=True)))
-    return together, {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
+    together = concatenated(scores)
+    part = part or shard(len(together.chosen))
+    to_gaussian, to_reference = part.mean(torch.cat(drifts, 1).sum(2).mean(1)).tolist()
+    return joined(together, part), {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
 
 
 def trl_metrics(scored: PairLogProbs, loss: torch.Tensor, beta: float) -> dict[str, float]:
@@ -364,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         iterate(config)
     else:
         train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

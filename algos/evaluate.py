@@ -2,7 +2,7 @@
 
     python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts validation
     python algos/evaluate.py --config configs/sdxl/evaluate.yaml --methods "NoiseAR=model.pth" --prompts drawbench
-    accelerate launch --num-processes 4 algos/evaluate.py …    # the same results
+    torchrun --nproc-per-node 4 algos/evaluate.py …    # the same results
 
 There are three stages. The first draws the images of every method and the second scores them, both in shards that
 processes share; the third writes ``results.json``, ``timing.json`` and ``table.md``. A shard depends only on its
@@ -30,7 +30,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -39,6 +38,7 @@ from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
 from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
+from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.evaluation.compare import finite_components
 from noisear_rl.evaluation.diversity import diversity, radial_spectrum
 from noisear_rl.evaluation.intervals import Resample
@@ -253,7 +253,7 @@ def run(config: EvaluateConfig) -> str:
         ValueError: If an option is invalid, a scorer fails, or the folder holds an evaluation with other settings.
     """
     check_config(config)
-    state = PartialState()
+    state = process()
     chosen, scorers = prompt_set(config), scorers_of(config)
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
     if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
@@ -277,18 +277,18 @@ def run(config: EvaluateConfig) -> str:
         "num_inference_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
     }
-    _lock = lock_folder(config.output_dir) if state.is_main_process else None
-    if state.is_main_process:
+    _lock = lock_folder(config.output_dir) if is_main() else None
+    if is_main():
         check_manifest(config.output_dir, manifest)
         for method in methods:
             check_manifest(config.output_dir / "noise" / method.slug, {"method": method.name, "is": method.identity})
-    state.wait_for_everyone()
+    barrier()
 
     shard_size = max(1, config.batch_size // config.samples)  # prompts per shard
     shards = [range(start, min(start + shard_size, len(chosen))) for start in range(0, len(chosen), shard_size)]
     work = [(method, rows) for method in methods for rows in shards][state.process_index :: state.num_processes]
     counts = [len(rows) * config.samples for _, rows in work]
-    progress: dict[str, Any] = {"unit": "image", "total": sum(counts), "disable": not state.is_main_process}
+    progress: dict[str, Any] = {"unit": "image", "total": sum(counts), "disable": not is_main()}
 
     # Images.
     sampler, sampled_method = None, None
@@ -299,8 +299,10 @@ def run(config: EvaluateConfig) -> str:
                     sampler, sampled_method = method.make(), method
                 draw_shard(config, chosen.prompts, rows, method, sampler)
             bar.update(count)
-    del sampler, denoiser  # frees memory for the scorers
-    state.wait_for_everyone()
+    for method in methods:
+        method.forget_sampler()
+    del sampler, denoiser  # with them goes the denoiser, which frees memory for the scorers
+    barrier()
 
     # Scores, once all images exist.
     with tqdm(desc="scores", **progress) as bar:
@@ -308,14 +310,15 @@ def run(config: EvaluateConfig) -> str:
             if not _shard_file(config, "scores", method, rows).exists():
                 score_shard(config, reward, chosen.prompts, rows, method)
             bar.update(count)
-    state.wait_for_everyone()
+    barrier()
 
     # Results.
-    if not state.is_main_process:
-        return ""
-    join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
-    text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
-    write_atomically(config.output_dir / "table.md", text + "\n")
+    text = ""
+    if is_main():
+        join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
+        text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
+        write_atomically(config.output_dir / "table.md", text + "\n")
+    barrier()
     return text
 
 

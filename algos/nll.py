@@ -10,7 +10,10 @@ noise is taken in closed form.
     noisear pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
     python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
 
-Shapes: ``b`` pairs of a batch, ``N`` patches, ``A`` elements per patch.
+Several processes share the pairs of a batch (``noisear_rl/distributed.py``); their number changes no result, except for
+the masks of dropout.
+
+Shapes: ``B`` pairs of a batch, ``b`` of them in a micro-batch of this process, ``N`` patches, ``A`` elements per patch.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from noisear_rl.config import (
 )
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, policy_sizes
+from noisear_rl.distributed import Part, all_sum, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.losses import nll_loss, reconstruction_loss
@@ -80,6 +84,8 @@ class NLLConfig:
     """Held-out pairs per validation, at most."""
     log_every: PositiveInt = 20
     """Updates between validations and records."""
+    micro_batches: PositiveInt = 1
+    """Parts that gradients are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, order and reparameterisation noise."""
     save_every: PositiveInt = 500
@@ -123,6 +129,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     sizes = policy_sizes(denoiser, denoiser.patch_size) | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
     fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
+    same_everywhere(policy)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
@@ -130,14 +137,19 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     counters = run.load(policy, optimizer=optimizer, schedule=schedule) if config.resume else Counters()
     began = time.time() - counters.seconds
 
-    def losses(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        latents = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
+    def draw(rows: np.ndarray, stream: Stream, update: int = 0) -> list[torch.Tensor]:
+        """Noise of the samples and of the prefixes of a batch, ``(B, N, A)`` each."""
+        rng, size = stream_rng(config.seed, stream, update), (len(rows), policy.n_patches, policy.patch_dim)
+        return [torch.from_numpy(rng.standard_normal(size)) for _ in range(2 if noise_scale else 1)]
+
+    def losses(rows: np.ndarray, part: Part, drawn: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Means over the pairs of a part of a batch."""
+        own = rows[part.rows]
+        latents = torch.from_numpy(np.stack(pairs[own]["target"])).float().unflatten(1, shape)
         target = patchify(latents, policy.config.patch_size).to(run.device)  # (b, N, A)
-        text, mask = (part.to(run.device) for part in reader.read_prompts([prompts[row] for row in rows]))
-        noise = torch.from_numpy(rng.standard_normal(target.shape)).to(target)
-        prefix = target
-        if noise_scale:
-            prefix = target + noise_scale * torch.from_numpy(rng.standard_normal(target.shape)).to(target)
+        text, mask = (x.to(run.device) for x in reader.read_prompts([prompts[row] for row in own]))
+        noise, *added = (x[part.rows].to(target) for x in drawn)
+        prefix = target + noise_scale * added[0] if added else target
         distribution = policy.distribution(prefix, text, mask)
         return {
             "losses/nll": nll_loss(distribution, target, noise_scale),
@@ -145,7 +157,8 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             "policy/kl_to_gaussian": kl_to_gaussian(distribution).sum(1).mean().detach(),
         }
 
-    bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="nll", unit="update")
+    left = range(counters.step, updates)
+    bar = tqdm(left, initial=counters.step, total=updates, desc="nll", unit="update", disable=not is_main())
     for update in bar:
         # Every epoch has its own order; the rest depends on the seed and the update alone.
         epoch, index = divmod(update, updates_per_epoch)
@@ -154,10 +167,18 @@ def train(config: NLLConfig) -> NoiseARPolicy:
 
         # Loss and step.
         policy.train()
-        values = losses(rows, stream_rng(config.seed, Stream.REPARAMETERIZATION, update))
-        loss = values["losses/nll"] + config.reconstruction_weight * values["losses/reconstruction"]
+        masks = int(stream_rng(config.seed, Stream.DROPOUT, update).integers(2**31))
+        torch.manual_seed(masks + process().process_index)
+        mine, drawn = shard(len(rows)), draw(rows, Stream.REPARAMETERIZATION, update)
+        parts: list[dict[str, torch.Tensor]] = []
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in mine.split(config.micro_batches):
+            values = losses(rows, part, drawn)
+            loss = values["losses/nll"] + config.reconstruction_weight * values["losses/reconstruction"]
+            (part.weight * loss).backward()
+            values["losses/total"] = loss
+            parts.append({key: part.weight * value.detach() for key, value in values.items()})
+        sum_gradients(policy)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -168,9 +189,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
         if counters.step % config.log_every == 0 or last:
             policy.eval()
             with torch.no_grad():
-                held = losses(held_out_rows, stream_rng(config.seed, Stream.HELD_OUT_NOISE))
-            record = {key: value.item() for key, value in values.items()}
-            record |= {"losses/nll_held_out": held["losses/nll"].item(), "losses/total": loss.item()}
+                mine, drawn = shard(len(held_out_rows)), draw(held_out_rows, Stream.HELD_OUT_NOISE)
+                held_out = mine.mean(losses(held_out_rows, mine, drawn)["losses/nll"])
+            record = {key: all_sum(torch.stack([part[key] for part in parts]).sum()).item() for key in values}
+            record["losses/nll_held_out"] = held_out.item()
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
@@ -184,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(NLLConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

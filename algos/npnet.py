@@ -7,6 +7,8 @@ reward prefers the image of its target: ``filter_reward`` of :mod:`noisear_rl.da
 ``signal_leak`` and ``shared_noise`` store the target's mean and the scale of the noise on top of it: ``x`` is then
 drawn anew at every update, and ``x' = mean + noise_scale·x``.
 
+Several processes share the pairs of a batch (:mod:`noisear_rl.distributed`); their number changes no result.
+
 The weights with the lowest held-out loss are kept. An untrained network is the identity, so the result is never worse
 than unchanged noise on the held-out pairs.
 
@@ -41,6 +43,7 @@ from noisear_rl.config import (
 )
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.distributed import Part, all_sum, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import Counters, Run
@@ -82,6 +85,8 @@ class NPNetTrainingConfig:
     """Held-out pairs per validation, at most."""
     evaluate_every: PositiveInt = 50
     """Updates between evaluations on held-out pairs."""
+    micro_batches: PositiveInt = 1
+    """Parts that gradients are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Training seed: initialisation, order and added noise."""
     save_every: PositiveInt = 500
@@ -126,6 +131,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     fresh = dataclasses.replace(config.npnet, latent_shape=shape, text_shape=tuple(denoiser.text_shape))
     npnet = (load_npnet(config.init_from) if config.init_from else NPNet(fresh)).to(run.device)
     npnet.check_denoiser(denoiser)
+    same_everywhere(npnet)
     best = copy.deepcopy(npnet)
     held_out = max(1, int(config.held_out_share * len(pairs)))
     train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[: config.held_out_pairs]
@@ -139,25 +145,30 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     counters = run.load(npnet, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
-    def batch(rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise, its target and its text embedding."""
-        target = torch.from_numpy(np.stack(pairs[rows]["target"])).float().unflatten(1, shape)
+    def draw(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        """The noise of a batch."""
         if noise_scale:
-            noise = torch.from_numpy(rng.standard_normal(target.shape, dtype=np.float32))
+            return torch.from_numpy(rng.standard_normal((len(rows), *shape), dtype=np.float32))
+        return standard_noise(seeds[rows], shape)
+
+    def batch(rows: np.ndarray, part: Part, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noise, its target and its text embedding, of a part of a batch."""
+        own, noise = rows[part.rows], drawn[part.rows]
+        target = torch.from_numpy(np.stack(pairs[own]["target"])).float().unflatten(1, shape)
+        if noise_scale:
             target = target + noise_scale * noise
-        else:
-            noise = standard_noise(seeds[rows], shape)
-        text = denoiser.encode([prompts[row] for row in rows]).policy_embeds
+        text = denoiser.encode([prompts[row] for row in own]).policy_embeds
         return noise.to(run.device), target.to(run.device), text.to(run.device)
 
     @torch.no_grad()
     def held_out_losses() -> dict[str, float]:
         rng, sums = stream_rng(config.seed, Stream.HELD_OUT_NOISE), np.zeros(4)
         for rows in np.array_split(held_out_rows, -(-len(held_out_rows) // VALIDATION_BATCH)):
-            noise, target, text = batch(rows, rng)
+            part = shard(len(rows))
+            noise, target, text = batch(rows, part, draw(rows, rng))
             golden = npnet(noise, text)
             compared = (golden, target), (noise, target), (golden, noise), (golden, torch.zeros_like(golden))
-            sums += [F.mse_loss(a, b).item() * len(rows) for a, b in compared]
+            sums += [part.mean(F.mse_loss(a, b)).item() * len(rows) for a, b in compared]
         names = "losses/mse_held_out", "losses/mse_of_input", "noise/shift", "noise/std"
         means = sums / len(held_out_rows)
         means[2:] **= 0.5
@@ -165,7 +176,8 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
 
     if counters.best is None:
         counters.best = held_out_losses()["losses/mse_held_out"]
-    bar = tqdm(range(counters.step, updates), initial=counters.step, total=updates, desc="npnet", unit="update")
+    left = range(counters.step, updates)
+    bar = tqdm(left, initial=counters.step, total=updates, desc="npnet", unit="update", disable=not is_main())
     for update in bar:
         # Every epoch has its own order; an update and its noise depend only on (seed, update).
         epoch, index = divmod(update, updates_per_epoch)
@@ -173,10 +185,15 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
         rows = order[index * config.batch_size : (index + 1) * config.batch_size]
 
         # Loss and step.
-        noise, target, text = batch(rows, stream_rng(config.seed, Stream.REPARAMETERIZATION, update))
-        loss = F.mse_loss(npnet(noise, text), target)
+        drawn = draw(rows, stream_rng(config.seed, Stream.REPARAMETERIZATION, update))
+        mse = torch.zeros((), device=run.device)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in shard(len(rows)).split(config.micro_batches):
+            noise, target, text = batch(rows, part, drawn)
+            loss = part.weight * F.mse_loss(npnet(noise, text), target)
+            loss.backward()
+            mse += loss.detach()
+        sum_gradients(npnet)
         torch.nn.utils.clip_grad_norm_(npnet.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -184,7 +201,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
         # Records, the best so far and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
-            record = {"losses/mse": loss.item()} | held_out_losses()
+            record = {"losses/mse": all_sum(mse).item()} | held_out_losses()
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             if record["losses/mse_held_out"] < counters.best:
                 counters.best = record["losses/mse_held_out"]
@@ -195,7 +212,8 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
             run.save(npnet, counters, **parts)
     npnet.load_state_dict(best.state_dict())
     run.save(npnet, counters, **parts)
-    print(f"best held-out loss: {counters.best:.5f} in {counters.step} updates", flush=True)
+    if is_main():
+        print(f"best held-out loss: {counters.best:.5f} in {counters.step} updates", flush=True)
     run.close()
     return npnet.eval()
 
@@ -204,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(NPNetTrainingConfig, argv, __doc__)
     train(config)
-    print(f"network: {config.output_dir}")
+    if is_main():
+        print(f"network: {config.output_dir}")
 
 
 if __name__ == "__main__":

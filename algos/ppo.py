@@ -9,8 +9,10 @@ Updates are as long as rewards confirm them (``learning/step_size.py``), so that
 
     python algos/ppo.py --config configs/shapes/ppo.yaml
 
-Shapes: ``B`` episodes, ``b`` episodes of a minibatch, ``N`` patches, ``A`` elements per patch, ``L`` text tokens,
-``D`` text width.
+Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
+
+Shapes: ``B`` episodes of an update, ``M`` of them in this process; ``K`` with a finite reward, ``k`` of them in this
+process; ``b`` of a micro-batch; ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
@@ -41,9 +43,17 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian, rows_of
-from noisear_rl.learning.losses import finite_episodes, generalized_advantages, group_advantages, ppo_loss, standardized
+from noisear_rl.learning.losses import (
+    check_groups,
+    finite_episodes,
+    generalized_advantages,
+    group_advantages,
+    ppo_loss,
+    standardized,
+)
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
@@ -121,6 +131,8 @@ class PPOConfig:
     """Weight of the KL to N(0, I), in the same unit."""
     entropy_coef: Float = 0.0
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
+    micro_batches: PositiveInt = 1
+    """Parts that gradients are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -143,21 +155,24 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         ValueError: If an option is out of range, or no episode of an update has a finite reward.
         FileExistsError: If the run folder holds a run and ``resume`` is false.
     """
+    check_groups(config.advantage, config.samples_per_prompt)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Environment: all episodes of an update in one batch.
+    # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
+    mine = shard(batch, "episodes per update")
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
-    envs = make_vector_env(config.env_id, batch, **options)
+    envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
-    groups = torch.arange(batch, device=run.device) % n_prompts  # (B,)
+    groups = torch.arange(batch, device=run.device) % n_prompts  # (B,) of all processes
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
+    same_everywhere(policy)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
@@ -171,6 +186,9 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     )
     step_size = StepSize(config.step, config.target_kl)
     critic = NoiseARCritic(policy.config).to(run.device).eval() if config.advantage == "gae" else None
+    if critic is not None:
+        fit_text(critic.policy, task.reader, task.prompts, config.seed)
+        same_everywhere(critic)
 
     # What a checkpoint holds besides the policy.
     parts: dict[str, Any] = {"optimizer": optimizer, "step_size": step_size}
@@ -182,30 +200,32 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
-    bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="ppo")
+    left = range(counters.step, config.updates)
+    bar = tqdm(left, initial=counters.step, total=config.updates, desc="ppo", disable=not is_main())
     for update in bar:
         chosen = next_prompts(task.prompts, n_prompts, update, config.seed)
-        prompts = [chosen[group] for group in groups.tolist()]
+        prompts = [chosen[group] for group in groups[mine.rows].tolist()]
 
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
         rng = stream_rng(config.seed, Stream.ROLLOUT, update)
-        seeds = rng.integers(2**62, size=batch)
+        seeds = rng.integers(2**62, size=batch)[mine.rows]
         observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
-        text = torch.from_numpy(observation["text"]).to(run.device)  # (B, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (B, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (B, N, A)
+        text = torch.from_numpy(observation["text"]).to(run.device)  # (M, L, D)
+        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (M, L)
+        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (M, N, A)
         for patch in range(task.n_patches):
             observation, rewards, *_, info = envs.step(actions[:, patch])
         patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
-        reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
-        kept = finite_episodes(reward, groups)  # the others are dropped and counted
-        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups))
-        count = len(kept)
+        reward = mine.gather(torch.from_numpy(rewards).float().to(run.device))  # (B,) of all processes
+        kept = finite_episodes(reward, groups)  # (K,): the others are dropped and counted
+        own = among(kept, mine.rows)  # those of this process
+        patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
+        reward, group, count = reward[kept], groups[kept], len(kept)  # (K,)
 
         # The policy that sampled. Scored by the same pass as in the update, so that the first ratio is exactly 1.
         with torch.no_grad():
             old = policy.distribution(patches, text, mask)
-            old_log_prob = old.log_prob(patches)  # (B, N)
+            old_log_prob = old.log_prob(patches)  # (k, N)
 
         # Advantages, in standard deviations of this update's.
         if config.advantage == "gae":
@@ -213,12 +233,12 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             with torch.no_grad():
                 if counters.step == 0:  # a critic of 0 would make every first advantage the reward itself
                     critic.value.bias.fill_(reward.mean())
-                values = critic(patches, text, mask)  # (B, N)
+                values = own.gather(critic(patches, text, mask))  # (K, N)
             advantages, returns = generalized_advantages(reward, values, config.gae_lambda)
         else:
             per_episode = group_advantages(reward, group, config.advantage, counters.reward_ema)
-            advantages = per_episode[:, None].expand_as(old_log_prob)
-        advantages = standardized(advantages, reward)
+            advantages = per_episode[:, None].expand(-1, task.n_patches)
+        advantages = own.take(standardized(advantages, reward))  # (k, N)
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # How far this update may go.
@@ -227,29 +247,32 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         update_kl = step_size.next(agreed)
 
         # Policy: epochs of minibatches, until the update is as long as it may be.
-        ratios, losses, clipped, approx_kl = [], [], [], 0.0
+        metrics, approx_kl = [], 0.0  # mean ratio, loss, share of clipped patches
         longest = config.kl_stop * update_kl
         for _ in range(config.epochs):
             order = rng.permutation(count) if config.minibatches > 1 else np.arange(count)
             for rows in np.array_split(order, min(config.minibatches, count)):
-                b_patches, b_text, b_mask = patches[rows], text[rows], mask[rows]
-                distribution = policy.distribution(b_patches, b_text, b_mask)
-                log_prob = distribution.log_prob(b_patches)  # (b, N)
-                policy_loss = ppo_loss(log_prob, old_log_prob[rows], advantages[rows], config.clip_range)
-                loss = policy_loss + config.kl_prior_coef * kl_to_gaussian(distribution).sum(1).mean()
-                loss = loss - config.entropy_coef * distribution.entropy().sum(1).mean()
-                if config.kl_coef:
-                    frozen = reference.distribution(b_patches, b_text, b_mask)
-                    loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
+                minibatch, sums = among(rows, own.places), torch.zeros(3, device=run.device)
                 policy.zero_grad(set_to_none=True)
-                loss.backward()
-                approx_kl = optimizer.step(
-                    b_patches, b_text, b_mask, rows_of(old, rows), share=update_kl / config.target_kl
-                )
-                ratio = (log_prob.detach() - old_log_prob[rows]).exp()
-                ratios.append(ratio.mean().item())
-                losses.append(policy_loss.item())
-                clipped.append(((ratio - 1).abs() > config.clip_range).float().mean().item())
+                for part in minibatch.split(config.micro_batches):
+                    b_patches, b_text, b_mask = (x[part.rows] for x in (patches, text, mask))
+                    distribution = policy.distribution(b_patches, b_text, b_mask)
+                    log_prob = distribution.log_prob(b_patches)  # (b, N)
+                    policy_loss = ppo_loss(log_prob, old_log_prob[part.rows], advantages[part.rows], config.clip_range)
+                    loss = policy_loss + config.kl_prior_coef * kl_to_gaussian(distribution).sum(1).mean()
+                    loss = loss - config.entropy_coef * distribution.entropy().sum(1).mean()
+                    if config.kl_coef:
+                        frozen = reference.distribution(b_patches, b_text, b_mask)
+                        loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
+                    (part.weight * loss).backward()
+                    ratio = (log_prob.detach() - old_log_prob[part.rows]).exp()
+                    beyond = ((ratio - 1).abs() > config.clip_range).float()
+                    sums += part.weight * torch.stack([ratio.mean(), policy_loss.detach(), beyond.mean()])
+                sum_gradients(policy)
+                b_patches, b_text, b_mask = (x[minibatch.rows] for x in (patches, text, mask))
+                b_old, size = rows_of(old, minibatch.rows), update_kl / config.target_kl
+                approx_kl = optimizer.step(b_patches, b_text, b_mask, b_old, size, minibatch)
+                metrics.append(all_sum(sums).tolist())
                 if approx_kl > longest:
                     break
             if approx_kl > longest:
@@ -259,13 +282,15 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         record = {}
         if critic is not None:
             for _ in range(config.critic_steps):
-                rows = rng.permutation(count)[: config.critic_batch_size]
-                value_loss = 0.5 * (critic(patches[rows], text[rows], mask[rows]) - returns[rows]).square().mean()
+                part = among(rng.permutation(count)[: config.critic_batch_size], own.places)
+                expected = critic(*(x[part.rows] for x in (patches, text, mask)))
+                value_loss = 0.5 * (expected - own.take(returns)[part.rows]).square().mean()
                 critic_optimizer.zero_grad(set_to_none=True)
-                value_loss.backward()
+                (part.weight * value_loss).backward()
+                sum_gradients(critic)
                 critic_optimizer.step()
             spread = (reward[:, None] - values).var() / reward.var().clamp(min=1e-12)
-            record = {"losses/value_loss": value_loss.item(), "losses/explained_variance": 1 - spread.item()}
+            record = {"losses/value_loss": part.mean(value_loss).item(), "losses/explained_variance": 1 - spread.item()}
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -275,24 +300,26 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "charts/dropped_episodes": batch - count,
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
-            "losses/policy_loss": float(np.mean(losses)),
-            "losses/entropy": old.entropy().sum(1).mean().item(),
+            "losses/policy_loss": float(np.mean([loss for _, loss, _ in metrics])),
+            "losses/entropy": own.mean(old.entropy().sum(1).mean()).item(),
             "losses/approx_kl": approx_kl,
-            "losses/clipfrac": float(np.mean(clipped)),
-            "losses/first_ratio": ratios[0],
+            "losses/clipfrac": float(np.mean([clipped for *_, clipped in metrics])),
+            "losses/first_ratio": metrics[0][0],
             "policy/step_kl": update_kl,
-            "policy/mean_abs": old.base_dist.mean.abs().mean().item(),
-            "policy/std": old.base_dist.stddev.mean().item(),
-            "policy/kl_to_gaussian": kl_to_gaussian(old).sum(1).mean().item(),
+            "policy/mean_abs": own.mean(old.base_dist.mean.abs().mean()).item(),
+            "policy/std": own.mean(old.base_dist.stddev.mean()).item(),
+            "policy/kl_to_gaussian": own.mean(kl_to_gaussian(old).sum(1).mean()).item(),
         }
         if agreed is not None:
             record["policy/agreement"] = agreed
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
         if counters.step % config.save_every == 0:  # a diagnostic: 1 if a step on one prompt moves all alike
-            talk = cross_talk(policy, patches, text, mask, reward - reward.mean(), group)
+            every = [own.gather(x) for x in (patches, text, mask)]
+            talk = cross_talk(policy, every[0], every[1], every[2], reward - reward.mean(), group)
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
-        record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
+        scores = {key: mine.gather(torch.from_numpy(info[key])) for key in info if key.startswith("reward/")}
+        record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
@@ -306,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(PPOConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
     noisear train-prior --config configs/shapes/prior.yaml --output-dir runs/prior
 
 Every stage writes to a folder of its own in the output folder. Run an interrupted command again to continue; finished
-stages return immediately. The policy is in ``ppo``, or in ``nll`` with ``--last nll``.
+stages return immediately. Several processes share every stage. The policy is in ``ppo``, or in ``nll`` with
+``--last nll``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from noisear_rl.algos.ppo import train as improve
 from noisear_rl.command import run_script
 from noisear_rl.config import Seed, check_config, parse_config
 from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs
+from noisear_rl.distributed import is_main
 from noisear_rl.policy import NoiseARPolicy
 
 
@@ -61,7 +63,9 @@ def train(config: PriorConfig) -> NoiseARPolicy:
     check_config(config)
     tried, shared, nll, ppo = (config.output_dir / stage for stage in ("tried", "shared", "nll", "ppo"))
     collect(replace(config.collect, output_dir=tried, same_noise=True, seed=config.seed))
-    print(f"shared noises: {build_pairs(replace(config.shared_noise, rollouts=tried, output_dir=shared))}", flush=True)
+    choice = build_pairs(replace(config.shared_noise, rollouts=tried, output_dir=shared))
+    if is_main():
+        print(f"shared noises: {choice}", flush=True)
     policy = pretrain(replace(config.nll, pairs=shared, output_dir=nll, seed=config.seed, resume=True))
     if config.last == "nll":
         return policy
@@ -72,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(PriorConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir / config.last}")
+    if is_main():
+        print(f"policy: {config.output_dir / config.last}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ so that pure noise moves next to nothing.
 
     python algos/reinforce.py --config configs/shapes/reinforce.yaml
 
-Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
+Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
+
+Shapes: ``B`` episodes of an update, ``M`` of them in this process; ``K`` with a finite reward, ``k`` of them in this
+process; ``b`` of a micro-batch; ``N`` patches, ``A`` elements per patch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
@@ -38,9 +41,17 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import EnvId, make_vector_env
-from noisear_rl.gaussian import kl_to_gaussian
-from noisear_rl.learning.losses import Advantage, finite_episodes, group_advantages, reinforce_loss, standardized
+from noisear_rl.gaussian import concatenated, kl_to_gaussian
+from noisear_rl.learning.losses import (
+    Advantage,
+    check_groups,
+    finite_episodes,
+    group_advantages,
+    reinforce_loss,
+    standardized,
+)
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
@@ -96,6 +107,8 @@ class ReinforceConfig:
     """Adam's gradients are clipped to this norm."""
     kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
+    micro_batches: PositiveInt = 1
+    """Parts that gradients are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -118,21 +131,24 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         ValueError: If an option is out of range, or no episode of an update has a finite reward.
         FileExistsError: If the run folder holds a run and ``resume`` is false.
     """
+    check_groups(config.advantage, config.samples_per_prompt)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
-    # Environment: all episodes of an update in one batch.
+    # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
+    mine = shard(batch, "episodes per update")
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
-    envs = make_vector_env(config.env_id, batch, **options)
+    envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task
     n_prompts = min(config.prompts_per_update, len(task.prompts))
-    groups = torch.arange(batch, device=run.device) % n_prompts  # (B,)
+    groups = torch.arange(batch, device=run.device) % n_prompts  # (B,) of all processes
 
     # Policy in eval mode, so that the density it samples from is the density it is scored by.
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
+    same_everywhere(policy)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
@@ -151,42 +167,51 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
-    bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="reinforce")
+    left = range(counters.step, config.updates)
+    bar = tqdm(left, initial=counters.step, total=config.updates, desc="reinforce", disable=not is_main())
     for update in bar:
         chosen = next_prompts(task.prompts, n_prompts, update, config.seed)
-        prompts = [chosen[group] for group in groups.tolist()]
+        prompts = [chosen[group] for group in groups[mine.rows].tolist()]
 
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
-        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)
+        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)[mine.rows]
         observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
-        text = torch.from_numpy(observation["text"]).to(run.device)  # (B, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (B, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (B, N, A)
+        text = torch.from_numpy(observation["text"]).to(run.device)  # (M, L, D)
+        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (M, L)
+        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (M, N, A)
         for patch in range(task.n_patches):
             observation, rewards, *_, info = envs.step(actions[:, patch])
         patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
-        reward = torch.from_numpy(rewards).float().to(run.device)  # (B,)
-        kept = finite_episodes(reward, groups)  # the others are dropped and counted
-        patches, text, mask, reward, group = (x[kept] for x in (patches, text, mask, reward, groups))
+        reward = mine.gather(torch.from_numpy(rewards).float().to(run.device))  # (B,) of all processes
+        kept = finite_episodes(reward, groups)  # (K,): the others are dropped and counted
+        own = among(kept, mine.rows)  # those of this process
+        patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
+        reward, group = reward[kept], groups[kept]  # (K,)
 
         # Advantages in standard deviations of this update's rewards.
         advantages = group_advantages(reward, group, config.advantage, counters.reward_ema)
-        advantages = standardized(advantages, reward)
+        advantages = own.take(standardized(advantages, reward))  # (k,)
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # Gradient.
-        distribution = policy.distribution(patches, text, mask)
-        log_prob = distribution.log_prob(patches)  # (B, N)
-        kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
-        policy_loss = reinforce_loss(log_prob, advantages)
         policy.zero_grad(set_to_none=True)
-        (policy_loss + config.kl_prior_coef * kl_to_prior).backward()
+        sums, distributions = torch.zeros(2, device=run.device), []
+        for part in own.local().split(config.micro_batches):
+            distribution = policy.distribution(patches[part.rows], text[part.rows], mask[part.rows])
+            log_prob = distribution.log_prob(patches[part.rows])  # (b, N)
+            policy_loss = reinforce_loss(log_prob, advantages[part.rows])
+            prior = kl_to_gaussian(distribution).sum(1).mean()
+            (part.weight * (policy_loss + config.kl_prior_coef * prior)).backward()
+            sums += part.weight * torch.stack([policy_loss.detach(), prior.detach()])
+            distributions.append(distribution)
+        sum_gradients(policy)
+        distribution, (policy_loss, kl_to_prior) = concatenated(distributions), all_sum(sums)
 
         # Step, as long as the evidence allows.
         with torch.no_grad():
             agreed = agreement(distribution, reference.distribution(patches, text, mask), patches, advantages)
         update_kl = step_size.next(agreed)
-        kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl)
+        kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl, part=own)
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -198,11 +223,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
             "losses/policy_loss": policy_loss.item(),
-            "losses/entropy": distribution.entropy().sum(1).mean().item(),
+            "losses/entropy": own.mean(distribution.entropy().sum(1).mean()).item(),
             "losses/approx_kl": kl,
             "policy/step_kl": update_kl,
-            "policy/mean_abs": gaussian.mean.abs().mean().item(),
-            "policy/std": gaussian.stddev.mean().item(),
+            "policy/mean_abs": own.mean(gaussian.mean.abs().mean()).item(),
+            "policy/std": own.mean(gaussian.stddev.mean()).item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
         if agreed is not None:
@@ -210,9 +235,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
         if counters.step % config.save_every == 0:  # a diagnostic: 1 if a step on one prompt moves all alike
-            talk = cross_talk(policy, patches, text, mask, reward - reward.mean(), group)
+            every = [own.gather(x) for x in (patches, text, mask)]
+            talk = cross_talk(policy, every[0], every[1], every[2], reward - reward.mean(), group)
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
-        record |= {key: float(np.mean(info[key][kept.cpu()])) for key in info if key.startswith("reward/")}
+        scores = {key: mine.gather(torch.from_numpy(info[key])) for key in info if key.startswith("reward/")}
+        record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
@@ -226,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(ReinforceConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ not compare its results with the others'. A KL to N(0, I) limits drift, or ReNO'
 ``½‖x‖² - (d - 1)·log‖x‖`` (Eyring et al. 2024, arXiv 2406.04312), which keeps the norm near a Gaussian's.
 
     python algos/reward_gradient.py --config configs/shapes/reward_gradient.yaml
+
+Several processes share the images of an update (``noisear_rl/distributed.py``); their number changes no result.
+
+Shapes: ``B`` images of an update, ``M`` of them in this process, ``k`` of these with a finite reward, ``b`` of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -31,6 +38,7 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.distributed import among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
@@ -83,6 +91,8 @@ class RewardGradientConfig:
     """Weight of the KL to N(0, I), in reward per nat."""
     norm_coef: NonNegativeFloat = 0.0
     """Weight of ReNO's norm term."""
+    micro_batches: PositiveInt = 1
+    """Parts that images are denoised and differentiated in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 100
@@ -105,10 +115,12 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     text_encoder = text_encoder_of(config.init_from, config.policy)
     task = NoiseTask(denoiser, config.reward, config.prompts, text_encoder=text_encoder)
     batch = config.prompts_per_update * config.samples_per_prompt
+    mine = shard(batch, "images per update")
 
     torch.manual_seed(config.seed)
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
+    same_everywhere(policy)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -117,40 +129,57 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         fisher_episodes=config.fisher_episodes,
         max_grad_norm=config.max_grad_norm,
     )
-    counters = run.load(policy, optimizer=optimizer) if config.resume else Counters()
+    parts: dict[str, Any] = {"optimizer": optimizer}
+    if task.reward.normalize == "running":  # otherwise it has no state
+        parts |= {"reward": task.reward}
+        if config.micro_batches > 1:
+            raise ValueError("running statistics need all images at once: set micro_batches to 1")
+    counters = run.load(policy, **parts) if config.resume else Counters()
     began = time.time() - counters.seconds
 
-    bar = tqdm(range(counters.step, config.updates), initial=counters.step, total=config.updates, desc="gradient")
+    left = range(counters.step, config.updates)
+    bar = tqdm(left, initial=counters.step, total=config.updates, desc="gradient", disable=not is_main())
     for update in bar:
         chosen = next_prompts(task.prompts, config.prompts_per_update, update, config.seed)
-        prompts = [chosen[i % len(chosen)] for i in range(batch)]
+        prompts = [chosen[i % len(chosen)] for i in mine.rows]
         conditioning = task.denoiser.encode(prompts)
         text, mask = (part.to(run.device) for part in task.reader.read(conditioning))
-        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)
+        seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)[mine.rows]
 
         # Gradient of the reward by the noise: the part through the denoiser, which needs no policy.
         sample = policy.sample(text, mask, seeds=seeds.tolist(), differentiable=True)
-        noise = policy.noise(sample)  # (B, C, h, w)
-        leaf = noise.detach().requires_grad_()
-        images = task.denoiser.denoise_differentiably(leaf, conditioning)
-        reward = task.reward.score(images.clamp(0, 1), prompts)  # (B,)
-        (gradient,) = torch.autograd.grad(reward.sum(), leaf)
+        noise = policy.noise(sample)  # (M, C, h, w)
+        scores: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for rows in np.array_split(np.arange(len(noise)), min(config.micro_batches, len(noise))):
+            leaf = noise[rows].detach().requires_grad_()
+            images = task.denoiser.denoise_differentiably(leaf, conditioning[rows.tolist()])
+            scores.append(task.reward.score(images.clamp(0, 1), [prompts[i] for i in rows]))  # (b,)
+            gradients += torch.autograd.grad(scores[-1].sum(), leaf)
+        reward, gradient = mine.gather(torch.cat(scores).detach()), torch.cat(gradients)  # (B,), (M, C, h, w)
         kept = reward.isfinite().nonzero()[:, 0]  # the others are dropped and counted
-        length = gradient[kept].flatten(1).norm(dim=1)
-        if not len(kept) or not length.isfinite().all():
+        if not len(kept):
+            raise ValueError("no image of this update has a finite reward: which scorer gives NaN, and why?")
+        own = among(kept, mine.rows)  # those of this process
+        if not own.weight:
+            gradient = torch.zeros_like(gradient)  # of a stand-in, which may be NaN
+        length = gradient[own.rows].flatten(1).norm(dim=1)  # (k,)
+        if not length.isfinite().all():
             raise ValueError("the reward's gradient holds NaN or infinite values: is every scorer differentiable?")
         scale = config.max_noise_gradient / length.clamp(min=config.max_noise_gradient)
-        gradient = gradient[kept] * scale[:, None, None, None]
+        gradient = gradient[own.rows] * scale[:, None, None, None]
 
         # From the noise to the parameters, through the mean, the variance and every prefix.
         norm = noise.flatten(1).norm(dim=1)
         reno = norm_regularizer(noise).mean()
         distribution = policy.distribution(sample.patches, text, mask)
         kl_to_prior = kl_to_gaussian(distribution).sum(1).mean()
-        surrogate = -(gradient * noise[kept]).flatten(1).sum(1).mean()
+        surrogate = -(gradient * noise[own.rows]).flatten(1).sum(1).mean()
+        penalty = config.kl_prior_coef * kl_to_prior + config.norm_coef * reno
         policy.zero_grad(set_to_none=True)
-        (surrogate + config.kl_prior_coef * kl_to_prior + config.norm_coef * reno).backward()
-        kl = optimizer.step(sample.patches.detach(), text, mask)
+        (own.weight * surrogate + mine.weight * penalty).backward()
+        sum_gradients(policy)
+        kl = optimizer.step(sample.patches.detach(), text, mask, part=mine)
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -161,20 +190,20 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             "charts/dropped_episodes": batch - len(kept),
             "charts/images": counters.images,
             "charts/SPS": counters.images * task.n_patches / counters.seconds,
-            "losses/noise_gradient": length.mean().item(),
-            "losses/clipfrac": (length > config.max_noise_gradient).float().mean().item(),
+            "losses/noise_gradient": own.mean(length.mean()).item(),
+            "losses/clipfrac": own.mean((length > config.max_noise_gradient).float().mean()).item(),
             "losses/approx_kl": kl,
-            "policy/mean_abs": gaussian.mean.abs().mean().item(),
-            "policy/std": gaussian.stddev.mean().item(),
-            "policy/noise_norm": norm.mean().item(),
-            "policy/kl_to_gaussian": kl_to_prior.item(),
+            "policy/mean_abs": mine.mean(gaussian.mean.abs().mean()).item(),
+            "policy/std": mine.mean(gaussian.stddev.mean()).item(),
+            "policy/noise_norm": mine.mean(norm.mean()).item(),
+            "policy/kl_to_gaussian": mine.mean(kl_to_prior).item(),
         }
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
         run.log(record, counters.step)
-        bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
+        bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
-            run.save(policy, counters, optimizer=optimizer)
+            run.save(policy, counters, **parts)
     run.close()
     return policy
 
@@ -183,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(RewardGradientConfig, argv, __doc__)
     train(config)
-    print(f"policy: {config.output_dir}")
+    if is_main():
+        print(f"policy: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/shapes.py                     # train what is missing, evaluate, write the page
     python benchmarks/shapes.py --train 0           # train one seed and stop; several processes can share the seeds
-    accelerate launch --num-processes 2 benchmarks/shapes.py --evaluate
+    torchrun --nproc-per-node 2 benchmarks/shapes.py --evaluate
     python benchmarks/shapes.py --render            # the page again from its data
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on

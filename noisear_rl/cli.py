@@ -39,6 +39,10 @@ COMMANDS = {
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges from scratch"),
 }
 
+# Commands whose work several processes share.
+SHARED = {"pairs", "shared-noise", "nll", "reinforce", "ppo", "train-prior", "collect", "dpo", "reward-gradient"}
+SHARED |= {"npnet", "evaluate"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` lists the options of a command."""
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[0] not in COMMANDS:
         near = nearest(arguments[0], COMMANDS)
         stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and arguments[0] not in SHARED:
+        stop(f"noisear {arguments[0]} runs in one process: start it without a launcher", WRONG)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences hints about optional packages
     run_command(
         f"noisear {arguments[0]}",

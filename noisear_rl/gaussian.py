@@ -21,6 +21,12 @@ def rows_of(distribution: Independent, rows: torch.Tensor | np.ndarray) -> Indep
     return Independent(Normal(gaussian.mean[rows], gaussian.stddev[rows], validate_args=False), 1, validate_args=False)
 
 
+def concatenated(distributions: Sequence[Independent]) -> Independent:
+    """One distribution of batch shape ``(B, N)`` from parts of its episodes, without gradients."""
+    means, stds = ([getattr(d.base_dist, name).detach() for d in distributions] for name in ("mean", "stddev"))
+    return Independent(Normal(torch.cat(means), torch.cat(stds), validate_args=False), 1, validate_args=False)
+
+
 def standard_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """N(0, I) of ``(len(seeds), *shape)`` in which each row depends only on its own seed."""
     generator = torch.Generator()

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from noisear_rl.distributed import num_processes
+
 SOURCE = Path(__file__).parent
 PACKAGES = {"noisear_rl": "noisear-rl", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
 
 
 def provenance() -> dict[str, str | int | bool]:
-    """Returns the commit of this library, versions of packages, and the hardware of this process.
+    """Returns the commit of this library, versions of packages, and the hardware of this process and its fellows.
 
     ``dirty`` says whether tracked files differ from the commit; an installed library has the commit ``unknown``.
     """
@@ -27,6 +29,7 @@ def provenance() -> dict[str, str | int | bool]:
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": num_processes(),
     }
 
 

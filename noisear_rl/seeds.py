@@ -36,6 +36,8 @@ class Stream(IntEnum):
     """Noise that all prompts share [0]."""
     TEXT_STATISTICS = 11
     """Which prompts text statistics are fitted on [0]."""
+    DROPOUT = 12
+    """Masks of dropout [update]."""
 
 
 def stream_rng(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:

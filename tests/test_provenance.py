@@ -22,6 +22,7 @@ def test_provenance_names_commit_versions_and_hardware(tmp_path, monkeypatch):
         "python": platform.python_version(),
         "device": platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": 1,
     }
     assert provenance() == {"commit": "unknown"} | rest
     git = ["git", "-C", str(tmp_path), "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]

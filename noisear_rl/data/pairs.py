@@ -3,7 +3,7 @@
 Two kinds: ``weak_to_strong``, the noise that strong guidance would have preferred
 (:mod:`~noisear_rl.data.weak_to_strong`), and ``signal_leak``, the noise that the forward process would have made of a
 good image (:mod:`~noisear_rl.data.signal_leak`). Several processes share the shards:
-``accelerate launch --num-processes 4 -m noisear_rl.data.pairs …``.
+``torchrun --nproc-per-node 4 -m noisear_rl.data.pairs …``.
 
 Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
@@ -35,6 +34,7 @@ from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
 from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.integrity import lock_folder
@@ -117,7 +117,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     leak = config.kind == "signal_leak"
     if leak and config.filter_reward is None:
         raise ValueError("signal_leak chooses images by a reward: set filter_reward")
-    state = PartialState()
+    state = process()
     prompts = resolve_prompts(config.prompts, denoiser.name if denoiser else config.denoiser).prompts
     reward = load_reward(config.filter_reward) if config.filter_reward else None
     if reward:
@@ -138,9 +138,11 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     }
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
         manifest.pop(key)
-    _lock = lock_folder(config.output_dir) if state.is_main_process else None
-    check_manifest(config.output_dir, manifest)
-    bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not state.is_main_process)
+    _lock = lock_folder(config.output_dir) if is_main() else None
+    if is_main():
+        check_manifest(config.output_dir, manifest)
+    barrier()
+    bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not is_main())
     for shard, start in enumerate(range(0, config.pairs, config.shard_size)):
         end = min(start + config.shard_size, config.pairs)
         if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
@@ -174,7 +176,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
             bar.update(len(indices))
         write_shard(config.output_dir, shard, rows, PAIR_FEATURES)
     bar.close()
-    state.wait_for_everyone()
+    barrier()
     return load_pairs(config.output_dir)
 
 
@@ -222,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(PairsConfig, argv, __doc__)
     pairs = build_pairs(config)
-    print(f"{len(pairs)} of {config.pairs} pairs kept in {config.output_dir}")
+    if is_main():
+        print(f"{len(pairs)} of {config.pairs} pairs kept in {config.output_dir}")
 
 
 if __name__ == "__main__":

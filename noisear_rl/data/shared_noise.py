@@ -37,6 +37,7 @@ from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
+from noisear_rl.distributed import barrier, gather_objects, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.integrity import lock_folder
 from noisear_rl.prompts import categories_of, resolve_prompts
@@ -114,6 +115,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     """Writes up to one pair per prompt in the format of :func:`noisear_rl.data.pairs.build_pairs`; returns the choice.
 
     ``choice.safetensors`` beside them is a method of ``noisear evaluate`` (:mod:`noisear_rl.samplers.shared_noise`).
+    Processes share the images of ``leak``.
 
     Args:
         config: Options.
@@ -127,6 +129,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     leak = config.target == "leak"
     if leak and not 1 <= config.tries <= config.noises:
         raise ValueError(f"tries must be between 1 and the {config.noises} noises, got {config.tries}")
+    process()  # joins the others
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
     denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
@@ -146,13 +149,14 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
-    _lock = lock_folder(config.output_dir)
-    check_manifest(
-        config.output_dir, rollouts.manifest | own | {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
-    )
-    chosen = torch.from_numpy(noise[choice.chosen]).unflatten(1, tuple(denoiser.latent_shape))
-    weights = torch.from_numpy(choice.weights).float().contiguous()
-    SharedNoises(chosen, weights, tried, config.text_encoder, denoiser.name).save(config.output_dir)
+    _lock = lock_folder(config.output_dir) if is_main() else None
+    own |= {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
+    if is_main():
+        check_manifest(config.output_dir, rollouts.manifest | own)
+        chosen = torch.from_numpy(noise[choice.chosen]).unflatten(1, tuple(denoiser.latent_shape))
+        weights = torch.from_numpy(choice.weights).float().contiguous()
+        SharedNoises(chosen, weights, tried, config.text_encoder, denoiser.name).save(config.output_dir)
+    barrier()
     if shard_file(config.output_dir, 0).exists():
         return choice
     if leak:
@@ -164,7 +168,11 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         rows = {"prompt": asked, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
     times = repeats(prompts, config.balance)
     repeated = [i for i, prompt in enumerate(rows["prompt"]) for _ in range(times[prompt])]
-    write_shard(config.output_dir, 0, {key: [part[i] for i in repeated] for key, part in rows.items()}, PAIR_FEATURES)
+    columns = {key: [part[i] for i in repeated] for key, part in rows.items()}
+    barrier()  # all have looked for the shard
+    if is_main():
+        write_shard(config.output_dir, 0, columns, PAIR_FEATURES)
+    barrier()
     return choice
 
 
@@ -196,9 +204,12 @@ def _leaks(
     with values_from(config.rollouts / "manifest.json"):  # which may name code
         reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
     leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
+    state = process()
     for attempt in range(config.tries):
         left = [i for i in range(len(prompts)) if i not in leaks]
-        for start in tqdm(range(0, len(left), config.batch_size), desc=f"leaks, try {attempt + 1}", unit="batch"):
+        mine = range(0, len(left), config.batch_size)[state.process_index :: state.num_processes]
+        found_here: list[tuple[int, tuple[int, np.ndarray]]] = []
+        for start in tqdm(mine, desc=f"leaks, try {attempt + 1}", unit="batch", disable=not is_main()):
             rows = left[start : start + config.batch_size]
             seeds = ranking[rows, attempt].tolist()
             found = signal_leak(
@@ -215,7 +226,8 @@ def _leaks(
             for j, i in enumerate(rows):
                 good = [target[j] for target, kept in found if kept[j]]
                 if good:
-                    leaks[i] = seeds[j], good[-1].flatten().half().numpy()
+                    found_here.append((i, (seeds[j], good[-1].flatten().half().numpy())))
+        leaks |= dict(gather_objects(found_here))
     order = sorted(leaks)
     return {
         "prompt": [prompts[i] for i in order],
@@ -227,7 +239,9 @@ def _leaks(
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(SharedNoiseConfig, argv, __doc__)
-    print(f"{build_pairs(config)}; pairs in {config.output_dir}")
+    choice = build_pairs(config)
+    if is_main():
+        print(f"{choice}; pairs in {config.output_dir}")
 
 
 if __name__ == "__main__":

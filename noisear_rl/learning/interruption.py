@@ -42,7 +42,8 @@ class Interruption:
         """Takes over the signals; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
-        former, reference = {number: signal.getsignal(number) for number in SIGNALS}, weakref.ref(self)
+        former: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        reference = weakref.ref(self)
 
         def handle(number: int, frame: FrameType | None) -> None:
             owner = reference()
@@ -66,9 +67,11 @@ class Interruption:
 
     def _handle(self, number: int) -> None:
         if self.asked is not None:
+            self.remove()
             stop(f"stopped at once; the checkpoints so far are whole. {self.advice}", 128 + number)
         self.asked = number
         if not self.ready:
+            self.remove()
             stop(f"stopped before an update was done. {self.advice}", 0)
         seconds = float(os.environ.get(VARIABLE) or GRACE)
         signal.signal(signal.SIGALRM, self._too_late)
@@ -77,4 +80,5 @@ class Interruption:
         print(f"\n{name}: stopping after this update, in {seconds:g} s at most", file=sys.stderr, flush=True)
 
     def _too_late(self, number: int, frame: FrameType | None) -> None:
+        self.remove()
         stop(f"the update took too long ({VARIABLE}); the checkpoints so far are whole. {self.advice}", 0)

@@ -66,6 +66,19 @@ def finite_episodes(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor
     return finite.nonzero()[:, 0]
 
 
+def check_groups(kind: str, samples_per_prompt: int) -> None:
+    """Refuses a baseline that a prompt's episodes are too few for.
+
+    Raises:
+        ValueError: If ``rloo`` or ``grpo`` would meet prompts with a single episode.
+    """
+    if kind in ("rloo", "grpo") and samples_per_prompt < 2:
+        raise ValueError(
+            f"advantage {kind!r} compares the episodes of a prompt: samples_per_prompt must be at least 2, not "
+            f"{samples_per_prompt}; or choose another advantage"
+        )
+
+
 def group_advantages(
     rewards: torch.Tensor, groups: torch.Tensor, kind: Advantage, ema: float | None = None
 ) -> torch.Tensor:

@@ -5,7 +5,10 @@ standard deviation by the parameters and ``M = diag(1/σ², 2)``. Products ``F v
 through one forward pass (the double-backward trick), so ``F⁻¹ g`` by conjugate gradients needs no matrix
 (Amari 1998; Schulman et al. 2015, TRPO, appendix C).
 
-Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``P`` parameters.
+Several processes take the same step: each measures the metric and the KL on its part of the episodes, and the averages
+over all of them decide.
+
+Shapes: ``B`` episodes of this process, ``N`` patches, ``A`` elements per patch, ``P`` parameters.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch.distributions import Independent, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
+from noisear_rl.distributed import Part, all_sum, among, shard
 from noisear_rl.gaussian import rows_of
 from noisear_rl.policy import NoiseARPolicy
 
@@ -59,9 +64,9 @@ def twice_differentiable(
 
 
 def fisher_product(
-    policy: NoiseARPolicy, distribution: Independent, damping: float
+    policy: NoiseARPolicy, distribution: Independent, damping: float, weight: float = 1.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over the ``B`` episodes of a distribution.
+    """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over the episodes of all processes.
 
     ``½ vᵀ F v`` is the KL in nats per noise that a small parameter change ``v`` causes.
 
@@ -69,6 +74,7 @@ def fisher_product(
         policy: The policy.
         distribution: Its distribution, as :func:`twice_differentiable` computes it.
         damping: Added to the diagonal.
+        weight: Share of these episodes in those of all processes.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
     gaussian, episodes = distribution.base_dist, distribution.batch_shape[0]
@@ -85,7 +91,7 @@ def fisher_product(
         forward = torch.autograd.grad(backward, dummy, parts, retain_graph=True)  # J v
         weighted = [m * u / episodes for m, u in zip(metric, forward, strict=True)]
         back = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
-        return torch.cat([b.reshape(-1) for b in back]) + damping * vector
+        return all_sum(weight * torch.cat([b.reshape(-1) for b in back])) + damping * vector
 
     return product
 
@@ -96,14 +102,14 @@ def assign_parameters(parameters: list[torch.nn.Parameter], vector: torch.Tensor
         parameter.copy_(values)
 
 
-def _some_rows(total: int, count: int) -> torch.Tensor:
+def _some_rows(total: int, count: int) -> np.ndarray:
     """A fixed random choice of rows; rows at regular intervals would miss prompts, which alternate in a batch."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].numpy()
 
 
-def _kl(before: Independent, after: Independent) -> float:
-    """``KL(before ‖ after)`` in nats per noise, averaged over episodes."""
-    return kl_divergence(before, after).sum(1).mean().item()
+def _kl(before: Independent, after: Independent, weight: float) -> float:
+    """``KL(before ‖ after)`` in nats per noise, averaged over the episodes of all processes."""
+    return all_sum(kl_divergence(before, after).sum(1).mean() * weight).item()
 
 
 def natural_step(
@@ -115,8 +121,9 @@ def natural_step(
     target_kl: float,
     damping: float = 0.01,
     iterations: int = 8,
+    weight: float = 1.0,
 ) -> tuple[float, Independent]:
-    """Moves the policy along ``-F⁻¹ g``, scaled to ``target_kl``; ``g`` is what ``.grad`` holds.
+    """Moves the policy along ``-F⁻¹ g``, scaled to ``target_kl``; ``g`` is what ``.grad`` holds, the same everywhere.
 
     Args:
         policy: Its gradients are read and its parameters changed.
@@ -126,6 +133,7 @@ def natural_step(
         target_kl: Size of the step in nats per noise, ``KL(old ‖ new)``.
         damping: Added to the Fisher matrix's diagonal.
         iterations: Conjugate-gradient iterations.
+        weight: Share of these episodes in those of all processes.
 
     Returns:
         The KL of the step as measured after it, at most ``1.5 · target_kl`` (the step is halved until it is), and the
@@ -141,7 +149,7 @@ def natural_step(
     before = twice_differentiable(policy, patches, text, text_mask)
     if not gradient.any():
         return 0.0, before
-    product = fisher_product(policy, before, damping)
+    product = fisher_product(policy, before, damping, weight)
     direction = conjugate_gradient(product, gradient, iterations)
     step = direction * (2 * target_kl / (direction @ product(direction))).sqrt()
     with torch.no_grad():
@@ -149,7 +157,7 @@ def natural_step(
         for _ in range(MAX_HALVINGS):
             assign_parameters(parameters, start - step)
             after = policy.distribution(patches, text, text_mask)
-            kl = _kl(before, after)
+            kl = _kl(before, after, weight)
             if kl <= KL_TOLERANCE * target_kl:
                 return kl, after
             step = step / 2
@@ -210,8 +218,9 @@ class PolicyOptimizer:
         text_mask: torch.Tensor | None,
         old: Independent | None = None,
         share: float = 1.0,
+        part: Part | None = None,
     ) -> float:
-        """Moves the policy.
+        """Moves the policy, the same way in every process.
 
         Args:
             patches: ``(B, N, A)``.
@@ -221,14 +230,17 @@ class PolicyOptimizer:
                 them; ``None`` for the policy before this step.
             share: Of ``target_kl`` to move by. Adam's learning rate is multiplied by its square root: KL grows with the
                 squared rate.
+            part: Which of the episodes of all processes these are; ``None`` for all of them, in a single process.
 
         Returns:
-            ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes.
+            ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes of all processes.
 
         Raises:
             ValueError: If the gradient is not finite.
         """
-        rows = _some_rows(len(patches), self.fisher_episodes)
+        part = part or shard(len(patches))
+        measured = among(_some_rows(part.total, self.fisher_episodes), part.places)
+        rows, weight = measured.rows, measured.weight
         patches, text = patches[rows], text[rows]
         text_mask = None if text_mask is None else text_mask[rows]
         if self.kind == "natural":
@@ -240,8 +252,9 @@ class PolicyOptimizer:
                 target_kl=share * self.target_kl,
                 damping=self.damping,
                 iterations=self.cg_iterations,
+                weight=weight,
             )
-            return kl if old is None else _kl(rows_of(old, rows), after)
+            return kl if old is None else _kl(rows_of(old, rows), after, weight)
         with torch.no_grad():
             before = self.policy.distribution(patches, text, text_mask) if old is None else rows_of(old, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -251,7 +264,7 @@ class PolicyOptimizer:
         self._set_learning_rate(rate * share**0.5)
         self.adam.step()
         with torch.no_grad():
-            kl = _kl(before, self.policy.distribution(patches, text, text_mask))
+            kl = _kl(before, self.policy.distribution(patches, text, text_mask), weight)
         if self.kind == "adaptive_adam":
             low, high = target_kl / ADAPT_BEYOND, target_kl * ADAPT_BEYOND
             rate *= ADAPT_FACTOR if kl < low else 1 / ADAPT_FACTOR if kl > high else 1.0

@@ -4,7 +4,7 @@ A run folder holds ``config.yaml`` (the resolved configuration), ``provenance.js
 command of the first start, and of every resumption that differs), ``metrics.jsonl`` and TensorBoard files (one record
 per update), and ``checkpoints/step-<n>/``: the policy (safetensors), ``state.pt`` (optimiser, schedule, counters) and
 the configuration. All randomness of update ``u`` follows from ``(seed, u)``, so a resumed run equals an uninterrupted
-one without any saved generator.
+one without any saved generator. Of several processes, the main one writes; all must see the folder.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from noisear_rl.checkpoints import (
     save_checkpoint,
     whole_checkpoints,
 )
-from noisear_rl.command import stop
+from noisear_rl.command import Stop, stop
 from noisear_rl.config import check_config, to_mapping
+from noisear_rl.distributed import all_sum, barrier, is_main, process, same_for_all
 from noisear_rl.files import write_atomically
 from noisear_rl.integrity import lock_folder
 from noisear_rl.learning.interruption import Interruption
@@ -114,37 +115,40 @@ class Run:
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
         InUseError: If another process trains in the folder.
-        ValueError: If an option is not among its choices, or several processes were launched.
+        DamagedError: If there are checkpoints to resume from, but none is whole.
+        ValueError: If an option is out of range, or several processes do not see the same folder.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
         check_config(config)
-        self.folder, self.config = Path(folder), config
+        self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
-        self._lock = lock_folder(self.folder)
-        recover(self.folder)
+        self._lock = lock_folder(self.folder) if is_main() else None
+        if is_main():
+            recover(self.folder)
+            if resume:
+                next(whole_checkpoints(self.folder), None)  # moves newer damaged ones aside
+        barrier()
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
-        if self.accelerator.num_processes > 1:
-            raise ValueError("training runs in a single process: start it without a distributed launcher")
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+        self._checkpoint = list_checkpoints(self.folder)[-1:]
+        same_for_all(str(self._checkpoint), f"{folder}: the newest checkpoint")
         self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
-        self._tracked = False
-        if not list_checkpoints(self.folder):
-            self._record_start()
+        self._tracked = self._stopping = False
+        if is_main():
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+            if not self._checkpoint:
+                self._record_start()
         flag = "" if resume or not hasattr(config, "resume") else " --resume"
         self._interruption = Interruption(f"Resume with: {command_line()}{flag}")
         self._interruption.install()
 
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self.accelerator.device
-
     def log(self, values: dict[str, float], step: int) -> None:
-        """Writes one record to TensorBoard and ``metrics.jsonl``."""
+        """Writes one record to TensorBoard and ``metrics.jsonl``, in the main process."""
+        if not is_main():
+            return
         self._record_start()
         if not self._tracked:  # records after the checkpoint that a killed process left are hidden
             self.accelerator.init_trackers("noisear-rl", init_kwargs={"tensorboard": {"purge_step": step}})
@@ -153,37 +157,48 @@ class Run:
         append_record(self.folder, {"step": step, **values})
 
     def save(self, network: Network, counters: Counters, **parts: Any) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint, in the main process.
 
         Args:
             network: The policy, or another network.
             counters: The run's progress.
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
+        if not is_main():
+            self._stop_if_asked(counters)
+            return
         state = {name: part.state_dict() for name, part in parts.items()}
         counts = {"counters": dataclasses.asdict(counters)}
         options, records = to_mapping(self.config), self.folder / RECORDS
         save_checkpoint(self.folder, counters.step, network, counts | state, options, records)
         if keep := getattr(self.config, "keep_checkpoints", 0):
             remove_old(self.folder, keep, scores_of(self.folder))
-        if self._interruption.asked is not None:
-            self.close()
-            stop(f"saved update {counters.step}. {self._interruption.advice}", 0)
+        self._stop_if_asked(counters)
 
     @property
     def stopping(self) -> bool:
         """Whether a signal asked the run to save and stop; ask once per update."""
         self._interruption.ready = True
-        return self._interruption.asked is not None
+        asked = torch.tensor([float(self._interruption.asked is not None)], device=self.device)
+        self._stopping = bool(all_sum(asked).item())  # in all processes, if it was asked of one
+        return self._stopping
+
+    def _stop_if_asked(self, counters: Counters) -> None:
+        if self._stopping:
+            self.close()
+            message = f"saved update {counters.step}. {self._interruption.advice}"
+            if is_main():
+                stop(message, 0)
+            raise Stop(message, 0)
 
     def load(self, network: Any, **parts: Any) -> Counters:
         """Restores the newest whole checkpoint, if there is one; returns the run's progress.
 
         Raises:
-            DamagedError: If there are checkpoints but none is whole, or the records before it are damaged.
+            DamagedError: If the records before it are damaged.
             ValueError: If it is of another network or algorithm.
         """
-        found = next(whole_checkpoints(self.folder), None)
+        found = self._checkpoint[0] if self._checkpoint else None
         if found is None:
             return Counters()
         saved = type(network).from_pretrained(str(found))
@@ -196,7 +211,8 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         counters = Counters(**state["counters"])
-        forget_after(self.folder, counters.step)
+        if is_main():
+            forget_after(self.folder, counters.step)
         if self._start is not None:
             self._start["step"] = counters.step
         return counters
@@ -214,7 +230,10 @@ class Run:
         self._start = None
 
     def close(self) -> None:
-        """Flushes the logs, and gives back the folder and the signals."""
+        """Flushes the logs, waits for all processes, and gives back the folder and the signals."""
         self._interruption.remove()
-        self.accelerator.end_training()
-        self._lock.release()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        barrier()
+        if self._lock is not None:
+            self._lock.release()

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch.distributions import Independent, kl_divergence
 
+from noisear_rl.distributed import all_sum
+
 Step = Literal["adaptive", "fixed"]
 FREE_KL = 0.05  # nats that the first update may spend without evidence; update u may spend a u-th of it
 RESET = 0.1  # share of the evidence that is reset at each update, so that old evidence is forgotten
@@ -29,7 +31,7 @@ LARGEST_AGREEMENT = 50.0  # keeps exp() finite
 
 
 def agreement(policy: Independent, start: Independent, patches: torch.Tensor, advantages: torch.Tensor) -> float | None:
-    """Do rewards rise on the way from one policy to another?
+    """Do rewards rise on the way from one policy to another, over the episodes of all processes?
 
     How much likelier an episode has become, minus what is expected of that, has mean 0 given the patches before. If
     rewards do not depend on it, neither does its product with the advantage.
@@ -45,9 +47,8 @@ def agreement(policy: Independent, start: Independent, patches: torch.Tensor, ad
     """
     surprise = policy.log_prob(patches) - start.log_prob(patches) - kl_divergence(policy, start)  # (B, N)
     gains = (surprise * advantages.reshape(len(patches), -1)).sum(1)  # (B,)
-    if not gains.any():
-        return None
-    return (gains.sum() / gains.square().sum().sqrt()).item()
+    total, squares, moved = all_sum(torch.stack([gains.sum(), gains.square().sum(), gains.any().float()]))
+    return (total / squares.sqrt()).item() if moved else None
 
 
 class StepSize:

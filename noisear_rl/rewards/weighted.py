@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
+from noisear_rl.distributed import gather_rows
+
 Normalization = Literal["none", "running", "fixed"]
 
 
@@ -109,7 +111,8 @@ class WeightedReward:
         return self.total(self.components(images, prompts))
 
     def _observe(self, name: str, values: torch.Tensor) -> None:
-        """Adds scores to the running moments (Chan et al. 1979)."""
+        """Adds the scores of all processes to the running moments (Chan et al. 1979)."""
+        values = gather_rows(values)
         values = values[values.isfinite()].double()
         if not len(values):
             return

@@ -60,7 +60,7 @@ class Method:
     Attributes:
         name: Unique name.
         group: Name shared by the training seeds of one method.
-        make: Builds its sampler.
+        make: Builds its sampler, and holds the denoiser.
         identity: What determines its images besides prompts and seeds, as plain values.
         trained: Whether the method was trained, so that its training seeds can differ.
     """
@@ -70,6 +70,14 @@ class Method:
     make: Callable[[], Sampler]
     identity: list[Any]
     trained: bool
+
+    def forget_sampler(self) -> None:
+        """Lets go of the denoiser, once the method's images are drawn."""
+
+        def gone() -> Sampler:
+            raise RuntimeError(f"the sampler of {self.name!r} was given up after its images were drawn")
+
+        self.make = gone
 
     @property
     def slug(self) -> str:

@@ -1,10 +1,10 @@
 """The evaluation command writes the same bytes when resumed or run in several processes, and rejects bad options."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from noisear_rl.evaluation.results import load_results
 from noisear_rl.rewards.layouts import layout_distance
 from noisear_rl.samplers.by_name import plan_methods
 from tests.conftest import random_policy
+from tests.launching import launch
 
-ROOT = Path(__file__).parents[2]
 SMALL = EvaluateConfig(denoiser="shapes-turbo", num_prompts=7, samples=3, batch_size=6)
 IMAGES, SHARDS = 7 * 3, 4  # per method
 PROVENANCE = {"commit": "abc1234", "torch": "2", "device": "cpu", "threads": 1}
@@ -132,14 +132,32 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(finished, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = [*launch, ROOT / "algos/evaluate.py", *arguments(replace(finished, output_dir=tmp_path))]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    two, one = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished.output_dir))
-    for record in (two, one):
-        record.pop("provenance")
-    assert two == one
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_equal_one(finished, tmp_path, count):
+    launch(count, "algos/evaluate.py", *arguments(replace(finished, output_dir=tmp_path)))
+    many, one = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished.output_dir))
+    assert many.pop("provenance")["processes"] == count
+    one.pop("provenance")
+    assert many == one
+
+
+def test_the_denoiser_is_gone_when_scorers_are_loaded(tmp_path, policies, monkeypatch):
+    """With every sampler that held it, so that both need not fit into memory."""
+    seen, load, score = [], evaluate.load_denoiser, evaluate.load_reward
+
+    def loaded(*names, **options):
+        denoiser = load(*names, **options)
+        seen.append(weakref.ref(denoiser))
+        return denoiser
+
+    def scoring(*names):
+        assert len(seen) == 1 and seen[0]() is None
+        return score(*names)
+
+    monkeypatch.setattr(evaluate, "load_denoiser", loaded)
+    monkeypatch.setattr(evaluate, "load_reward", scoring)
+    methods = ("best-of-2", f"mine={policies[0]}", "mine+search-2")
+    run(replace(SMALL, methods=methods, num_prompts=2, samples=2, output_dir=tmp_path))
 
 
 def test_methods_can_be_added(finished, tmp_path, policies):

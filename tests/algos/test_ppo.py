@@ -1,9 +1,11 @@
 """PPO resumes exactly, survives dropped episodes, and builds only what it uses."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from noisear_rl.algos import ppo
+from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
@@ -78,6 +80,32 @@ def test_the_learning_rate_is_logged_where_there_is_one(tmp_path):
         ppo.train(config(tmp_path / optimizer, toys.Target(), optimizer=optimizer, updates=1))
     assert "charts/learning_rate" not in read_records(tmp_path / "natural")[0]
     assert read_records(tmp_path / "adam")[0]["charts/learning_rate"] == 2e-4
+
+
+def test_the_critic_reads_whitened_text(tmp_path, monkeypatch):
+    """It has the statistics of the training prompts, as the policy has, and a checkpoint keeps them."""
+    made, build = [], ppo.NoiseARCritic
+    monkeypatch.setattr(ppo, "NoiseARCritic", lambda config: made.append(build(config)) or made[-1])
+    whitened = dataclasses.replace(SMALL, text_features="whitened", text_scale=4.0)
+    options = {"advantage": "gae", "critic_batch_size": 8, "policy": whitened}
+    whole = ppo.train(config(tmp_path / "a", toys.Target(), **options))
+    (critic,) = made
+    assert not critic.policy.needs_text_statistics
+    own, policys = ([b for b in network.buffers() if b.is_floating_point()] for network in (critic.policy, whole))
+    assert own and all(torch.equal(a, b) for a, b in zip(own, policys, strict=True))
+    resumed = kill_and_resume(ppo.train, config(tmp_path / "b", toys.Target(), **options))
+    assert_same_run(whole, resumed, tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+@pytest.mark.parametrize("algorithm", [ppo, reinforce], ids=["ppo", "reinforce"])
+def test_one_sample_per_prompt_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, algorithm, advantage):
+    monkeypatch.setattr(algorithm, "make_vector_env", lambda *_, **__: pytest.fail("loaded the environment"))
+    options = {"samples_per_prompt": 1, "advantage": advantage, "output_dir": tmp_path / "run"}
+    settings = PPOConfig(**options) if algorithm is ppo else reinforce.ReinforceConfig(**options)
+    with pytest.raises(ValueError, match=f"'{advantage}' compares .* samples_per_prompt must be at least 2, not 1"):
+        algorithm.train(settings)
+    assert not (tmp_path / "run").exists()
 
 
 class Constant(toys.Target):

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from noisear_rl.gaussian import standard_noise
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers.base import derived_seeds
 from tests.conftest import random_policy
+from tests.launching import launch
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red circle"]
 
@@ -105,18 +104,20 @@ def test_shards_resume_and_do_not_depend_on_batches(tmp_path, random_denoiser):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same(tmp_path):
+def test_several_processes_write_the_same(tmp_path):
     """Processes share the shards; a repeated prompt in a file counts once."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS, PROMPTS[0]]))
     options = ["--denoiser", "shapes", "--prompts", str(prompts), "--pairs", "7", "--shard-size", "2"]
     script = ["-m", "noisear_rl.data.pairs", *options, "--denoiser-options", "dtype", "float32", "--output-dir"]
-    subprocess.run([sys.executable, *script, str(tmp_path / "one")], check=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    subprocess.run([*launch, *script, str(tmp_path / "two")], check=True)
-    one, two = load_pairs(tmp_path / "one"), load_pairs(tmp_path / "two")
-    assert one["prompt"][:] == two["prompt"][:] == [PROMPTS[i % 3] for i in range(7)]
-    np.testing.assert_allclose(np.array(one["target"][:]), np.array(two["target"][:]), atol=2e-3)
+    for count in (1, 2, 3):
+        launch(count, *script, tmp_path / str(count))
+    launch(2, *script, tmp_path / "accelerate", by_accelerate=True)
+    one, *others = (load_pairs(tmp_path / name) for name in ("1", "2", "3", "accelerate"))
+    assert one["prompt"][:] == [PROMPTS[i % 3] for i in range(7)]
+    for other in others:
+        assert other["prompt"][:] == one["prompt"][:] and other["seed"][:] == one["seed"][:]
+        np.testing.assert_allclose(np.array(one["target"][:]), np.array(other["target"][:]), atol=2e-3)
 
 
 def prompts_and_seeds(count, seed=5):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, load_policy, policy_sha256
 from tests import toys
 from tests.conftest import random_policy
+from tests.launching import launch
 
 TURBO = "NoiseAR-ShapesTurbo-v0"
 
@@ -86,15 +85,21 @@ def test_interrupted_collection_resumes(tmp_path, policy_folder, rollouts, monke
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same(tmp_path):
+def test_several_processes_write_the_same(tmp_path):
     options = ["--env-id", TURBO, "--num-prompts", "5", "--samples-per-prompt", "4", "--prompts-per-shard", "2"]
-    script = ["-m", "noisear_rl.algos.collect", *options, "--output-dir"]
-    subprocess.run([sys.executable, *script, str(tmp_path / "one")], check=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    subprocess.run([*launch, *script, str(tmp_path / "two")], check=True)
-    one, two = load_rollouts(tmp_path / "one"), load_rollouts(tmp_path / "two")
-    assert one.dataset["noise"] == two.dataset["noise"]
-    np.testing.assert_allclose(one.rewards, two.rewards, atol=0.05)
+    for count in (1, 2, 3):
+        launch(count, "-m", "noisear_rl.algos.collect", *options, "--output-dir", tmp_path / str(count))
+    one, two, three = (load_rollouts(tmp_path / name) for name in ("1", "2", "3"))
+    assert one.dataset.to_list() == two.dataset.to_list() == three.dataset.to_list()
+
+
+def test_processes_started_by_accelerate_share_the_shards(tmp_path, policy_folder, rollouts):
+    options = ["--env-id", TURBO, "--num-prompts", "5", "--samples-per-prompt", "4", "--prompts-per-shard", "2"]
+    options += ["--policy", policy_folder, "--seed", "3", "--output-dir", tmp_path]
+    done = launch(2, "-m", "noisear_rl.algos.collect", *options, by_accelerate=True)
+    assert done.stdout.count("20 rollouts of 5 prompts") == 1  # the main process reports
+    assert load_rollouts(tmp_path).dataset["noise"] == load_rollouts(rollouts).dataset["noise"]
+    assert load_rollouts(tmp_path).dataset["reward"] == load_rollouts(rollouts).dataset["reward"]
 
 
 def table(prompts, rewards):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from noisear_rl import cli
 from noisear_rl.algos.collect import CollectConfig
@@ -79,6 +80,8 @@ def test_closed_choices_are_refused_when_parsed(tmp_path):
         from_mapping(DPOConfig, {"loss_type": ["sigmoid", "dpo"]})
     with pytest.raises(ValueError, match="reference must be one of"):  # a dataclass built in Python
         Run(tmp_path / "run", DPOConfig(reference="none"))
+    with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
+        Run(tmp_path / "run", PPOConfig(micro_batches=0))
     assert not (tmp_path / "run").exists()
     check_config(PPOConfig(optimizer="adaptive_adam", advantage="gae"))
 
@@ -160,7 +163,17 @@ def test_presets_parse(name, cls):
 
 
 def test_every_preset_is_tested():
-    assert {str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")} == set(PRESETS)
+    presets = set(CONFIGS.rglob("*.yaml")) - set((CONFIGS / "accelerate").iterdir())
+    assert {str(p.relative_to(CONFIGS).with_suffix("")) for p in presets} == set(PRESETS)
+
+
+def test_accelerate_reads_its_files():
+    counts = {path.stem: load_config_from_file(str(path)) for path in (CONFIGS / "accelerate").iterdir()}
+    assert {name: (c.num_machines, c.num_processes) for name, c in counts.items()} == {
+        "cpu": (1, 2),
+        "gpus": (1, 2),
+        "two_machines": (2, 16),
+    }
 
 
 def test_checkpoint_round_trip(tmp_path):
