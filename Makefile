@@ -5,7 +5,7 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks
 
-.PHONY: help install demo test test-lowest test-slow test-originals lint format clean
+.PHONY: help install demo test test-lowest test-slow test-faults test-originals lint format clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -29,6 +29,9 @@ test-lowest:  ## Run the test suite with the lowest supported versions, in .venv
 
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+test-faults: install  ## Kill, damage and misuse everything many times (an hour), and print the counts
+	$(RUN) -m pytest -s -m "faults or not faults" tests/faults
 
 .originals/installed: tests/rewards/originals.txt
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target .originals --requirement $<

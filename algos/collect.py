@@ -20,14 +20,18 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import PositiveInt, Seed, check_config, parse_config
 from noisear_rl.data.rollouts import load_rollouts, rollout_features, rollout_manifest
 from noisear_rl.data.shards import shard_file, write_shard
+from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.distributed import barrier, is_main, process
-from noisear_rl.envs import make_vector_env
+from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
+from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256, text_encoder_of
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -35,11 +39,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class CollectConfig:
     """Options of the collection."""
 
-    env_id: str = "NoiseAR-Shapes-v0"
+    env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
@@ -47,18 +51,21 @@ class CollectConfig:
     """Checkpoint, run folder, `shapes/NAME` or Hub id that draws the noise; unset for Gaussian noise."""
     output_dir: Path = Path("runs/rollouts")
     """Folder for the shards and the manifest."""
-    num_prompts: int = 256
+    num_prompts: PositiveInt = 256
     """Number of prompts, chosen at random; all if there are fewer."""
-    samples_per_prompt: int = 16
+    samples_per_prompt: PositiveInt = 16
     """Noises per prompt: K."""
-    prompts_per_shard: int = 16
+    prompts_per_shard: PositiveInt = 16
     """Prompts per shard; the rollouts of a shard are denoised as one batch."""
     same_noise: bool = False
     """Use the same K noises for all prompts, so that rewards show which noises suit many prompts."""
     save_images: bool = False
     """Also store the images, as PNG."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and noise."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def collect(config: CollectConfig) -> None:
@@ -68,9 +75,9 @@ def collect(config: CollectConfig) -> None:
         ValueError: If a count is below 1, the folder contains rollouts of other settings, the reward uses running
             statistics, or the policy does not fit the environment.
     """
-    if min(config.num_prompts, config.samples_per_prompt, config.prompts_per_shard) < 1:
-        raise ValueError("num_prompts, samples_per_prompt and prompts_per_shard must be at least 1")
+    check_config(config)
     state, k = process(), config.samples_per_prompt
+    _lock = lock_folder(config.output_dir) if is_main() else None
     batch = config.prompts_per_shard * k
     gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
     options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
@@ -171,4 +178,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,11 +31,24 @@ from torch.distributions import Independent, kl_divergence
 from tqdm.auto import tqdm
 
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.config import check_choices, parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import Part, is_main, process, same_everywhere, shard, sum_gradients
+from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
@@ -43,7 +56,9 @@ from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.prompts.reader import PromptReader
+from noisear_rl.rewards import check_reward
 from noisear_rl.seeds import Stream, stream_rng
+from noisear_rl.trust import values_from
 
 if TYPE_CHECKING:
     import trl
@@ -57,7 +72,7 @@ class DPOConfig:
 
     rollouts: Path = Path("runs/rollouts")
     """Folder that `algos/collect.py` wrote."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     init_from: str | None = None
     """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
@@ -67,55 +82,60 @@ class DPOConfig:
     """A fresh policy, in the rollouts' sizes."""
     output_dir: Path = Path("runs/dpo")
     """Run folder."""
-    threshold: float = 0.3
+    threshold: NonNegativeFloat = 0.3
     """Rewards of a pair differ by more than this."""
     strategy: Strategy = "best_worst"
     """`best_worst` (one pair per prompt) or `all_above_margin`."""
     loss_type: tuple[Loss, ...] = ("sigmoid",)
     """trl's names: `sigmoid`, `hinge`, `ipo`, `robust`, `apo_zero`, `sft` (NLL of the preferred noise), …"""
-    loss_weights: tuple[float, ...] | None = None
+    loss_weights: tuple[Float, ...] | None = None
     """One weight per loss; unset for 1 each."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Inverse temperature, in 1/nats of the whole noise: the loss saturates at a margin of about 1/beta."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of flipped labels (`robust`, `aot`), epsilon of `exo_pair`."""
-    discopop_tau: float = 0.05
+    discopop_tau: PositiveFloat = 0.05
     """Temperature of `discopop`."""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """Passes over the pairs, at most."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Pairs per update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: float = 1e-4
+    learning_rate: NonNegativeFloat = 1e-4
     """Adam's learning rate."""
-    target_kl: float = 0.05
+    target_kl: PositiveFloat = 0.05
     """Size of a natural step in nats per noise."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    held_out_share: float = 0.1
+    held_out_share: Share = 0.1
     """Share of the prompts whose pairs are only validated on."""
-    held_out_pairs: int = 2048
+    held_out_pairs: PositiveInt = 2048
     """Held-out pairs per evaluation, at most."""
-    evaluate_every: int = 20
+    evaluate_every: PositiveInt = 20
     """Updates between evaluations on held-out pairs."""
-    patience: int = 10
+    patience: NonNegativeInt = 10
     """Stop after this many evaluations without a better held-out accuracy, and keep the best policy; 0 keeps the last
     one."""
-    max_kl: float | None = None
+    max_kl: PositiveFloat | None = None
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
-    rounds: int = 1
+    rounds: PositiveInt = 1
     """Rounds of training; each after the first trains on new rollouts of the same prompts, by the policy so far."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, held-out prompts and order."""
-    save_every: int = 200
+    save_every: PositiveInt = 200
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # patches (2b, N, A), text (2b, L, D), text mask (2b, L)
@@ -133,7 +153,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         FileNotFoundError: If there are no rollouts.
         FileExistsError: If the run folder holds a run and ``resume`` is false.
     """
-    check_choices(config)
+    check_config(config)
     weights = config.loss_weights or (1.0,) * len(config.loss_type)
     strength = Strength(config.beta, config.label_smoothing, config.discopop_tau)
     check_losses(config.loss_type, weights, strength)
@@ -230,7 +250,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
             bar.set_postfix(accuracy=f"{record['rewards/accuracies']:.3f}", held_out=f"{accuracy:.3f}")
             if config.max_kl is not None and record["policy/kl_to_reference"] > config.max_kl:
                 break
-        if counters.step % config.save_every == 0:
+        if counters.step % config.save_every == 0 or run.stopping:
             run.save(policy, counters, **parts)
     if config.patience > 0:
         policy.load_state_dict(best.state_dict())
@@ -321,6 +341,9 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
     """Trains ``rounds`` times, each time on rollouts of the policy so far; round ``i`` is in ``output_dir/round-i``."""
     first = load_rollouts(config.rollouts)
     manifest, prompts = first.manifest, tuple(dict.fromkeys(first.prompts))
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        check_env_id(str(manifest.get("env_id")))
+        check_reward(str(manifest.get("reward_spec") or "brightness"))
     policy, rollouts, start = None, config.rollouts, config.init_from
     for number in range(config.rounds):
         folder = config.output_dir / f"round-{number}"
@@ -386,4 +409,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

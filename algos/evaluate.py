@@ -34,8 +34,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from noisear_rl.config import check_choices, parse_config, to_mapping
-from noisear_rl.denoisers import EMBEDDED, load_denoiser
+from noisear_rl.command import run_script
+from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
+from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.evaluation.compare import finite_components
@@ -45,9 +46,10 @@ from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
 from noisear_rl.images import to_tensor, to_uint8
+from noisear_rl.integrity import lock_folder, verify, write_checksums
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.provenance import provenance
-from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, reward_config
+from noisear_rl.rewards import RewardConfig, RewardSpec, WeightedReward, load_reward, reward_config
 from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.shapes import ShapesExact
 from noisear_rl.samplers import Sampler
@@ -60,36 +62,39 @@ class EvaluateConfig:
 
     methods: tuple[str, ...] = ()
     """Methods: NAME=PATH, NAME=PATH,PATH (training seeds), best-of-N, search-N, reno-N, NAME+best-of-N."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Name or folder of the denoiser."""
     prompts: str = "validation"
     """Prompt set: a file, the name of a published set, `geneval-style` (generated prompts), or a split of `shapes`:
     `validation` to choose settings by, `test` for published results alone."""
-    num_prompts: int | None = None
+    num_prompts: PositiveInt | None = None
     """Number of prompts: equal shares of the categories for generated prompts and splits of `shapes` (120 if unset),
     the first ones for files and published sets (all if unset)."""
     skip_bad_rows: bool = False
     """Skip malformed rows of the prompt file."""
-    samples: int = 8
+    samples: PositiveInt = 8
     """Noises per prompt."""
-    scorers: tuple[str, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
+    scorers: tuple[RewardSpec, ...] = ("shapes-exact", "shapes-match", "shapes-clip")
     """Scorers, or a reward file. The first one is the judge: neither training nor searches may use it."""
-    choose_by: str | None = None
+    choose_by: RewardSpec | None = None
     """Reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """Settings of `search-N` and `reno-N`."""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """Factor on the standard deviation of policies; unset for their own."""
     resample: Resample = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
-    seed: int = 1_000_000
+    seed: Seed = 1_000_000
     """First seed of the noises; training uses other seeds."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Noises per batch, which form one shard."""
     output_dir: Path = Path("runs/evaluate")
     """Folder for images and results."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Options of the denoiser, such as `dtype float32`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def prompt_set(config: EvaluateConfig) -> PromptSet:
@@ -132,6 +137,10 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     file = _shard_file(config, "noise", method, rows)
     with atomic(file) as temporary:
         save_file({name: value.contiguous() for name, value in statistics.items()}, temporary)
+        images = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
+        write_checksums(
+            config.output_dir, {path: path for path in images} | {file: temporary}, _part("noise", method, rows)
+        )
 
 
 def score_shard(
@@ -140,12 +149,18 @@ def score_shard(
     """Scores the images of some prompts as stored on disk, and measures how much the images of a prompt differ."""
     samples = config.samples
     texts = [prompts[row] for row in rows for _ in range(samples)]
+    verify(
+        config.output_dir, part=_part("noise", method, rows), advice=_advice(_shard_file(config, "noise", method, rows))
+    )
     files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
     images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])  # (B, 3, H, W)
     components = finite_components(reward, images, texts, method.name)
     record = {"scores": {name: _rounded(values.reshape(-1, samples)) for name, values in components.items()}}
     record["diversity"] = diversities(reward, images.unflatten(0, (-1, samples))) if samples > 1 else {}
-    write_atomically(_shard_file(config, "scores", method, rows), json.dumps(record))
+    file = _shard_file(config, "scores", method, rows)
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(record))
+        write_checksums(config.output_dir, {file: temporary}, _part("scores", method, rows))
 
 
 def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[float]]:
@@ -159,10 +174,19 @@ def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[
     return found
 
 
-def join_shards(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]) -> None:
+def join_shards(
+    config: EvaluateConfig, judge: str, chosen: PromptSet, methods: Sequence[Method], shards: Sequence[range]
+) -> None:
     """Joins the shards into ``results.json`` and ``timing.json``."""
     results, seconds_per_image, num_images = {}, {}, len(chosen) * config.samples
     for method in methods:
+        for rows in shards:
+            for stage, file in (
+                ("scores", _shard_file(config, "scores", method, rows)),
+                ("noise", _shard_file(config, "noise", method, rows)),
+            ):
+                name = file.relative_to(config.output_dir).as_posix()
+                verify(config.output_dir, [name], part=_part(stage, method, rows), advice=_advice(file))
         parts = [json.loads(_shard_file(config, "scores", method, rows).read_text()) for rows in shards]
         statistics = [load_file(_shard_file(config, "noise", method, rows)) for rows in shards]
         total = {name: torch.stack([part[name] for part in statistics]).sum(0) for name in statistics[0]}
@@ -191,11 +215,14 @@ def join_shards(config: EvaluateConfig, chosen: PromptSet, methods: Sequence[Met
         "prompts": chosen.prompts,
         "categories": chosen.categories,
         "samples": config.samples,
-        "judge": next(iter(scorers_of(config).weights)),
+        "judge": judge,
         "methods": results,
     }
-    write_atomically(config.output_dir / "timing.json", json.dumps(seconds_per_image, indent=1))
-    write_atomically(config.output_dir / "results.json", json.dumps(record))
+    timing, file = config.output_dir / "timing.json", config.output_dir / "results.json"
+    write_atomically(timing, json.dumps(seconds_per_image, indent=1))
+    with atomic(file) as temporary:
+        temporary.write_text(json.dumps(record))
+        write_checksums(config.output_dir, {timing: timing, file: temporary}, "results")
 
 
 def _rounded(values: torch.Tensor) -> list[Any]:
@@ -211,20 +238,28 @@ def _shard_file(config: EvaluateConfig, stage: Literal["noise", "scores"], metho
     return config.output_dir / stage / method.slug / f"{rows[0]:05d}.{suffix}"
 
 
+def _part(stage: str, method: Method, rows: range) -> str:
+    return f"{stage}-{method.slug}-{rows[0]:05d}"
+
+
+def _advice(file: Path) -> str:
+    return f"remove {file} and run the same command again, which makes it anew"
+
+
 def run(config: EvaluateConfig) -> str:
     """Runs the evaluation and returns its table; empty in all processes but the main one.
 
     Raises:
         ValueError: If an option is invalid, a scorer fails, or the folder holds an evaluation with other settings.
     """
-    check_choices(config, "evaluate")
-    if min(config.samples, config.batch_size) < 1:
-        raise ValueError("samples and batch_size must be at least 1")
+    check_config(config)
     state = process()
     chosen, scorers = prompt_set(config), scorers_of(config)
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
     if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
         raise ValueError(f"{choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
+    reward = load_reward(scorers)
+    reward.check_prompts(chosen.prompts)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
 
@@ -242,6 +277,7 @@ def run(config: EvaluateConfig) -> str:
         "num_inference_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
     }
+    _lock = lock_folder(config.output_dir) if is_main() else None
     if is_main():
         check_manifest(config.output_dir, manifest)
         for method in methods:
@@ -269,7 +305,6 @@ def run(config: EvaluateConfig) -> str:
     barrier()
 
     # Scores, once all images exist.
-    reward = load_reward(scorers)
     with tqdm(desc="scores", **progress) as bar:
         for (method, rows), count in zip(work, counts, strict=True):
             if not _shard_file(config, "scores", method, rows).exists():
@@ -280,7 +315,7 @@ def run(config: EvaluateConfig) -> str:
     # Results.
     text = ""
     if is_main():
-        join_shards(config, chosen, methods, shards)
+        join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
         text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
         write_atomically(config.output_dir / "table.md", text + "\n")
     barrier()
@@ -295,4 +330,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,9 +27,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.denoisers import load_denoiser, policy_sizes
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, policy_sizes
 from noisear_rl.distributed import Part, all_sum, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
@@ -52,38 +62,43 @@ class NLLConfig:
     """Checkpoint, run folder, `shapes/NAME` or Hub id to start from; unset for a fresh policy (Gaussian noise)."""
     output_dir: Path = Path("runs/nll")
     """Run folder."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Denoiser that the pairs were made with; the policy reads its text embeddings or its tokens."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     policy: NoiseARConfig = field(default_factory=NoiseARConfig)
     """A fresh policy, in the denoiser's sizes."""
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """Passes over the pairs."""
-    batch_size: int = 40
+    batch_size: PositiveInt = 40
     """Pairs per update."""
-    learning_rate: float = 6.25e-5
+    learning_rate: NonNegativeFloat = 6.25e-5
     """Adam's learning rate at the start of the cosine decay."""
-    reconstruction_weight: float = 0.2
+    reconstruction_weight: NonNegativeFloat = 0.2
     """Weight of the reconstruction loss."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    held_out_share: float = 0.05
+    held_out_share: Share = 0.05
     """Share of the prompts whose pairs are only validated on."""
-    held_out_pairs: int = 512
+    held_out_pairs: PositiveInt = 512
     """Held-out pairs per validation, at most."""
-    log_every: int = 20
+    log_every: PositiveInt = 20
     """Updates between validations and records."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, order and reparameterisation noise."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: NLLConfig) -> NoiseARPolicy:
@@ -181,7 +196,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
-        if counters.step % config.save_every == 0 or last:
+        if counters.step % config.save_every == 0 or last or run.stopping:
             run.save(policy, counters, optimizer=optimizer, schedule=schedule)
     run.close()
     return policy.eval()
@@ -196,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

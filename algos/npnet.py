@@ -30,9 +30,19 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import Part, all_sum, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
@@ -53,38 +63,43 @@ class NPNetTrainingConfig:
     """Checkpoint, run folder, Hub id or `.pth` file of the authors to start from; unset for a fresh network."""
     output_dir: Path = Path("runs/npnet")
     """Run folder."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Denoiser that the pairs were made for; the network sees its text embeddings."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     npnet: NPNetConfig = field(default_factory=NPNetConfig)
     """Sizes of a fresh network; `latent_shape` and `text_shape` always come from the denoiser."""
-    epochs: int = 30
+    epochs: PositiveInt = 30
     """Passes over the pairs."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Pairs per update."""
-    learning_rate: float = 1e-4
+    learning_rate: NonNegativeFloat = 1e-4
     """AdamW's learning rate at the start of the cosine decay."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    held_out_share: float = 0.1
+    held_out_share: Share = 0.1
     """Share of the pairs that is held out for validation."""
-    held_out_pairs: int = 1024
+    held_out_pairs: PositiveInt = 1024
     """Held-out pairs per validation, at most."""
-    evaluate_every: int = 50
+    evaluate_every: PositiveInt = 50
     """Updates between evaluations on held-out pairs."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Training seed: initialisation, order and added noise."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNet:
@@ -193,7 +208,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
                 best.load_state_dict(npnet.state_dict())
             run.log(record, counters.step)
             bar.set_postfix(mse=f"{record['losses/mse']:.4f}", held_out=f"{record['losses/mse_held_out']:.4f}")
-        if counters.step % config.save_every == 0 and counters.step < updates:
+        if (counters.step % config.save_every == 0 or run.stopping) and counters.step < updates:
             run.save(npnet, counters, **parts)
     npnet.load_state_dict(best.state_dict())
     run.save(npnet, counters, **parts)
@@ -212,4 +227,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,9 +30,21 @@ from torch.distributions import kl_divergence
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+)
+from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
-from noisear_rl.envs import make_vector_env
+from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian, rows_of
 from noisear_rl.learning.losses import (
     check_groups,
@@ -48,6 +60,7 @@ from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
 from noisear_rl.policy.critic import NoiseARCritic
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -55,11 +68,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class PPOConfig:
     """Options of PPO."""
 
-    env_id: str = "NoiseAR-Shapes-v0"
+    env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
@@ -69,65 +82,70 @@ class PPOConfig:
     """A fresh policy, in the environment's sizes. Its log-variance is fixed: learning it spends KL on noise."""
     output_dir: Path = Path("runs/ppo")
     """Run folder."""
-    updates: int = 100
+    updates: PositiveInt = 100
     """Rollouts, each followed by `epochs` passes over it."""
-    prompts_per_update: int = 4
+    prompts_per_update: PositiveInt = 4
     """Prompts per rollout, cycled in shuffled order."""
-    samples_per_prompt: int = 64
+    samples_per_prompt: PositiveInt = 64
     """Noises per prompt and rollout. `target_kl` should be about proportional to it."""
-    epochs: int = 2
+    epochs: PositiveInt = 2
     """Passes over a rollout."""
-    minibatches: int = 1
+    minibatches: PositiveInt = 1
     """Minibatches per pass; each makes one step."""
-    clip_range: float = 0.5
+    clip_range: PositiveFloat = 0.5
     """Ratios beyond 1 ± this gain nothing; a summed log-ratio needs more than the usual 0.2."""
     advantage: Literal["none", "ema", "rloo", "grpo", "gae"] = "rloo"
     """Baseline, one number per episode: `none`, `ema`, `rloo` (leave one out), `grpo` (group mean and standard
     deviation); or `gae` (a critic, one advantage per patch)."""
-    ema_decay: float = 0.9
+    ema_decay: Fraction = 0.9
     """With `ema`: decay of the running mean of rewards, per update."""
-    gae_lambda: float = 0.95
+    gae_lambda: Fraction = 0.95
     """With `gae`: 1 trusts returns, 0 the critic."""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: NonNegativeFloat = 1e-3
     """With `gae`: Adam's learning rate for the critic."""
-    critic_steps: int = 8
+    critic_steps: PositiveInt = 8
     """With `gae`: steps of the critic per rollout."""
-    critic_batch_size: int = 256
+    critic_batch_size: PositiveInt = 256
     """With `gae`: episodes per step of the critic."""
     optimizer: Optimizer = "natural"
     """`natural` (steps that add up to `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam`."""
     step: Step = "adaptive"
     """`adaptive` (at most `target_kl`, and small until rewards confirm the steps so far) or `fixed` (`target_kl`)."""
-    target_kl: float = 2.0
+    target_kl: PositiveFloat = 2.0
     """Sum of the sizes of an update's steps in nats per noise; with `adaptive`, the largest sum."""
-    kl_stop: float = 1.5
+    kl_stop: PositiveFloat = 1.5
     """An update stops once it has moved beyond this times its size."""
-    damping: float = 0.01
+    damping: NonNegativeFloat = 0.01
     """Damping of the Fisher matrix."""
-    cg_iterations: int = 8
+    cg_iterations: PositiveInt = 8
     """Conjugate-gradient iterations per natural step."""
-    fisher_episodes: int = 128
+    fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix and the KL are measured on; a step costs about 25 passes over them."""
-    learning_rate: float = 2e-4
+    learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    kl_coef: float = 0.0
+    kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL to the reference (the policy at the start), in standard deviations of reward per nat."""
-    kl_prior_coef: float = 0.0
+    kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in the same unit."""
-    entropy_coef: float = 0.0
+    entropy_coef: Float = 0.0
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
-    save_every: int = 20
+    save_every: PositiveInt = 20
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: PPOConfig) -> NoiseARPolicy:
@@ -137,8 +155,6 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         ValueError: If an option is out of range, or no episode of an update has a finite reward.
         FileExistsError: If the run folder holds a run and ``resume`` is false.
     """
-    if min(config.epochs, config.minibatches) < 1 or config.clip_range <= 0:
-        raise ValueError("epochs and minibatches must be at least 1, and clip_range positive")
     check_groups(config.advantage, config.samples_per_prompt)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
@@ -306,7 +322,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, **parts)
     envs.close()
     run.close()
@@ -322,4 +338,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

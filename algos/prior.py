@@ -24,7 +24,8 @@ from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as pretrain
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.ppo import train as improve
-from noisear_rl.config import check_choices, parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import Seed, check_config, parse_config
 from noisear_rl.data.shared_noise import SharedNoiseConfig, build_pairs
 from noisear_rl.distributed import is_main
 from noisear_rl.policy import NoiseARPolicy
@@ -36,7 +37,7 @@ class PriorConfig:
 
     output_dir: Path = Path("runs/prior")
     """Folder with one folder per stage."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage."""
     last: Literal["nll", "ppo"] = "ppo"
     """Last stage to run; without PPO, the policy is in `nll`."""
@@ -49,6 +50,9 @@ class PriorConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Stage 4."""
 
+    def __post_init__(self) -> None:
+        check_config(self)
+
 
 def train(config: PriorConfig) -> NoiseARPolicy:
     """Runs the stages that are not finished; returns the last stage's policy.
@@ -56,7 +60,7 @@ def train(config: PriorConfig) -> NoiseARPolicy:
     Raises:
         ValueError: If an option of a stage is out of range, or a folder holds a stage with other options.
     """
-    check_choices(config, "train-prior")
+    check_config(config)
     tried, shared, nll, ppo = (config.output_dir / stage for stage in ("tried", "shared", "nll", "ppo"))
     collect(replace(config.collect, output_dir=tried, same_noise=True, seed=config.seed))
     choice = build_pairs(replace(config.shared_noise, rollouts=tried, output_dir=shared))
@@ -77,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,9 +29,20 @@ import torch
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+)
+from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
-from noisear_rl.envs import make_vector_env
+from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import concatenated, kl_to_gaussian
 from noisear_rl.learning.losses import (
     Advantage,
@@ -46,6 +57,7 @@ from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -53,11 +65,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class ReinforceConfig:
     """Options of REINFORCE."""
 
-    env_id: str = "NoiseAR-Shapes-v0"
+    env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
@@ -67,44 +79,49 @@ class ReinforceConfig:
     """A fresh policy, in the environment's sizes. Its log-variance is fixed: learning it spends KL on noise."""
     output_dir: Path = Path("runs/reinforce")
     """Run folder."""
-    updates: int = 100
+    updates: PositiveInt = 100
     """Updates of the policy."""
-    prompts_per_update: int = 4
+    prompts_per_update: PositiveInt = 4
     """Distinct prompts per update, cycled in shuffled order."""
-    samples_per_prompt: int = 64
+    samples_per_prompt: PositiveInt = 64
     """Noises per prompt and update. `target_kl` should be about proportional to it."""
     advantage: Advantage = "rloo"
     """Baseline: `none`, `ema`, `rloo` (leave one out) or `grpo` (group mean and standard deviation)."""
-    ema_decay: float = 0.9
+    ema_decay: Fraction = 0.9
     """With `ema`: decay of the running mean of rewards, per update."""
     optimizer: Optimizer = "natural"
     """`natural` (a step of `target_kl`), `adam` (at `learning_rate`) or `adaptive_adam` (towards the KL)."""
     step: Step = "adaptive"
     """`adaptive` (at most `target_kl`, and small until rewards confirm the steps so far) or `fixed` (`target_kl`)."""
-    target_kl: float = 2.0
+    target_kl: PositiveFloat = 2.0
     """Size of a step in nats per noise; with `adaptive`, of the largest."""
-    damping: float = 0.01
+    damping: NonNegativeFloat = 0.01
     """Damping of the Fisher matrix."""
-    cg_iterations: int = 8
+    cg_iterations: PositiveInt = 8
     """Conjugate-gradient iterations per natural step."""
-    fisher_episodes: int = 128
+    fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix is measured on; a step costs about 25 passes over them."""
-    learning_rate: float = 2e-4
+    learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    kl_prior_coef: float = 0.0
+    kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
-    save_every: int = 20
+    save_every: PositiveInt = 20
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: ReinforceConfig) -> NoiseARPolicy:
@@ -225,7 +242,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, **parts)
     envs.close()
     run.close()
@@ -241,4 +258,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,8 +27,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+)
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
@@ -36,6 +45,7 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.rewards import RewardSpec
 from noisear_rl.samplers.reno import norm_regularizer
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -44,11 +54,11 @@ from noisear_rl.seeds import Stream, stream_rng
 class RewardGradientConfig:
     """Options of training by reward gradients."""
 
-    denoiser: str = "shapes-turbo"
+    denoiser: DenoiserName = "shapes-turbo"
     """Denoiser's name or folder; memory grows with its steps."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
-    reward: str | None = None
+    reward: RewardSpec | None = None
     """Differentiable scorer; unset for the denoiser's default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
@@ -58,39 +68,44 @@ class RewardGradientConfig:
     """A fresh policy, in the denoiser's sizes. A learned variance would collapse: one good noise is enough."""
     output_dir: Path = Path("runs/reward-gradient")
     """Run folder."""
-    updates: int = 500
+    updates: PositiveInt = 500
     """Updates of the policy."""
-    prompts_per_update: int = 128
+    prompts_per_update: PositiveInt = 128
     """Prompts per update, cycled in shuffled order."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: PositiveInt = 1
     """Noises per prompt and update."""
     optimizer: Optimizer = "adam"
     """`adam` (at `learning_rate`), `natural` (steps of `target_kl`) or `adaptive_adam`."""
-    learning_rate: float = 1e-3
+    learning_rate: NonNegativeFloat = 1e-3
     """Adam's learning rate."""
-    target_kl: float = 0.5
+    target_kl: PositiveFloat = 0.5
     """Size of a natural step in nats per noise."""
-    fisher_episodes: int = 128
+    fisher_episodes: PositiveInt = 128
     """Episodes that the Fisher matrix and the KL are measured on."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Adam's gradients are clipped to this norm."""
-    max_noise_gradient: float = 1.0
+    max_noise_gradient: PositiveFloat = 1.0
     """The gradient of each image's reward by its noise is clipped to this norm; it is huge where objects appear or
     vanish."""
-    kl_prior_coef: float = 0.002
+    kl_prior_coef: NonNegativeFloat = 0.002
     """Weight of the KL to N(0, I), in reward per nat."""
-    norm_coef: float = 0.0
+    norm_coef: NonNegativeFloat = 0.0
     """Weight of ReNO's norm term."""
-    micro_batches: int = 1
+    micro_batches: PositiveInt = 1
     """Parts that images are denoised and differentiated in, one after the other: less memory, the same result."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
-    save_every: int = 100
+    save_every: PositiveInt = 100
     """Updates between checkpoints."""
+    keep_checkpoints: NonNegativeInt = 0
+    """Newest checkpoints to keep, besides the best; 0 keeps all."""
     resume: bool = False
     """Resume from the newest checkpoint in the run folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def train(config: RewardGradientConfig) -> NoiseARPolicy:
@@ -187,7 +202,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             record["charts/learning_rate"] = optimizer.learning_rate
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
-        if counters.step % config.save_every == 0 or counters.step == config.updates:
+        if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:
             run.save(policy, counters, **parts)
     run.close()
     return policy
@@ -202,4 +217,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,7 +31,7 @@ from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.compare import as_results, evaluate
 from noisear_rl.evaluation.intervals import Estimate, bootstrap, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import Results, from_record, read_record, to_record
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARPolicy, load_policy
 from noisear_rl.report.plots import save_figure
 from noisear_rl.rewards import load_reward

@@ -35,7 +35,7 @@ from noisear_rl.evaluation.diversity import diversity
 from noisear_rl.evaluation.intervals import bootstrap
 from noisear_rl.evaluation.results import from_record, to_record
 from noisear_rl.files import write_atomically
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import save_figure

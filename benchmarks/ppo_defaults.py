@@ -24,7 +24,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.evaluation.compare import evaluate, summary
 from noisear_rl.evaluation.intervals import bootstrap, holm, significance_mark
 from noisear_rl.files import write_atomically
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import load_policy
 from noisear_rl.prompts import categories_of
 from noisear_rl.provenance import provenance

@@ -28,7 +28,7 @@ from noisear_rl.config import load_yaml
 from noisear_rl.evaluation.intervals import bootstrap, category_means, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import Results, from_record, load_results, read_record, to_record, write_page
 from noisear_rl.files import read_manifest
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.report.plots import save_figure
 
 ROOT = Path(__file__).parents[1]

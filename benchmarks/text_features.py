@@ -22,7 +22,7 @@ from noisear_rl.algos import reinforce
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import RELATIONS
 from noisear_rl.evaluation.compare import evaluate
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import GAUSSIAN

@@ -27,7 +27,7 @@ from noisear_rl.denoisers import load_denoiser
 from noisear_rl.evaluation.compare import as_results, evaluate
 from noisear_rl.evaluation.intervals import bootstrap, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import from_record, to_record
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts import categories_of
 from noisear_rl.report.plots import save_figure

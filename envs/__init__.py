@@ -1,6 +1,6 @@
 """Noise sampling as a Markov decision process: a scalar and a batched Gymnasium environment."""
 
 from noisear_rl.envs.noise_env import NoiseEnv
-from noisear_rl.envs.noise_vector_env import NoiseVectorEnv, make_vector_env
+from noisear_rl.envs.noise_vector_env import EnvId, NoiseVectorEnv, check_env_id, make_vector_env
 
-__all__ = ["NoiseEnv", "NoiseVectorEnv", "make_vector_env"]
+__all__ = ["EnvId", "NoiseEnv", "NoiseVectorEnv", "check_env_id", "make_vector_env"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, load_denoiser, policy_sizes
+from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
 from noisear_rl.policy.config import DENOISER
@@ -55,7 +55,7 @@ class NoiseTask:
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
     Raises:
-        ValueError: If a name or an option is unknown, or there is no prompt.
+        ValueError: If a name or an option is unknown, there is no prompt, or a scorer cannot judge one.
         FileNotFoundError: If weights or the prompt file are missing.
     """
 
@@ -68,17 +68,20 @@ class NoiseTask:
         text_encoder: str = DENOISER,
         **denoiser_options: Any,
     ):
-        if isinstance(denoiser, str):
-            denoiser = load_denoiser(denoiser, **denoiser_options)
-        elif denoiser_options:
+        # What is wrong is said before anything is loaded.
+        name = check_denoiser(denoiser) if isinstance(denoiser, str) else denoiser.name
+        if denoiser_options and not isinstance(denoiser, str):
             raise ValueError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
-        self.denoiser = denoiser
-        self.prompts = resolve_prompts(prompts, denoiser.name).prompts
+        self.prompts = resolve_prompts(prompts, name).prompts
         if reward is None:
-            if denoiser.name not in EMBEDDED:
-                raise ValueError(f"denoiser {denoiser.name!r} has no default reward; name one: reward=...")
+            if name not in EMBEDDED:
+                raise ValueError(f"denoiser {name!r} has no default reward; name one: reward=...")
             reward = "shapes-match"
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward)
+        self.reward.check_prompts(self.prompts)
+        self.denoiser = denoiser = (
+            load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
+        )
         self.patch_size = patch_size or denoiser.patch_size
         self.n_patches, self.patch_dim = n, a = sequence_shape(denoiser.latent_shape, self.patch_size)
         self.reader = PromptReader(text_encoder, denoiser)

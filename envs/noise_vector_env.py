@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from pydantic import AfterValidator
 
+from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import WeightedReward
+from noisear_rl.trust import check_code
 
 
 class NoiseVectorEnv(VectorEnv):
@@ -129,8 +134,36 @@ class NoiseVectorEnv(VectorEnv):
         }
 
 
+def check_env_id(env_id: str) -> str:
+    """Returns the id of a noise environment; loads no weights. ``module:id`` imports the module first.
+
+    Raises:
+        ValueError: If there is no such environment (names the nearest one), or it is none of noise.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        check_code(env_id)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
+    known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))
+    if name not in gymnasium.registry:
+        raise ValueError(f"unknown environment {env_id!r:.80}; expected one of {known}{nearest(name, known)}")
+    entry = gymnasium.registry[name].vector_entry_point
+    made = load_env_creator(entry) if isinstance(entry, str) else entry
+    if made is None or (isinstance(made, type) and not issubclass(made, NoiseVectorEnv)):
+        raise ValueError(f"{env_id!r} is no noise environment; expected one of {known}")
+    return env_id
+
+
+EnvId = Annotated[str, AfterValidator(check_env_id)]
+"""A configuration's environment."""
+
+
 def make_vector_env(env_id: str, num_envs: int, **options: Any) -> NoiseVectorEnv:
     """``gymnasium.make_vec`` of a noise environment, denoised in one batch; options that are ``None`` are left out."""
+    check_env_id(env_id)
     given = {key: value for key, value in options.items() if value is not None}
     made = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **given)
     if not isinstance(made.unwrapped, NoiseVectorEnv):

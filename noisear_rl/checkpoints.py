@@ -7,8 +7,11 @@ run's ``config.yaml``.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -18,6 +21,11 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from noisear_rl.integrity import CHECKSUMS, DamagedError, digest, verify, write_checksums
+
+WEIGHTS, RECORDS = "model.safetensors", "records.json"
+_STEP = re.compile(r"step-\d+")
 
 
 class Network(Protocol):
@@ -29,8 +37,46 @@ class Network(Protocol):
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a run folder, oldest first."""
-    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+    """The checkpoints of a run folder, oldest first."""
+    found = (Path(folder) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.is_dir() and _STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates done at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """The checkpoints of a run folder that are what was written, newest first.
+
+    A damaged one is named in a warning, and renamed to ``damaged-step-…`` once an older whole one is asked for.
+
+    Raises:
+        DamagedError: If there are checkpoints, but none is whole.
+    """
+    errors, damaged = [], []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify(path, advice="it is not used")
+            load_state(path)
+            load_file(path / WEIGHTS)
+            json.loads((path / "config.json").read_bytes())
+        except (OSError, ValueError, RuntimeError, UnpicklingError, EOFError, SafetensorError) as error:
+            errors.append(str(error) if isinstance(error, DamagedError) else f"{path}: damaged: {error}")
+            damaged.append(path)
+            continue
+        for error_text, broken in zip(errors, damaged, strict=True):
+            warnings.warn(f"{error_text}. Going on from {path.name}", stacklevel=3)
+            shutil.rmtree(broken.with_name(f"damaged-{broken.name}"), ignore_errors=True)
+            broken.rename(broken.with_name(f"damaged-{broken.name}"))
+        errors, damaged = [], []
+        yield path
+    if errors:
+        raise DamagedError(
+            f"no checkpoint of {folder} is whole: {'; '.join(errors)}. Restore one from a copy, or choose another "
+            "--output-dir to start anew"
+        )
 
 
 def find_checkpoint(path: str | Path, what: str) -> str:
@@ -42,19 +88,26 @@ def find_checkpoint(path: str | Path, what: str) -> str:
 
     Raises:
         FileNotFoundError: If a folder holds no weights, or there is none and ``path`` is no Hub id either.
+        DamagedError: If its files are not what was written.
     """
     folder = Path(path)
     if folder.is_dir():
         folder = [folder, *list_checkpoints(folder)][-1]
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{path} holds no {what}: expected config.json and model.safetensors")
+        verify(folder, ("config.json", WEIGHTS), advice="use another checkpoint of the run, or resume the run from one")
     elif folder.is_absolute() or str(path).count("/") != 1 or folder.parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; expected a checkpoint, a run folder or a Hub id (owner/name)")
     return str(folder)
 
 
 def save_checkpoint(
-    folder: Path, step: int, network: Network, state: Mapping[str, Any], config: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    network: Network,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    records: Path | None = None,
 ) -> None:
     """Writes a checkpoint whole or not at all: a temporary folder, then a rename.
 
@@ -64,21 +117,65 @@ def save_checkpoint(
         network: The policy, or another network.
         state: State of everything else, tensors and plain values.
         config: The resolved configuration as plain values.
+        records: The run's log so far, whose checksum is kept.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written to.
     """
     target = folder / "checkpoints" / f"step-{step:06d}"
-    temporary = target.with_name(f".{target.name}")
+    temporary, former = target.with_name(f".{target.name}"), target.with_name(f".former-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    network.save_pretrained(temporary)
-    torch.save(dict(state), temporary / "state.pt")
-    (temporary / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    shutil.rmtree(target, ignore_errors=True)
+    try:
+        network.save_pretrained(temporary)
+        torch.save(dict(state), temporary / "state.pt")
+        (temporary / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        if records is not None and records.is_file():
+            (temporary / RECORDS).write_text(json.dumps(digest(records)) + "\n")
+        write_checksums(temporary, {file: file for file in sorted(temporary.iterdir()) if file.is_file()})
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that the disk is full
+        raise OSError(f"{temporary}: cannot be written: {' '.join(str(error).split()):.200}") from error
+    finally:
+        if not (temporary / CHECKSUMS).is_file():
+            shutil.rmtree(temporary, ignore_errors=True)
+    if target.exists():
+        target.rename(former)  # put back by recover() if this process is killed right here
     temporary.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Finishes or undoes what a process that was killed while it saved a checkpoint left in a run folder."""
+    for former in (folder / "checkpoints").glob(".former-step-*"):
+        target = former.with_name(former.name.removeprefix(".former-"))
+        if not target.exists():
+            former.rename(target)
+    for left in (folder / "checkpoints").glob(".*step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_old(folder: Path, keep: int, scores: Mapping[int, float]) -> None:
+    """Removes all checkpoints but the newest ones and the best.
+
+    Args:
+        folder: The run folder.
+        keep: How many of the newest to keep; 0 keeps all.
+        scores: By step, higher is better; a step without one is never the best.
+    """
+    steps = {step_of(path): path for path in list_checkpoints(folder)}
+    best = max((step for step in steps if step in scores), key=lambda step: scores[step], default=None)
+    for step in sorted(steps)[: -keep or -len(steps)]:
+        if step != best:
+            shutil.rmtree(steps[step], ignore_errors=True)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The ``state`` that :func:`save_checkpoint` wrote, on the CPU whatever device it was saved from."""
-    return torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    file = checkpoint / "state.pt"
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{file}: damaged, or holds more than tensors and plain values: {error}") from error
 
 
 def load_weights(network: nn.Module, file: str, device: str, what: str) -> None:

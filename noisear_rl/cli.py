@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from noisear_rl.command import WRONG, run_command, stop
+from noisear_rl.config import nearest
+
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
     "sample": ("noisear_rl.sample", "draw images from Gaussian noise and from a policy's noise, side by side"),
@@ -45,19 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: ``noisear COMMAND --help`` lists the options of a command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:19}{text}" for name, (_, text) in COMMANDS.items())
-    usage = f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command."
+    usage = (
+        f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command.\n"
+        "`--traceback` shows where an error was raised; `--trust-code` runs code that configurations or manifests name."
+    )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return
     if arguments[0] not in COMMANDS:
-        raise SystemExit(f"noisear: unknown command {arguments[0]!r}\n\n{usage}")
+        near = nearest(arguments[0], COMMANDS)
+        stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and arguments[0] not in SHARED:
-        raise SystemExit(f"noisear {arguments[0]} runs in one process: start it without a launcher")
+        stop(f"noisear {arguments[0]} runs in one process: start it without a launcher", WRONG)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences hints about optional packages
-    try:
-        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-    except (FileExistsError, FileNotFoundError, ValueError) as error:  # user errors: no traceback
-        raise SystemExit(f"noisear {arguments[0]}: {error}") from error
+    run_command(
+        f"noisear {arguments[0]}",
+        lambda options: importlib.import_module(COMMANDS[arguments[0]][0]).main(options),
+        arguments[1:],
+    )
 
 
 if __name__ == "__main__":

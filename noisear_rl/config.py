@@ -1,20 +1,81 @@
-"""Dataclasses as configuration: read from YAML and the command line, written back as plain values."""
+"""Dataclasses as configuration: checked when they are made, read from YAML and the command line, written back.
+
+A configuration calls :func:`check_config` in its ``__post_init__``, so that the same rules hold for files, the command
+line and Python. The types below say which values an option takes; pydantic checks them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
+import functools
+import numbers
 import sys
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 import tyro
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, BeforeValidator, Strict
+
+from noisear_rl.trust import values_from
 
 Config = TypeVar("Config")
+LARGEST = 10**9  # of a count: more is a slip of the pen, and would overflow or exhaust the memory
+
+
+def _whole(value: Any) -> Any:
+    """NumPy's integers as Python's; a truth value is no number."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
+def _real(value: Any) -> Any:
+    """Any real number as a float, also one that YAML reads as a string, such as 1e-4; a truth value is no number."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+_Int = Annotated[int, Strict(), BeforeValidator(_whole)]
+_Float = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_real)]
+PositiveInt = Annotated[_Int, Ge(1), Le(LARGEST)]
+NonNegativeInt = Annotated[_Int, Ge(0), Le(LARGEST)]
+Seed = Annotated[_Int, Ge(0), Lt(2**62)]
+Float = _Float
+PositiveFloat = Annotated[_Float, Gt(0)]
+NonNegativeFloat = Annotated[_Float, Ge(0)]
+Fraction = Annotated[_Float, Ge(0), Le(1)]
+"""From 0 to 1."""
+Decay = Annotated[_Float, Ge(0), Lt(1)]
+"""From 0 to below 1."""
+Share = Annotated[_Float, Gt(0), Lt(1)]
+"""Between 0 and 1, neither of them."""
+PositiveFraction = Annotated[_Float, Gt(0), Le(1)]
+"""Above 0, up to 1."""
+
+
+class ConfigError(ValueError):
+    """A value that an option does not take.
+
+    Args:
+        where: The file, or the class of a dataclass built in Python.
+        problem: What is wrong: option, value, what is expected.
+    """
+
+    def __init__(self, where: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str | None) -> Config:
@@ -26,82 +87,185 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
         description: Text above the options.
 
     Raises:
-        SystemExit: On an unknown or malformed option; the message names the nearest known one.
+        ConfigError: If the file holds an unknown key or a wrong value.
+        OSError: If the file cannot be read.
+        SystemExit: On an unknown option (names the nearest one) or a wrong value on the command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    default = cls()
-    if known.config is not None:
-        try:
-            default = load_yaml(cls, known.config)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise SystemExit(f"error: {error}") from error
+    default = cls() if known.config is None else load_yaml(cls, known.config)
     text = f"{description or ''}\n\n--config FILE.yaml reads presets; options given here override them."
     return tyro.cli(cls, args=rest, default=default, description=text)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which would keep the last of several equal keys, refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is repeated", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(cls: type[Config], path: Path) -> Config:
     """Reads a dataclass from a YAML file.
 
     Raises:
-        ValueError: If a key is unknown (names the nearest one) or the file is no mapping.
+        ConfigError: If a key is unknown (names the nearest one) or repeated, a value is wrong, or the file is not YAML,
+            not UTF-8 or no mapping.
         OSError: If the file cannot be read.
     """
-    values = yaml.safe_load(Path(path).read_text()) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of option names to values")
-    return from_mapping(cls, values, str(path))
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(str(path), f"{line}{error.problem or error.context}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # bytes that are not UTF-8, numbers, depth
+        raise ConfigError(str(path), f"not a YAML file: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(str(path), f"expected a mapping of option names to values, not {_shown(values)}")
+    with values_from(path):
+        return from_mapping(cls, values or {}, str(path))
 
 
 def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config") -> Config:
     """Builds a dataclass (nested ones too) from a mapping.
 
+    Args:
+        cls: The dataclass.
+        values: By name of the field.
+        where: Where they come from, for the message.
+
     Raises:
-        ValueError: If a key is unknown (names the nearest one), or a value is not among a closed set of choices.
+        ConfigError: If a key is unknown (names the nearest one) or missing, or a value is wrong.
     """
     hints = typing.get_type_hints(cls)
+    given = dict(values)
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; did you mean {near!r}?")
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(where, f"unknown key {_shown(key)}; did you mean {near!r}?")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            values = values | {key: from_mapping(typing.cast(type, hints[key]), value, f"{where}: {key}")}
-        elif isinstance(value, list):
-            values = values | {key: tuple(value)}
-        elif hints[key] is float and isinstance(value, str):
-            values = values | {key: float(value)}  # YAML reads 1e-4 as a string
-        elif value is not None and Path in (hints[key], *typing.get_args(hints[key])):
-            values = values | {key: Path(value)}
-    config = cls(**values)
-    check_choices(config, where)
+            given[key] = from_mapping(typing.cast(type, hints[key]), value, f"{where}: {key}")
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        if field.name not in given and dataclasses.MISSING is field.default is field.default_factory:
+            raise ConfigError(where, f"{field.name!r} is missing")
+    try:
+        config = cls(**given)
+        check_config(config, where)  # also those that do not check themselves
+    except ConfigError as error:
+        raise ConfigError(where, error.problem) from error
+    except ValueError as error:  # options that do not go together
+        raise ConfigError(where, str(error)) from error
     return config
 
 
-def check_choices(config: Any, where: str = "config") -> None:
-    """Checks the options of a dataclass (nested ones too) whose type is a ``Literal``.
+def check_config(config: Any, where: str | None = None) -> None:
+    """Checks every field of a dataclass by its type, and converts lists, paths and numbers to it.
 
     Raises:
-        ValueError: If a value is not among the choices; names them and the nearest one.
+        ConfigError: If a value is wrong; names the field, the value, what is expected, and the nearest choice.
+        OSError: If an option names a file that is not there.
     """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            check_choices(value, f"{where}: {field.name}")
-        choices = _choices(hints[field.name])
-        for item in value if isinstance(value, tuple) else (value,):
-            if choices and item not in choices:
-                near = difflib.get_close_matches(str(item), [str(choice) for choice in choices], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{where}: {field.name} must be one of {choices}, not {item!r}{hint}")
+    where = where or type(config).__name__
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_config(value, f"{where}: {name}")
+    try:
+        checked = _model(typing.cast(Any, type(config))).model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(where, _problems(type(config), error)) from error
+    for name in values:
+        setattr(config, name, getattr(checked, name))
+
+
+def _instance_of(cls: Any) -> Any:
+    return Annotated[cls, pydantic.InstanceOf()]
+
+
+@functools.cache
+def _model(cls: type) -> type[pydantic.BaseModel]:
+    """What pydantic checks a dataclass by; nested ones are only asked to be of their class."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    plain = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        nested = dataclasses.is_dataclass(plain[field.name])
+        fields[field.name] = (_instance_of(plain[field.name]) if nested else hints[field.name], ...)
+    options = pydantic.ConfigDict(protected_namespaces=(), arbitrary_types_allowed=True)
+    return pydantic.create_model(cls.__name__, __config__=options, **fields)
+
+
+def _problems(cls: type, error: pydantic.ValidationError) -> str:
+    """All that is wrong with a dataclass, in one line."""
+    hints = typing.get_type_hints(cls)
+    by_field: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        by_field.setdefault(str(problem["loc"][0]), []).append(problem)
+    lines = []
+    for name, problems in by_field.items():
+        choices, value = _choices(hints[name]), problems[-1]["input"]
+        own = [p["msg"].removeprefix("Value error, ") for p in problems if p["type"] == "value_error"]
+        if own:
+            lines.append(f"{name}: {own[0]}")
+        elif choices:
+            hint = nearest(str(value), map(str, choices))
+            lines.append(f"{name} must be one of {choices}, not {_shown(value)}{hint}")
+        else:
+            wanted = list(dict.fromkeys(_expected(p["msg"]) for p in problems))
+            lines.append(f"{name} must be {' or '.join(wanted)}{_unset(hints[name])}, not {_shown(value)}")
+    return "; ".join(lines)
+
+
+_WORDS = (
+    ("Input should be ", ""),
+    ("Input is not a valid path for <class 'pathlib.Path'>", "a path"),
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+    ("greater than 0", "positive"),
+    ("greater than", "above"),
+    ("less than", "below"),
+    ("a valid ", "a "),
+    ("a integer", "an integer"),
+    ("a tuple", "a list"),
+    ("a string", "text"),
+)
+
+
+def _expected(message: str) -> str:
+    """What pydantic expects, in this library's words."""
+    for old, new in _WORDS:
+        message = message.replace(old, new)
+    return message
+
+
+def _unset(hint: Any) -> str:
+    return " (or unset)" if type(None) in typing.get_args(hint) else ""
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, in one line of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` for a misspelt name, or nothing if no known one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _choices(hint: Any) -> tuple:
     """The values that a type allows, if it is a ``Literal``, an optional one or a tuple of one; else nothing."""
-    if typing.get_origin(hint) is typing.Literal:
+    if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
-    parts = typing.get_args(hint)
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (tuple, typing.Union, types.UnionType) else ()
     found = tuple(choice for part in parts for choice in _choices(part))
     return (*found, None) if found and type(None) in parts else found
 

@@ -18,7 +18,8 @@ from noisear_rl.algos.nll import NLLConfig
 from noisear_rl.algos.nll import train as train_nll
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reinforce import train as train_reinforce
-from noisear_rl.config import load_yaml, parse_config, to_mapping
+from noisear_rl.command import run_script
+from noisear_rl.config import PositiveInt, Seed, check_config, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig, build_pairs
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import balanced_captions
@@ -48,16 +49,19 @@ class DemoConfig:
     """Where everything is written; files of an earlier demo are removed."""
     captions: tuple[str, ...] = HARD_CAPTIONS
     """Captions to improve."""
-    pairs: int = 2048
+    pairs: PositiveInt = 2048
     """Weak-to-strong pairs for pretraining."""
-    updates: int = 36
+    updates: PositiveInt = 36
     """REINFORCE updates of 64 images per caption."""
-    samples: int = 64
+    samples: PositiveInt = 64
     """Fresh noises per trained caption in the comparison."""
-    held_out_prompts: int = 120
+    held_out_prompts: PositiveInt = 120
     """Validation captions in the comparison, 4 noises each."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def run(config: DemoConfig) -> str:
@@ -132,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,23 @@ from typing import Any
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, complete or not at all; see :func:`atomic`."""
-    with atomic(path, shared=True) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces ``path`` at the end: a killed process leaves the old file or the new.
 
-    The temporary file is next to ``path`` and is removed on failure; after a kill, the next try overwrites it. Folders
+    The temporary file is next to ``path``, has a name of its own, so that several processes may write the same file,
+    and is removed on failure; what a killed process leaves, :func:`noisear_rl.integrity.lock_folder` removes. Folders
     are created.
 
     Args:
         path: The file to write.
-        shared: Whether several processes may write this file at a time. Each has its own temporary file then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -43,25 +44,50 @@ def sha256(content: Path | Sequence[str]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+SEAL = "sha256"  # key of a manifest's own checksum
+
+
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes a folder's manifest, or compares with the one that is there.
+    """Writes a folder's manifest, with a checksum of its own, or compares with the one that is there.
 
     Raises:
-        ValueError: If the folder was written with other settings; names the first that differs.
+        ValueError: If the folder was written with other settings (names the first that differs), its manifest is
+            damaged, or it holds shards without a manifest.
     """
     path = folder / "manifest.json"
     if not path.exists():
-        write_atomically(path, json.dumps(manifest, indent=1))
+        if found := next(folder.glob("shard-*.parquet"), None):
+            raise ValueError(f"{found} has no manifest, so nobody knows its settings: choose another output_dir")
+        write_atomically(path, json.dumps({**manifest, SEAL: _seal(manifest)}, indent=1))
         return
-    known = read_manifest(folder)
-    for key in {**known, **manifest}:
-        if known.get(key) != manifest.get(key):
+    known, asked = read_manifest(folder), json.loads(json.dumps(manifest))
+    for key in {**known, **asked}:
+        if known.get(key) != asked.get(key):
             raise ValueError(
-                f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {manifest.get(key)!r}): "
+                f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {asked.get(key)!r}): "
                 "choose another output_dir"
             )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What a folder was written with."""
-    return json.loads((Path(folder) / "manifest.json").read_text())
+    """What a folder was written with.
+
+    Raises:
+        FileNotFoundError: If there is no manifest.
+        ValueError: If it is damaged.
+    """
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        rest = dict(list(manifest.items())[:-1])
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or make the folder again") from error
+    last = next(reversed(manifest), "")
+    sealed, whole = SEAL in manifest, last == SEAL and manifest[SEAL] == _seal(rest)
+    if (sealed and not whole) or (not sealed and rest and manifest[last] == _seal(rest)):  # also a damaged name
+        raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or make the folder again")
+    return rest if sealed else manifest  # earlier versions wrote no checksum
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

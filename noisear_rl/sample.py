@@ -20,8 +20,9 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
-from noisear_rl.config import parse_config
-from noisear_rl.denoisers import EMBEDDED, Denoiser, load_denoiser
+from noisear_rl.command import run_script
+from noisear_rl.config import PositiveFloat, Seed, check_config, parse_config
+from noisear_rl.denoisers import EMBEDDED, Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.files import atomic
 from noisear_rl.images import to_uint8
 from noisear_rl.policy import NoiseARPolicy, load_policy
@@ -40,16 +41,19 @@ class SampleConfig:
     """Checkpoint, run folder, name of a policy that comes with the library (`shapes/NAME`) or Hub id; `gaussian` for
     Gaussian noise only. Unset, the embedded denoisers use the best one that comes with the library, and others Gaussian
     noise only."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Name or folder of the denoiser."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3)
     """Seeds of the noise: one image per seed, prompt and method."""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """Factor on the policy's standard deviation; unset for its own."""
     output_dir: Path = Path("runs/sample")
     """Folder for the images and the noise."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32`, `path FOLDER` or `num_inference_steps 30`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def draw(
@@ -122,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from noisear_rl.learning.run import Run, read_records
+from noisear_rl.learning.records import read_records
+from noisear_rl.learning.run import Run
 
 
 def kill_and_resume(train, config, *arguments):

@@ -8,11 +8,13 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import pytest
 
 from noisear_rl import cli
 
 ROOT = Path(__file__).parents[1]
+DEFINE = "def score(images, prompts):\n    "
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
@@ -38,26 +40,56 @@ def test_the_installed_script_is_this_function():
     assert scripts == {"noisear": f"{cli.main.__module__}:{cli.main.__name__}"}
 
 
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FileExistsError])
-def test_user_errors_end_with_a_message(error, monkeypatch):
+def raising(monkeypatch, error):
+    """Makes every command raise an error."""
+
     def main(arguments):
         assert arguments == ["--seed", "1"]
-        raise error("this was wrong")
+        raise error
 
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=main))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("this was wrong"), "this was wrong"),
+        (FileNotFoundError("no such folder"), "no such folder"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+        (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
+        (gymnasium.error.NameNotFound("no such environment"), "no such environment"),
+        (MemoryError("17 GiB"), "out of memory: use smaller batches, or a preset low_memory.yaml. 17 GiB"),
+        (ValueError("a\x1b[31mred\ttext"), r"a\x1b[31mred\ttext"),
+    ],
+)
+def test_user_errors_end_with_a_message(error, message, monkeypatch, capsys):
+    raising(monkeypatch, error)
     with pytest.raises(SystemExit) as stop:
         cli.main(["ppo", "--seed", "1"])
-    assert stop.value.code == "noisear ppo: this was wrong"
+    assert stop.value.code == 2 and capsys.readouterr().err == f"noisear ppo: {message}\n"
 
 
-@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, PermissionError])
+def test_interruptions_end_without_a_traceback(monkeypatch, capsys):
+    raising(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo", "--seed", "1"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "noisear ppo: interrupted\n"
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, AttributeError])
 def test_other_errors_keep_their_traceback(error, monkeypatch):
-    def main(arguments):
-        raise error("a bug")
-
-    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=main))
+    raising(monkeypatch, error("a bug"))
     with pytest.raises(error, match="a bug"):
-        cli.main(["ppo"])
+        cli.main(["ppo", "--seed", "1"])
+
+
+def test_tracebacks_on_request(monkeypatch):
+    raising(monkeypatch, ValueError("this was wrong"))
+    with pytest.raises(ValueError, match="this was wrong"):
+        cli.main(["ppo", "--seed", "1", "--traceback"])
+    monkeypatch.setenv("NOISEAR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="this was wrong"):
+        cli.main(["ppo", "--seed", "1"])
 
 
 def test_the_users_verbosity_wins(monkeypatch):
@@ -78,10 +110,44 @@ def test_exit_codes_in_a_shell(tmp_path):
 
     assert noisear().returncode == 0
     unknown = noisear("fly")
-    assert unknown.returncode == 1 and not unknown.stdout
+    assert unknown.returncode == 2 and not unknown.stdout
     assert unknown.stderr.startswith("noisear: unknown command 'fly'\n\nusage: noisear COMMAND")
     missing = noisear("table", str(tmp_path / "none"))
-    assert missing.returncode == 1 and "Traceback" not in missing.stderr
+    assert missing.returncode == 2 and "Traceback" not in missing.stderr
     assert missing.stderr.startswith("noisear table: ") and "none" in missing.stderr
     option = noisear("table", "--formta", "csv")
     assert option.returncode == 2 and "--format" in option.stderr and "Traceback" not in option.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys\nsys.exit()\n", "reward.py: cannot be loaded: it exits (code None)"),
+        ("def score(images, prompts)\n    return 1\n", "reward.py, line 1: syntax error: expected ':'"),
+        ("x = 1\n", "reward.py has no function 'score': define score(images, prompts)"),
+        ("import nothing_of_this_name\n", "reward.py, line 1: cannot be loaded: ModuleNotFoundError: No module named"),
+        (DEFINE + "return 1 / 0\n", "reward.py, line 2: scorer 'reward' failed: ZeroDivisionError"),
+        (DEFINE + "exit(0)\n", "reward.py: scorer 'reward' failed: it exits (code 0)"),
+        (DEFINE + "return None\n", "reward.py: scorer 'reward' returned None, expected (2,) numbers"),
+        (DEFINE + "return ['good'] * 2\n", "reward.py: scorer 'reward' returned ['good', 'good']"),
+    ],
+)  # fmt: skip
+def test_reward_files_that_fail(text, message, tmp_path, capsys):
+    (tmp_path / "reward.py").write_text(text)
+    options = ["--num-prompts", "1", "--samples-per-prompt", "2", "--output-dir", str(tmp_path / "out")]
+    options += ["--env-id", "NoiseAR-ShapesTurbo-v0", "--reward", str(tmp_path / "reward.py")]
+    options += ["--prompts-per-shard", "1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["collect", *options])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"noisear collect: {tmp_path}/{message}" in error and "Traceback" not in error
+
+
+def test_scripts_end_as_commands_do(tmp_path):
+    script = [sys.executable, "algos/nll.py", "--pairs", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("nll.py: ") and "holds no pairs" in done.stderr
+    again = subprocess.run([*script, "--traceback"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and "Traceback" in again.stderr

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.distributed import Part, among, shard
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.training_runs import flat, parameters, prepare, trainings
 

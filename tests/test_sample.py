@@ -71,7 +71,7 @@ def cell_pixels(cell, shown):
     return shown[len(shown) - top : len(shown) - bottom, left:right]
 
 
-def test_temperature_and_rejected_arguments(tmp_path, policy_folder):
+def test_temperature_and_rejected_arguments(tmp_path, policy_folder, capsys):
     other = tmp_path / "other"
     random_policy(text_dim=64).save_pretrained(other)
     run = lambda *arguments: cli.main(["sample", *arguments, "--output-dir", str(tmp_path / "out"), *OPTIONS])
@@ -84,11 +84,13 @@ def test_temperature_and_rejected_arguments(tmp_path, policy_folder):
         ([], "expected at least one prompt and one seed"),
         ([PROMPTS[0], "--policy", str(other)], "its text_dim is 64"),
         ([PROMPTS[0], "--policy", str(tmp_path / "none")], "no such folder"),
-        ([PROMPTS[0], "--policy", str(policy_folder), "--temperature", "0"], "temperature must be positive"),
         ([" "], "empty prompt"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(*arguments)
+    with pytest.raises(SystemExit):
+        run(PROMPTS[0], "--policy", str(policy_folder), "--temperature", "0")
+    assert "temperature must be positive" in capsys.readouterr().err
 
 
 def test_a_policys_noise_in_a_users_own_pipeline(shapes):

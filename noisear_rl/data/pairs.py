@@ -13,24 +13,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from noisear_rl.config import parse_config, to_mapping
+from noisear_rl.command import run_script
+from noisear_rl.config import (
+    Float,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_config,
+    parse_config,
+    to_mapping,
+)
 from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.rewards import RewardSpec, WeightedReward, load_reward
 from noisear_rl.samplers.base import resolve_denoising_seeds
 
 PairKind = Literal["weak_to_strong", "signal_leak"]
@@ -41,7 +52,7 @@ PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "ta
 class PairsConfig:
     """Options of pair construction."""
 
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Name or folder of the denoiser."""
     kind: PairKind = "weak_to_strong"
     """How targets are made."""
@@ -49,39 +60,42 @@ class PairsConfig:
     """Prompts, a text file, or a split of `shapes`; unset for the default of the denoiser."""
     output_dir: Path = Path("runs/pairs")
     """Folder for the shards and the manifest."""
-    pairs: int = 4096
+    pairs: PositiveInt = 4096
     """Number of noises to start from; prompts are cycled with new noise."""
-    filter_reward: str | None = None
+    filter_reward: RewardSpec | None = None
     """Weak-to-strong: keep a pair only if this scorer prefers the target's image; unset keeps all and draws no images.
     Signal leak: keep an image only if it scores at least `min_reward`."""
-    min_reward: float = 0.8
+    min_reward: Float = 0.8
     """Signal leak: minimum score of an image."""
     policy: str | None = None
     """Signal leak: checkpoint, run folder, `shapes/NAME` or Hub id of the policy that draws the first noise; unset for
     Gaussian noise."""
-    signal_strength: float = 1.5
+    signal_strength: PositiveFloat = 1.5
     """Signal leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
-    noise_scale: float = 0.8
+    noise_scale: PositiveFloat = 0.8
     """Signal leak: standard deviation of the added noise, drawn anew whenever a pair is used."""
-    strong_guidance: float = 5.5
+    strong_guidance: NonNegativeFloat = 5.5
     """Guidance of the step down."""
-    weak_guidance: float = 1.0
+    weak_guidance: NonNegativeFloat = 1.0
     """Guidance of the step up."""
-    num_inference_steps: int = 50
+    num_inference_steps: PositiveInt = 50
     """Length of the DDIM schedule; fewer steps mean larger ones."""
     inversion: InversionMode = "exact"
     """`exact`, or `compat` to match public scripts."""
-    rounds: int = 1
+    rounds: PositiveInt = 1
     """Weak-to-strong: repetitions of the pair of steps. Signal leak: images per pair; each image after the first
     starts from the leak of the last good one, and all good ones are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Pair i starts from the Gaussian noise of seed `seed + i`."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Pairs per batch."""
-    shard_size: int = 1024
+    shard_size: PositiveInt = 1024
     """Pairs per Parquet file; an interrupted command resumes after the last complete file."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Dataset:
@@ -99,20 +113,20 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         ValueError: If an option is out of range, the folder contains pairs of other settings, or no pair passed the
             filter.
     """
-    if config.kind not in get_args(PairKind):
-        raise ValueError(f"unknown kind {config.kind!r}; expected one of {get_args(PairKind)}")
+    check_config(config)
     leak = config.kind == "signal_leak"
     if leak and config.filter_reward is None:
         raise ValueError("signal_leak chooses images by a reward: set filter_reward")
-    if leak and not (config.noise_scale > 0 and config.signal_strength > 0):
-        raise ValueError("noise_scale and signal_strength must be positive")
     state = process()
+    prompts = resolve_prompts(config.prompts, denoiser.name if denoiser else config.denoiser).prompts
+    reward = load_reward(config.filter_reward) if config.filter_reward else None
+    if reward:
+        reward.check_prompts(prompts)
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     if leak and not denoiser.signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
     policy = load_policy(config.policy) if leak and config.policy else None
     reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
-    prompts = resolve_prompts(config.prompts, denoiser.name).prompts
     manifest = to_mapping(config) | {
         "noise_scale": config.noise_scale if leak else 0.0,
         "policy_sha256": policy_sha256(policy) if policy else None,
@@ -124,10 +138,10 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     }
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
         manifest.pop(key)
+    _lock = lock_folder(config.output_dir) if is_main() else None
     if is_main():
         check_manifest(config.output_dir, manifest)
     barrier()
-    reward = load_reward(config.filter_reward) if config.filter_reward else None
     bar = tqdm(total=config.pairs, desc="pairs", unit="pair", disable=not is_main())
     for shard, start in enumerate(range(0, config.pairs, config.shard_size)):
         end = min(start + config.shard_size, config.pairs)
@@ -215,4 +229,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

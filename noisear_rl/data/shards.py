@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    Features,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-)
-from pyarrow.parquet import read_metadata
+import pyarrow as pa
+from datasets import Dataset, Features, concatenate_datasets
+from datasets.table import InMemoryTable
+from pyarrow.parquet import read_table, write_table
 
 from noisear_rl.files import atomic
+from noisear_rl.integrity import read_checked, write_checksums
 
 
 def shard_file(folder: Path, index: int) -> Path:
@@ -25,22 +20,12 @@ def shard_file(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.parquet"
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Disables the progress bars of ``datasets``, one per file, in favour of the command's own."""
-    disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            enable_progress_bars()
-
-
 def write_shard(folder: Path, index: int, rows: Mapping[str, list[Any]], features: Features) -> None:
-    """Writes a shard atomically."""
-    with _quiet(), atomic(shard_file(folder, index)) as temporary:
-        Dataset.from_dict(dict(rows), features=features).to_parquet(temporary)
+    """Writes a shard atomically, and its checksum before it."""
+    file = shard_file(folder, index)
+    with atomic(file) as temporary:
+        write_table(Dataset.from_dict(dict(rows), features=features).data.table, temporary)
+        write_checksums(folder, {file: temporary}, file.stem)
 
 
 def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
@@ -53,11 +38,15 @@ def load_shards(folder: str | Path, what: str, command: str) -> Dataset:
 
     Raises:
         FileNotFoundError: If there are no shards or no manifest.
+        ValueError: If a shard is damaged; names it.
     """
-    files = sorted(str(file) for file in Path(folder).glob("shard-*.parquet"))
+    files = sorted(Path(folder).glob("shard-*.parquet"))
     if not files or not (Path(folder) / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} holds no {what}: make some with `{command}`")
-    filled = [file for file in files if read_metadata(file).num_rows]
-    with _quiet():
-        parts = [Dataset.from_parquet(file, keep_in_memory=True) for file in filled]
-    return concatenate_datasets(parts) if parts else Dataset.from_dict({})
+    advice = f"remove it and run the same `{command}` again, which makes it anew"
+    tables = [read_checked(Path(folder), file.name, read_table, part=file.stem, advice=advice) for file in files]
+    parts = [Dataset(InMemoryTable(table)) for table in tables if table.num_rows]
+    try:
+        return concatenate_datasets(parts) if parts else Dataset.from_dict({})
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{folder}: its shards do not have the same columns: {error}") from error

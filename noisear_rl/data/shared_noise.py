@@ -30,18 +30,21 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from noisear_rl.config import check_choices, parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import Float, Fraction, PositiveFloat, PositiveInt, Share, check_config, parse_config
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import barrier, gather_objects, is_main, process
 from noisear_rl.files import check_manifest, sha256
+from noisear_rl.integrity import lock_folder
 from noisear_rl.prompts import categories_of, resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import load_reward
+from noisear_rl.rewards import load_reward, reward_config
 from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
+from noisear_rl.trust import values_from
 
 
 @dataclass
@@ -54,33 +57,36 @@ class SharedNoiseConfig:
     """Folder for the pairs, one per prompt."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts to choose for, a text file, or a split of `shapes`; unset for the prompts that were tried."""
-    num_prompts: int | None = None
+    num_prompts: PositiveInt | None = None
     """Number of prompts to choose for; a split gives equal shares of its categories, with captions of small categories
     repeated. Unset for all."""
-    balance: float = 0.0
+    balance: Fraction = 0.0
     """How far categories of captions are evened out, by repeating the pairs of small ones: 0 keeps their sizes, 1 makes
     them about equal."""
-    noises: int = 8
+    noises: PositiveInt = 8
     """Number of distinct noises; more of them suit the prompts better but are harder to learn."""
     text_encoder: str = "denoiser"
     """What the choice reads of a prompt, as a policy would: `denoiser`, `tokens`, or an encoder's folder or Hub id."""
     target: Literal["noise", "leak"] = "noise"
     """What the policy learns: the chosen noise, or the leak of the image that it gives."""
-    noise_scale: float = 0.5
+    noise_scale: Share = 0.5
     """Standard deviation of fresh noise in a target; with `noise`, the shared noise makes up the rest of the unit
     variance."""
-    signal_strength: float = 1.5
+    signal_strength: PositiveFloat = 1.5
     """Leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
-    min_reward: float = 0.8
+    min_reward: Float = 0.8
     """Leak: minimum reward of an image; other prompts get no pair."""
-    tries: int = 1
+    tries: PositiveInt = 1
     """Leak: noises to try per prompt, the most promising first, until an image is good."""
-    rounds: int = 1
+    rounds: PositiveInt = 1
     """Leak: images per noise; each image after the first starts from the leak of the last good one."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Leak: prompts per batch."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def rewards_by_noise(rollouts: Rollouts) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
@@ -119,14 +125,8 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         ValueError: If an option is out of range, the prompts were not tried on the same noises, no image was good
             enough to leak, or the folder contains pairs of other settings.
     """
-    check_choices(config, "shared-noise")
+    check_config(config)
     leak = config.target == "leak"
-    if not 0 < config.noise_scale < 1:
-        raise ValueError(f"noise_scale must be between 0 and 1, got {config.noise_scale}")
-    if leak and not (config.signal_strength > 0 and config.rounds > 0 and config.batch_size > 0):
-        raise ValueError("signal_strength, rounds and batch_size must be positive")
-    if not 0 <= config.balance <= 1:
-        raise ValueError(f"balance must be between 0 and 1, got {config.balance}")
     if leak and not 1 <= config.tries <= config.noises:
         raise ValueError(f"tries must be between 1 and the {config.noises} noises, got {config.tries}")
     process()  # joins the others
@@ -149,6 +149,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
+    _lock = lock_folder(config.output_dir) if is_main() else None
     own |= {"kind": "shared_noise", "asked_sha256": sha256(prompts)}
     if is_main():
         check_manifest(config.output_dir, rollouts.manifest | own)
@@ -200,7 +201,8 @@ def _leaks(
         prompts: ``Q`` prompts.
         ranking: ``(Q, noises)`` seeds of the noises, the most promising first.
     """
-    reward = load_reward(manifest.get("reward_spec") or manifest["reward"])
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
     leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
     state = process()
     for attempt in range(config.tries):
@@ -243,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

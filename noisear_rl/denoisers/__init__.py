@@ -5,18 +5,61 @@ Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, noise ``(B, C, h, w)``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import torch
+from pydantic import AfterValidator, PlainValidator
+
+from noisear_rl import ENVIRONMENTS
+from noisear_rl.config import nearest
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-__all__ = ["EMBEDDED", "Conditioning", "Denoiser", "load_denoiser", "policy_sizes"]
+__all__ = [
+    "EMBEDDED",
+    "Conditioning",
+    "Denoiser",
+    "DenoiserName",
+    "DenoiserOptions",
+    "check_denoiser",
+    "load_denoiser",
+    "policy_sizes",
+]
 
 EMBEDDED = ("shapes", "shapes-turbo")  # need no download; their prompts are captions of the shapes world
+
+
+def check_denoiser(name: str) -> str:
+    """Returns the name of a denoiser that :func:`load_denoiser` knows, or the folder of a pipeline.
+
+    Raises:
+        ValueError: If it is neither; names the nearest one.
+    """
+    known = sorted(ENVIRONMENTS.values())
+    if name not in known and not Path(name).is_dir():
+        raise ValueError(
+            f"unknown denoiser {name!r:.80}; expected one of {known} or a pipeline folder{nearest(name, known)}"
+        )
+    return name
+
+
+def _check_options(options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"expected options by name, such as dtype: float32, not {options!r:.80}")
+    for name, value in options.items():
+        if value is None or isinstance(value, list | tuple | Mapping):
+            raise ValueError(f"option {name} must be one text or number, not {value!r:.80}")
+    return dict(options)
+
+
+DenoiserName = Annotated[str, AfterValidator(check_denoiser)]
+"""A configuration's denoiser."""
+DenoiserOptions = Annotated[dict[str, str], PlainValidator(_check_options)]
+"""A configuration's overrides for it; values other than text are taken too."""
 
 
 @dataclass

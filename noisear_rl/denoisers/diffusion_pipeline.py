@@ -28,11 +28,21 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Resolves ``auto`` to the accelerator if there is one, otherwise to the CPU."""
-    if str(device) != "auto":
-        return torch.device(device)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
+    """Resolves ``auto`` to the accelerator if there is one, otherwise to the CPU.
+
+    Raises:
+        ValueError: If the device is unknown, or this machine has none of its kind.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if str(device) == "auto":
+        return found
+    try:
+        named = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {device!r}; expected 'auto', 'cpu' or one such as 'cuda:0'") from error
+    if named.type not in ("cpu", found.type):
+        raise ValueError(f"device {device!r} is not available here; expected 'auto' or {found.type!r}")
+    return named
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

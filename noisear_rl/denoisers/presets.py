@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, constants
 
+from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, resolve_device, resolve_dtype
 from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.quiet import quietly
@@ -77,6 +78,7 @@ PRESETS: dict[str, Preset] = {
         pipeline="StableDiffusion3Pipeline",
     ),
 }
+SMALLEST, LARGEST = {"guidance_scale": 0}, 100_000  # of options that are numbers; others are at least 1
 _OWN = {"path": str, "revision": str, "scheduler": str}
 
 
@@ -115,8 +117,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
 def _preset_of(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
-    if not Path(name).is_dir():
-        raise ValueError(f"unknown denoiser {name!r}; expected one of {sorted(PRESETS)} or a pipeline folder")
+    check_denoiser(name)
     cls = _index(Path(name)).get("_class_name")
     like = next((preset for preset in PRESETS.values() if preset.pipeline and preset.pipeline == cls), None)
     if like is None and cls in INTERFACES:
@@ -156,6 +157,10 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
                 value = kind(value)
             except ValueError:
                 raise ValueError(f"denoiser option {key} must be a number, not {value!r}") from None
+        if kind in (int, float) and not (isinstance(value, kind | int) and SMALLEST.get(key, 1) <= value <= LARGEST):
+            raise ValueError(
+                f"denoiser option {key} must be a number from {SMALLEST.get(key, 1)} to {LARGEST:,}, not {value!r}"
+            )
         converted[key] = value
     return converted
 

@@ -68,7 +68,7 @@ class EmbeddingCache:
             return
         file = self.file_of(prompt)
         try:
-            with atomic(file, shared=True) as temporary:
+            with atomic(file) as temporary:
                 save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"prompt embeddings are no longer kept in {self.folder}: {error}", stacklevel=3)

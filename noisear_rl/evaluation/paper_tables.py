@@ -21,7 +21,8 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import check_config, parse_config
 from noisear_rl.evaluation.intervals import Resample, preference_probability, win_rate
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import (
@@ -79,6 +80,9 @@ class TableConfig:
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write; unset to print the table."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def paper_cells(results: Results, group: str, names: Sequence[str]) -> Row:
@@ -204,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

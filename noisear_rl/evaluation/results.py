@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from noisear_rl.files import atomic, write_atomically
+from noisear_rl.integrity import verify
 
 VERSION = 1
+LONGEST_NAME = 200  # of a method's folder
 COMPRESSED, LIMIT = 1_000_000, 2_000_000  # bytes of data: from where they are compressed, and at most
 DRAWN = ("radial_spectrum", "noise_map")  # for figures only, not part of the data behind a table
 
@@ -132,6 +134,7 @@ def load_results(folder: str | Path) -> Results:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no results.json: run `noisear evaluate --output-dir {folder}` first")
     timing = path.with_name("timing.json")
+    verify(path.parent, part="results", advice="run the same `noisear evaluate` command again, which writes it anew")
     try:
         record = json.loads(path.read_text()) | {"timing": json.loads(timing.read_text()) if timing.is_file() else {}}
         return from_record(record, path.parent)
@@ -162,6 +165,10 @@ def from_record(record: Mapping[str, Any], folder: Path) -> Results:
         )
         for name, part in record["methods"].items()
     }
+    for name, method in methods.items():
+        slug = method.slug
+        if len(slug) > LONGEST_NAME or not slug.isprintable() or set(slug) & {"/", "\\"} or not slug.strip(". "):
+            raise ValueError(f"method {name!r:.100} has the folder {method.slug!r:.100}, which is no plain name")
     rest = {key: value for key, value in record.items() if key not in ("version", "methods")}
     return Results(folder, methods=methods, **rest)
 

@@ -17,12 +17,13 @@ from pathlib import Path
 import tyro
 import yaml
 
-from noisear_rl.config import parse_config, to_mapping
-from noisear_rl.denoisers import Denoiser, load_denoiser
+from noisear_rl.command import run_script
+from noisear_rl.config import PositiveInt, Seed, check_config, parse_config, to_mapping
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.files import write_atomically
 from noisear_rl.prompts import resolve_prompts
-from noisear_rl.rewards import RewardConfig, load_reward, reward_config
+from noisear_rl.rewards import RewardConfig, RewardSpec, load_reward, reward_config
 from noisear_rl.samplers import GAUSSIAN
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -31,24 +32,27 @@ from noisear_rl.seeds import Stream, stream_rng
 class StatisticsConfig:
     """Options of the measurement."""
 
-    reward: tyro.conf.Positional[str] = "shapes-match"
+    reward: tyro.conf.Positional[RewardSpec] = "shapes-match"
     """Scorer or reward file."""
-    denoiser: str = "shapes"
+    denoiser: DenoiserName = "shapes"
     """Name or folder of the denoiser."""
     prompts: str | None = None
     """Text file with one prompt per line, or a split of `shapes`; unset for the default of the denoiser."""
-    num_prompts: int = 100
+    num_prompts: PositiveInt = 100
     """Number of prompts, chosen at random; all if there are fewer."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Noises per prompt."""
-    seed: int = 3_000_000
+    seed: Seed = 3_000_000
     """First seed of the noises; training and evaluation use other seeds."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Noises per batch."""
     output: Path = Path("runs/reward.yaml")
     """File to write."""
-    denoiser_options: dict[str, str] = field(default_factory=dict)
+    denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Options of the denoiser, such as `dtype float32` or `path FOLDER`."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def measure(config: StatisticsConfig, denoiser: Denoiser | None = None) -> RewardConfig:
@@ -59,8 +63,10 @@ def measure(config: StatisticsConfig, denoiser: Denoiser | None = None) -> Rewar
     """
     asked = reward_config(config.reward)
     reward = load_reward(dataclasses.replace(asked, normalize="none"))
+    name = denoiser.name if denoiser else config.denoiser
+    prompts = list(dict.fromkeys(resolve_prompts(config.prompts, name).prompts))
+    reward.check_prompts(prompts)
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
-    prompts = list(dict.fromkeys(resolve_prompts(config.prompts, denoiser.name).prompts))
     order = stream_rng(config.seed, Stream.COLLECTED_PROMPTS).permutation(len(prompts))[: config.num_prompts]
     chosen = [prompts[i] for i in order]
     results = evaluate(
@@ -103,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

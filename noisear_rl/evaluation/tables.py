@@ -65,7 +65,9 @@ def cell_text(cell: Cell, column: Column) -> str:
     if isinstance(cell, Estimate):
         gain = column.kind == "gain"
         return cell.text(column.digits or 0, "+" if gain else "") + (intervals.significance_mark(cell) if gain else "")
-    return cell or "–" if cell is None or isinstance(cell, str) else number(cell, column.digits)
+    if cell is None or isinstance(cell, str):
+        return _plain_line(cell or "–")
+    return number(cell, column.digits)
 
 
 def cell_values(cell: Cell, count: int) -> list[str]:
@@ -75,14 +77,25 @@ def cell_values(cell: Cell, count: int) -> list[str]:
             "" if math.isnan(value) else number(value, None) for value in (cell.low, cell.high, cell.p, cell.adjusted)
         )
         return [number(cell.mean, None), low, high, str(int(cell.excludes_zero)), p, adjusted][:count]
-    text = cell or "" if cell is None or isinstance(cell, str) else number(cell, None)
+    text = _inert(cell or "") if cell is None or isinstance(cell, str) else number(cell, None)
     return [text] + [""] * (count - 1)
+
+
+def _inert(text: str) -> str:
+    """One line of text that a spreadsheet does not take for a formula."""
+    line = _plain_line(text)
+    return f"'{line}" if line.lstrip().startswith(tuple("=+-@")) else line
+
+
+def _plain_line(text: str) -> str:
+    """Text without line breaks and control characters, for one line of a table."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def latex_cell(cell: Cell, column: Column) -> str:
     """Formats a cell for LaTeX: escaped text, numbers with proper minus signs and raised marks."""
     text = cell_text(cell, column)
-    if column.kind == "text":
+    if column.kind == "text" or isinstance(cell, str):
         return text.translate(LATEX)
     return re.sub(r"-(?=\d)", "$-$", text).replace("*", "$^{*}$").replace("–", "--")
 
@@ -90,10 +103,10 @@ def latex_cell(cell: Cell, column: Column) -> str:
 def render(rows: Sequence[Row], notes: Sequence[str], form: Format) -> str:
     """Formats a table with the columns of all rows, in order of appearance; CSV omits the notes."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    titles = [column.title for column in columns]
+    titles, notes = [_plain_line(column.title) for column in columns], [_plain_line(note) for note in notes]
     if form == "csv":
         file, endings = io.StringIO(), [ENDINGS.get(column.kind, ("",)) for column in columns]
-        lines = [[title + end for title, ends in zip(titles, endings, strict=True) for end in ends]]
+        lines = [[_inert(title + end) for title, ends in zip(titles, endings, strict=True) for end in ends]]
         for row in rows:
             cells = (cell_values(row.get(c), len(ends)) for c, ends in zip(columns, endings, strict=True))
             lines.append([value for cell in cells for value in cell])

@@ -17,14 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from noisear_rl.checkpoints import Network, list_checkpoints, load_state, save_checkpoint
-from noisear_rl.config import check_choices, to_mapping
-from noisear_rl.distributed import barrier, is_main, process, same_for_all
+from noisear_rl.checkpoints import (
+    Network,
+    list_checkpoints,
+    load_state,
+    recover,
+    remove_old,
+    save_checkpoint,
+    whole_checkpoints,
+)
+from noisear_rl.command import Stop, stop
+from noisear_rl.config import check_config, to_mapping
+from noisear_rl.distributed import all_sum, barrier, is_main, process, same_for_all
 from noisear_rl.files import write_atomically
+from noisear_rl.integrity import lock_folder
+from noisear_rl.learning.interruption import Interruption
+from noisear_rl.learning.records import RECORDS, append_record, forget_after, scores_of
 from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -97,39 +110,51 @@ class Run:
         resume: Resume from the newest checkpoint. Otherwise a folder that holds one is refused.
         wandb: Also log to Weights & Biases.
 
+    SIGTERM and SIGINT end it as :mod:`~noisear_rl.learning.interruption` says, until :meth:`close`.
+
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is false.
-        ValueError: If an option is not among its choices, ``micro_batches`` is below 1, or several processes do not see
-            the same folder.
+        InUseError: If another process trains in the folder.
+        DamagedError: If there are checkpoints to resume from, but none is whole.
+        ValueError: If an option is out of range, or several processes do not see the same folder.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
-        check_choices(config, type(config).__name__)
-        if getattr(config, "micro_batches", 1) < 1:
-            raise ValueError(f"micro_batches must be at least 1, got {config.micro_batches}")
+        check_config(config)
         self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")
+        self._lock = lock_folder(self.folder) if is_main() else None
+        if is_main():
+            recover(self.folder)
+            if resume:
+                next(whole_checkpoints(self.folder), None)  # moves newer damaged ones aside
+        barrier()
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
         self._checkpoint = list_checkpoints(self.folder)[-1:]
         same_for_all(str(self._checkpoint), f"{folder}: the newest checkpoint")
         self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
+        self._tracked = self._stopping = False
         if is_main():
             write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
             if not self._checkpoint:
                 self._record_start()
-        self.accelerator.init_trackers("noisear-rl")
+        flag = "" if resume or not hasattr(config, "resume") else " --resume"
+        self._interruption = Interruption(f"Resume with: {command_line()}{flag}")
+        self._interruption.install()
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Writes one record to TensorBoard and ``metrics.jsonl``, in the main process."""
         if not is_main():
             return
         self._record_start()
+        if not self._tracked:  # records after the checkpoint that a killed process left are hidden
+            self.accelerator.init_trackers("noisear-rl", init_kwargs={"tensorboard": {"purge_step": step}})
+            self._tracked = True
         self.accelerator.log(values, step=step)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_record(self.folder, {"step": step, **values})
 
     def save(self, network: Network, counters: Counters, **parts: Any) -> None:
         """Writes a checkpoint, in the main process.
@@ -140,38 +165,57 @@ class Run:
             **parts: Objects with ``state_dict``: optimiser, schedule.
         """
         if not is_main():
+            self._stop_if_asked(counters)
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         counts = {"counters": dataclasses.asdict(counters)}
-        save_checkpoint(self.folder, counters.step, network, counts | state, to_mapping(self.config))
+        options, records = to_mapping(self.config), self.folder / RECORDS
+        save_checkpoint(self.folder, counters.step, network, counts | state, options, records)
+        if keep := getattr(self.config, "keep_checkpoints", 0):
+            remove_old(self.folder, keep, scores_of(self.folder))
+        self._stop_if_asked(counters)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked the run to save and stop; ask once per update."""
+        self._interruption.ready = True
+        asked = torch.tensor([float(self._interruption.asked is not None)], device=self.device)
+        self._stopping = bool(all_sum(asked).item())  # in all processes, if it was asked of one
+        return self._stopping
+
+    def _stop_if_asked(self, counters: Counters) -> None:
+        if self._stopping:
+            self.close()
+            message = f"saved update {counters.step}. {self._interruption.advice}"
+            if is_main():
+                stop(message, 0)
+            raise Stop(message, 0)
 
     def load(self, network: Any, **parts: Any) -> Counters:
-        """Restores the newest checkpoint, if there is one; returns the run's progress."""
-        found = self._checkpoint
-        if not found:
+        """Restores the newest whole checkpoint, if there is one; returns the run's progress.
+
+        Raises:
+            DamagedError: If the records before it are damaged.
+            ValueError: If it is of another network or algorithm.
+        """
+        found = self._checkpoint[0] if self._checkpoint else None
+        if found is None:
             return Counters()
-        saved = type(network).from_pretrained(str(found[-1]))
+        saved = type(network).from_pretrained(str(found))
         if saved.config != network.config:
-            raise ValueError(
-                f"{found[-1]} holds a network of another configuration: {saved.config}, not {network.config}"
-            )
+            raise ValueError(f"{found} holds a network of another configuration: {saved.config}, not {network.config}")
+        state = load_state(found)
+        if missing := sorted({"counters", *parts} - state.keys()):
+            raise ValueError(f"{found} was saved by another algorithm, or with other options: it holds no {missing[0]}")
         network.load_state_dict(saved.state_dict())
-        state = load_state(found[-1])
         for name, part in parts.items():
             part.load_state_dict(state[name])
         counters = Counters(**state["counters"])
         if is_main():
-            self._forget_after(counters.step)
+            forget_after(self.folder, counters.step)
         if self._start is not None:
             self._start["step"] = counters.step
         return counters
-
-    def _forget_after(self, step: int) -> None:
-        """Drops records of updates that a killed run logged but did not save."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def _record_start(self) -> None:
         """Adds this process to ``provenance.json``, once, unless it is what the updates before it ran with."""
@@ -186,12 +230,10 @@ class Run:
         self._start = None
 
     def close(self) -> None:
-        """Flushes the logs, and waits for all processes."""
+        """Flushes the logs, waits for all processes, and gives back the folder and the signals."""
+        self._interruption.remove()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         barrier()
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records that a run logged."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if self._lock is not None:
+            self._lock.release()

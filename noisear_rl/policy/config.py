@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from noisear_rl.config import check_choices
+from noisear_rl.config import Decay, NonNegativeInt, PositiveFloat, PositiveInt, check_config
 from noisear_rl.patches import sequence_shape
 
 # What a policy and a denoiser must agree on; for "tokens" the last two are the tokenizer's.
@@ -52,40 +52,35 @@ class NoiseARConfig:
             position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
     """
 
-    latent_shape: tuple[int, ...] = (4, 8, 8)
-    patch_size: int = 2
+    latent_shape: tuple[PositiveInt, ...] = (4, 8, 8)
+    patch_size: PositiveInt = 2
     text_encoder: str = DENOISER
-    text_layers: int = 0
-    text_dim: int = 256
-    text_vocabulary: int = 0
-    text_length: int = 0
-    d_model: int = 128
-    d_ff: int = 256
-    n_heads: int = 4
-    n_layers: int = 2
-    n_prediction_head: int = 0
-    dropout: float = 0.0
+    text_layers: NonNegativeInt = 0
+    text_dim: PositiveInt = 256
+    text_vocabulary: NonNegativeInt = 0
+    text_length: NonNegativeInt = 0
+    d_model: PositiveInt = 128
+    d_ff: PositiveInt = 256
+    n_heads: PositiveInt = 4
+    n_layers: PositiveInt = 2
+    n_prediction_head: NonNegativeInt = 0
+    dropout: Decay = 0.0
     architecture: Literal["paper", "released"] = "paper"
     positions: Literal["learned", "sinusoidal"] = "learned"
     text_features: Literal["normalized", "whitened"] = "normalized"
-    text_scale: float = 1.0
-    temperature: float = 1.0
+    text_scale: PositiveFloat = 1.0
+    temperature: PositiveFloat = 1.0
     log_variance: Literal["predicted", "shared", "fixed"] = "predicted"
 
     def __post_init__(self) -> None:
-        self.latent_shape = tuple(self.latent_shape)
+        check_config(self)
         sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
-        check_choices(self, "policy")
-        if not self.text_encoder or self.text_layers < 0:
-            raise ValueError(f"text_encoder must not be empty and text_layers not negative, got {self.text_layers}")
+        if not self.text_encoder:
+            raise ValueError("text_encoder must not be empty")
         if self.text_encoder == TOKENS:
             self.text_dim, self.text_layers = 1, max(1, self.text_layers)
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if not self.text_scale > 0:
-            raise ValueError(f"text_scale must be positive, got {self.text_scale}")
         if self.architecture == "released" and (self.text_features, self.text_scale) != ("normalized", 1.0):
             raise ValueError("text_features and text_scale belong to architecture='paper'")
         if self.architecture == "released" and self.text_layers:

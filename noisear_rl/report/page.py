@@ -27,11 +27,13 @@ import tyro
 import yaml
 from markupsafe import Markup
 
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import NonNegativeInt, PositiveInt, check_config, parse_config
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import load
 from noisear_rl.files import write_atomically
-from noisear_rl.learning.run import read_records
+from noisear_rl.integrity import verify_parts
+from noisear_rl.learning.records import read_records
 from noisear_rl.report import charts as figures
 from noisear_rl.report.embed import fit_images
 from noisear_rl.report.summary import (
@@ -59,10 +61,13 @@ class ReportConfig:
     """HTML file to write."""
     title: str = ""
     """Title; unset for the name of the denoiser."""
-    max_images: int = 500
+    max_images: NonNegativeInt = 500
     """Largest number of images on the page; prompts that fail most come first."""
-    images_per_cell: int = 4
+    images_per_cell: PositiveInt = 4
     """Images per prompt and method."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 @dataclass
@@ -97,6 +102,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
                     f"a page shows one evaluation, got {results.folder} and {folder}: write a page for each"
                 )
             results = load(str(folder))
+            verify_parts(folder, "noise-", "remove it and run the same `noisear evaluate` command again")
         elif (folder / "metrics.jsonl").is_file():
             config, starts = folder / "config.yaml", folder / "provenance.json"
             try:
@@ -297,4 +303,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from noisear_rl.evaluation.compare import MethodScores
 from noisear_rl.files import atomic
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 
 RIGHT, WRONG = "#1a9850", "#d73027"
 

@@ -22,7 +22,8 @@ import yaml
 
 from noisear_rl import ENVIRONMENTS
 from noisear_rl.checkpoints import find_checkpoint, load_state
-from noisear_rl.config import parse_config
+from noisear_rl.command import run_script
+from noisear_rl.config import check_config, parse_config
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.files import read_manifest, sha256
 from noisear_rl.policy import NoiseARPolicy, load_policy, loading
@@ -71,6 +72,9 @@ class PublishConfig:
     """What the policy is, in one sentence."""
     evaluation: Path | None = None
     """Folder of an evaluation that includes this checkpoint; its table becomes part of the card."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 def publish(config: PublishConfig) -> Path:
@@ -189,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

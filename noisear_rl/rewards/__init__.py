@@ -1,6 +1,24 @@
 """Rewards: images and prompts in, one number per image out; higher is better."""
 
-from noisear_rl.rewards.registry import REWARDS, FunctionReward, RewardConfig, load_reward, reward_config
+from noisear_rl.rewards.registry import (
+    REWARDS,
+    FunctionReward,
+    RewardConfig,
+    RewardSpec,
+    check_reward,
+    load_reward,
+    reward_config,
+)
 from noisear_rl.rewards.weighted import Reward, WeightedReward
 
-__all__ = ["REWARDS", "FunctionReward", "Reward", "RewardConfig", "WeightedReward", "load_reward", "reward_config"]
+__all__ = [
+    "REWARDS",
+    "FunctionReward",
+    "Reward",
+    "RewardConfig",
+    "RewardSpec",
+    "WeightedReward",
+    "check_reward",
+    "load_reward",
+    "reward_config",
+]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import AfterValidator
 
+from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward
+from noisear_rl.trust import check_code
 
 Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"
@@ -47,22 +51,62 @@ class RewardConfig:
         measured: How the statistics were measured.
     """
 
-    weights: dict[str, float]
+    weights: dict[str, Float]
     normalize: Normalization = "none"
-    statistics: dict[str, list[float]] = field(default_factory=dict)
+    statistics: dict[str, list[Float]] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        if not self.weights:
+            raise ConfigError("reward", "`weights` is empty: expected weights by scorer")
+        for name in self.weights:
+            if ".py" in name:
+                check_code(name)
+        for options in self.options.values():
+            if "python" in options:
+                check_code(str(options["python"]))
 
 
 class FunctionReward:
     """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
 
-    def __init__(self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any]) -> None:
-        self.name, self.function = name, function
+    def __init__(
+        self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any], file: Path | None = None
+    ) -> None:
+        self.name, self.function, self.file = name, function, file
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32."""
-        return torch.as_tensor(self.function(images, prompts), dtype=torch.float32, device=images.device)
+        """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32.
+
+        Raises:
+            ValueError: If the function raises an error, exits, or returns anything but numbers; names file and cause.
+        """
+        with _blamed(self.file or self.name, f"scorer {self.name!r} failed"):
+            found = self.function(images, prompts)
+        try:
+            return torch.as_tensor(found, dtype=torch.float32, device=images.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            expected = f"expected ({len(prompts)},) numbers"
+            raise ValueError(
+                f"{self.file or self.name}: scorer {self.name!r} returned {found!r:.80}, {expected}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _blamed(file: Path | str, what: str) -> Iterator[None]:
+    """Turns an error of a user's file, and its attempt to exit, into one that names file, line and cause."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: syntax error: {error.msg}") from error
+    except SystemExit as error:
+        raise ValueError(f"{file}: {what}: it exits (code {error.code!r})") from error
+    except Exception as error:
+        lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{file}{where}: {what}: {type(error).__name__}: {error}") from error
 
 
 def load_reward(
@@ -97,15 +141,10 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
     if not isinstance(spec, str):
         return RewardConfig({name: float(weight) for name, weight in spec.items()})
     if spec.endswith((".yaml", ".yml")):
-        from noisear_rl.config import load_yaml
-
         path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{spec}: no such reward file")
-        try:
-            return load_yaml(RewardConfig, path)
-        except TypeError as error:
-            raise ValueError(f"{spec} has no `weights`: expected weights by scorer") from error
+        return load_yaml(RewardConfig, path)
     return RewardConfig({spec: 1.0})
 
 
@@ -136,29 +175,57 @@ def make_reward(name: str, backend: Backend = "native", **options: Any) -> Rewar
 
 def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
     """``FILE.py`` stands for its function ``score``; ``FILE.py:FUNCTION`` names another one."""
-    file, _, function = name.partition(".py")
-    path, function = Path(f"{file}.py"), function.removeprefix(":") or "score"
-    if not path.is_file():
-        raise FileNotFoundError(f"reward {name!r}: no such file")
+    path, function = _file_of(name)
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    with _blamed(path, "cannot be loaded"):
+        specification.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{path} has no function {function!r}: define {function}(images, prompts)")
     if options:
         raise ValueError(f"reward {name!r} takes no options")
-    return FunctionReward(path.stem if function == "score" else function, getattr(module, function))
+    return FunctionReward(path.stem if function == "score" else function, getattr(module, function), path)
 
 
 def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
     """A function that an installed package registers in the entry-point group ``noisear_rl.rewards``."""
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name not in installed:
-        known = sorted([*REWARDS, *installed])
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown reward {name!r}{hint} Expected FILE.py or one of {known}")
+    check_reward(name)
     if options:
         raise ValueError(f"reward {name!r} takes no options")
-    return FunctionReward(name, installed[name].load())
+    return FunctionReward(name, _installed()[name].load())
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def check_reward(spec: str) -> str:
+    """Returns what :func:`load_reward` takes; loads no scorer and runs no file.
+
+    Raises:
+        ValueError: If a scorer is unknown (names the nearest one), or a reward file is malformed.
+        FileNotFoundError: If a file is missing.
+    """
+    for name in reward_config(spec).weights:
+        if ".py" in name:
+            check_code(name)
+            _file_of(name)
+        elif name not in REWARDS and name not in (installed := _installed()):
+            known = sorted([*REWARDS, *installed])
+            hint = nearest(name, known) or "."
+            raise ValueError(f"unknown reward {name!r:.80}{hint} Expected FILE.py or one of {known}")
+    return spec
+
+
+RewardSpec = Annotated[str, AfterValidator(check_reward)]
+"""A configuration's scorer or reward file."""
+
+
+def _file_of(name: str) -> tuple[Path, str]:
+    """The file of ``FILE.py`` or ``FILE.py:FUNCTION``, and its function, ``score`` if none is named."""
+    file, _, function = name.partition(".py")
+    path = Path(f"{file}.py")
+    if not path.is_file():
+        raise FileNotFoundError(f"reward {name!r:.80}: no such file")
+    return path, function.removeprefix(":") or "score"

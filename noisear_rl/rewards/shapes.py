@@ -20,6 +20,12 @@ from noisear_rl.denoisers.shapes.world import LARGE_ABOVE, SMALL_BELOW, matches,
 SIZE_SOFTNESS = 0.4  # pixels by which a radius must pass the border for 73 % of the credit
 
 
+def _check_captions(prompts: Sequence[str]) -> None:
+    """Raises ``ValueError`` if a prompt is not a caption of the shapes world; names the nearest one."""
+    for prompt in prompts:
+        parse_caption(prompt)
+
+
 class ShapesMatch:
     """How well an image matches its caption according to the training detector; dense, and smooth where possible.
 
@@ -39,6 +45,8 @@ class ShapesMatch:
         self.detector = detector
         orders = itertools.permutations(range(MAX_DETECTIONS), MAX_OBJECTS)
         self.assignments = torch.tensor(list(orders))  # (P, K)
+
+    check_prompts = staticmethod(_check_captions)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores ``(B, 3, 64, 64)`` images: ``(B,)`` in [-0.4, 1]. Differentiable except for *exact*.
@@ -110,6 +118,8 @@ class ShapesExact:
 
     def __init__(self) -> None:
         self.detector = load_detector(ASSETS / "held_out_detector")
+
+    check_prompts = staticmethod(_check_captions)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores ``(B, 3, 64, 64)`` images: ``(B,)``, 0 or 1."""

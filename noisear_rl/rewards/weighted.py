@@ -68,6 +68,16 @@ class WeightedReward:
             self.statistics = {reward.name: _fixed(reward, statistics or {}) for reward, _ in rewards}
         self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Asks the scorers that read only some prompts (those of the shapes world) whether they read these.
+
+        Raises:
+            ValueError: If one does not; names the prompt and the nearest one that it reads.
+        """
+        for reward, _ in self.rewards:
+            if check := getattr(reward, "check_prompts", None):
+                check(prompts)
+
     def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The score of every scorer, ``(B,)`` each, not standardised; NaN where a scorer fails on an image.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from noisear_rl.checkpoints import find_checkpoint
-from noisear_rl.config import to_mapping
+from noisear_rl.config import NonNegativeFloat, PositiveFloat, PositiveFraction, check_config, to_mapping
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.files import sha256
 from noisear_rl.policy import load_policy
@@ -31,21 +31,26 @@ from noisear_rl.samplers.search import ZerothOrderSearch
 from noisear_rl.samplers.shared_noise import FILE, SharedNoises, SharedNoiseSampler, holds_shared_noises
 from noisear_rl.samplers.simple import GAUSSIAN, as_sampler
 
-SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d+)")
+SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d{1,18})")
+LONGEST_NAME = 100  # characters; its folder is named after it
+LARGEST_SEARCH = 100_000  # images denoised per result
 
 
 @dataclass
 class SearchConfig:
     """Settings of searches."""
 
-    step_size: float = 0.7
+    step_size: PositiveFraction = 0.7
     """`search-N`: distance of neighbours, in (0, 1]."""
-    learning_rate: float = 5.0
+    learning_rate: PositiveFloat = 5.0
     """`reno-N`: step size."""
-    max_grad_norm: float = 0.1
+    max_grad_norm: PositiveFloat = 0.1
     """`reno-N`: the gradient of each noise is clipped to this norm."""
-    regularization: float = 0.01
+    regularization: NonNegativeFloat = 0.01
     """`reno-N`: weight of the term that keeps the norm of the noise."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 @dataclass
@@ -104,6 +109,8 @@ def plan_methods(
     methods = {GAUSSIAN: [Method(GAUSSIAN, GAUSSIAN, partial(as_sampler, denoiser, None), [], False)]}
     for item in items:
         name, _, paths = item.partition("=")
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"{name!r:.120} names a method; expected at most {LONGEST_NAME} printable characters")
         asked = None if paths else SEARCH.fullmatch(item)
         if not paths and asked is None:
             raise ValueError(f"expected NAME=PATH, best-of-N, search-N or reno-N, got {item!r}")
@@ -112,8 +119,12 @@ def plan_methods(
             name = ("" if start == GAUSSIAN else f"{start} + ") + f"{kind.replace('-', ' ')} {count}"
             if start not in methods:
                 raise ValueError(f"{item!r} starts from {start!r}; expected one of {list(methods)}, named before it")
-            if count < 1 or choose_by is None:
-                raise ValueError(f"{item!r} needs at least one image to denoise and a reward to choose by: choose_by")
+            if not 1 <= count <= LARGEST_SEARCH:
+                raise ValueError(
+                    f"{item!r:.80} denoises {count} images per result, not at least 1 and at most {LARGEST_SEARCH:,}"
+                )
+            if choose_by is None:
+                raise ValueError(f"{item!r} needs a reward to choose by: choose_by")
         if not name or name in methods:
             raise ValueError(f"methods must be distinct NAME=PATH items or searches, got {item!r}")
         if asked is None:
@@ -142,6 +153,8 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
         return as_sampler(denoiser, policy)
 
     paths = [find_policy(path) for path in paths]
+    if repeated := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"{name}: {repeated[0]} is named twice; training seeds are different trainings")
     for path in paths:
         make(path)  # fails early on a missing or mismatched checkpoint
     names = [name] if len(paths) == 1 else [f"{name} {seed}" for seed in range(len(paths))]

@@ -16,7 +16,8 @@ from noisear_rl.data.preference_pairs import preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.learning.run import read_records, split_by_prompt
+from noisear_rl.learning.records import read_records
+from noisear_rl.learning.run import split_by_prompt
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts.reader import PromptReader
 from tests.conftest import random_policy

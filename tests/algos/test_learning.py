@@ -8,7 +8,7 @@ import pytest
 from noisear_rl.algos import dpo, ppo, reinforce
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests import toys
 

@@ -12,7 +12,7 @@ from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
 from noisear_rl.data.weak_to_strong import weak_to_strong
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests.resuming import assert_same_run, kill_and_resume
 

@@ -11,7 +11,7 @@ from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
 from noisear_rl.files import check_manifest
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
 from tests.resuming import assert_same_run, kill_and_resume
 from tests.toys import NoDenoiser

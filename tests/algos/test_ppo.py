@@ -7,7 +7,7 @@ import torch
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.algos.ppo import PPOConfig
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests import toys
 from tests.resuming import assert_same_run, kill_and_resume

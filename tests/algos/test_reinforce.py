@@ -7,7 +7,7 @@ import pytest
 from noisear_rl.algos import reinforce
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig, load_policy
 from tests.resuming import assert_same_run, kill_and_resume
 

@@ -6,7 +6,7 @@ import pytest
 
 from noisear_rl.algos import reward_gradient
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from tests.resuming import assert_same_run, kill_and_resume
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares")

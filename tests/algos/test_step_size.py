@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from noisear_rl.algos import ppo, reinforce
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
 from tests import toys
 

@@ -185,7 +185,7 @@ def test_bad_input(tmp_path, random_denoiser):
     build_pairs(config(tmp_path), random_denoiser)
     with pytest.raises(ValueError, match="other settings"):
         build_pairs(config(tmp_path, weak_guidance=2.0), random_denoiser)
-    with pytest.raises(ValueError, match="unknown kind"):
+    with pytest.raises(ValueError, match="kind must be one of"):
         build_pairs(config(tmp_path / "b", kind="strong_to_weak"), random_denoiser)
     with pytest.raises(ValueError, match="set filter_reward"):
         build_pairs(leak(tmp_path / "b", filter_reward=None), random_denoiser)

@@ -170,6 +170,8 @@ def test_unknown_id_and_missing_weights(monkeypatch):
     assert len(needs_weights) == 5
     for name in needs_weights:
         with pytest.raises(FileNotFoundError, match="not on this machine and could not be fetched"):
+            gymnasium.make(name, reward="brightness")
+        with pytest.raises(ValueError, match="'a red cube on top of a blue sphere' is not a caption"):  # said first
             gymnasium.make(name, reward="shapes-match")
 
 

@@ -316,7 +316,7 @@ def test_invalid_folders_and_options(shapes, tmp_path, capsys):
     ):
         with pytest.raises(error, match=message):
             paper_tables.main(arguments)
-    with pytest.raises(ValueError, match="unknown resample 'seeds'"):
+    with pytest.raises(ValueError, match=r"resample must be one of \('prompts', 'noise'\), not 'seeds'"):
         paper_tables.make_table(paper_tables.TableConfig(runs=(shapes,), resample="seeds"))
     for option in ("--resample", "--format", "--table"):
         with pytest.raises(SystemExit):

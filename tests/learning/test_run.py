@@ -20,7 +20,7 @@ from noisear_rl.algos.prior import PriorConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
 from noisear_rl.checkpoints import list_checkpoints
-from noisear_rl.config import check_choices, from_mapping, load_yaml, parse_config, to_mapping
+from noisear_rl.config import ConfigError, check_config, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
 from noisear_rl.learning import run as run_module
@@ -57,12 +57,12 @@ def test_yaml_then_command_line(tmp_path):
 def test_unknown_keys_name_the_nearest(tmp_path, capsys):
     path = tmp_path / "preset.yaml"
     path.write_text("ratee: 1\n")
-    with pytest.raises(SystemExit, match="unknown key 'ratee'; did you mean 'rate'"):
+    with pytest.raises(ConfigError, match="unknown key 'ratee'; did you mean 'rate'"):
         parse_config(Options, ["--config", str(path)], "test")
     path.write_text("policy:\n  d_modell: 1\n")
-    with pytest.raises(SystemExit, match="'d_modell'; did you mean 'd_model'"):
+    with pytest.raises(ConfigError, match="'d_modell'; did you mean 'd_model'"):
         parse_config(Options, ["--config", str(path)], "test")
-    with pytest.raises(SystemExit, match=r"none\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         parse_config(Options, ["--config", str(tmp_path / "none.yaml")], "test")
     with pytest.raises(SystemExit):
         parse_config(Options, ["--ratee", "1"], "test")
@@ -72,7 +72,7 @@ def test_unknown_keys_name_the_nearest(tmp_path, capsys):
 def test_closed_choices_are_refused_when_parsed(tmp_path):
     path = tmp_path / "preset.yaml"
     path.write_text("optimizer: natrual\n")
-    with pytest.raises(SystemExit, match=r"preset\.yaml: optimizer must be one of .*; did you mean 'natural'"):
+    with pytest.raises(ConfigError, match=r"preset\.yaml: optimizer must be one of .*; did you mean 'natural'"):
         parse_config(PPOConfig, ["--config", str(path)], "test")
     with pytest.raises(SystemExit):
         parse_config(PPOConfig, ["--advantage", "leave_one_out"], "test")
@@ -83,7 +83,7 @@ def test_closed_choices_are_refused_when_parsed(tmp_path):
     with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
         Run(tmp_path / "run", PPOConfig(micro_batches=0))
     assert not (tmp_path / "run").exists()
-    check_choices(PPOConfig(optimizer="adaptive_adam", advantage="gae"))
+    check_config(PPOConfig(optimizer="adaptive_adam", advantage="gae"))
 
 
 def test_prompts_are_cycled_in_shuffled_order():

@@ -8,7 +8,7 @@ from transformers import BertTokenizer
 
 from noisear_rl.algos import reinforce
 from noisear_rl.denoisers import Conditioning
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, load_policy
 from noisear_rl.prompts.reader import PromptReader

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import noisear_rl
 from noisear_rl import cli
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import load_policy
 from tests import tiny_pipelines
 

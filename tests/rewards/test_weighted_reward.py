@@ -13,7 +13,7 @@ from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.rollouts import load_rollouts
 from noisear_rl.evaluation.reward_statistics import StatisticsConfig, main, measure
 from noisear_rl.learning.losses import finite_episodes, group_advantages
-from noisear_rl.learning.run import read_records
+from noisear_rl.learning.records import read_records
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig, WeightedReward, load_reward, registry, reward_config
 from tests import toys

@@ -46,6 +46,7 @@ CATEGORIES: tuple[str, ...] = (
 COUNTS: dict[str, int] = {"two": 2, "three": 3}
 MAX_OBJECTS = 3
 PREFIX = "a photo of "
+LONGEST = 200  # characters of a prompt that is no caption, in messages
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 # Share of the meanings of a kind of captions, and how many at least.
@@ -240,8 +241,8 @@ def parse_caption(text: str) -> Caption:
     for candidate in (normal, PREFIX + normal):
         if candidate in known:
             return known[candidate]
-    near = difflib.get_close_matches(normal, known, n=1, cutoff=0.0)
-    raise ValueError(f"{text!r} is not a caption of the shapes world; the nearest one is {near[0]!r}")
+    near = difflib.get_close_matches(normal[:LONGEST], known, n=1, cutoff=0.0)
+    raise ValueError(f"{text[:LONGEST]!r} is not a caption of the shapes world; the nearest one is {near[0]!r}")
 
 
 @cache

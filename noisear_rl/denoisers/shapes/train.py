@@ -28,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
+from noisear_rl.command import run_script
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import (
     CATEGORIES,
@@ -321,4 +322,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from noisear_rl.checkpoints import find_checkpoint, list_checkpoints, load_weights, read_tensors
+from noisear_rl.config import PositiveInt, check_config
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.samplers.npnet.swin import Attention, Swin, swin_sizes
 
@@ -64,21 +65,20 @@ class NPNetConfig:
         n_heads: Attention heads per Swin stage.
     """
 
-    latent_shape: tuple[int, ...] = (4, 8, 8)
-    text_shape: tuple[int, ...] = (16, 256)
-    svd_hidden: int = 64
-    svd_heads: int = 8
-    svd_ff: int = 1024
-    image_size: int = 8
-    patch_size: int = 1
-    window_size: int = 4
-    d_model: int = 32
-    depths: tuple[int, ...] = (2, 2)
-    n_heads: tuple[int, ...] = (2, 4)
+    latent_shape: tuple[PositiveInt, ...] = (4, 8, 8)
+    text_shape: tuple[PositiveInt, ...] = (16, 256)
+    svd_hidden: PositiveInt = 64
+    svd_heads: PositiveInt = 8
+    svd_ff: PositiveInt = 1024
+    image_size: PositiveInt = 8
+    patch_size: PositiveInt = 1
+    window_size: PositiveInt = 4
+    d_model: PositiveInt = 32
+    depths: tuple[PositiveInt, ...] = (2, 2)
+    n_heads: tuple[PositiveInt, ...] = (2, 4)
 
     def __post_init__(self) -> None:
-        for name in ("latent_shape", "text_shape", "depths", "n_heads"):
-            setattr(self, name, tuple(getattr(self, name)))
+        check_config(self)
         if len(self.latent_shape) != 3 or len(self.text_shape) != 2:
             raise ValueError(f"expected shapes (C, h, w) and (L, D), got {self.latent_shape} and {self.text_shape}")
         if min(self.matrix_shape) % self.svd_heads:

@@ -1,0 +1,59 @@
+"""Code that a file names: a configuration or a manifest from somebody else runs none unless it is trusted.
+
+What a user writes on the command line or in Python is trusted. A file that was read may come from a stranger, so a
+reward ``FILE.py``, an interpreter, or an environment ``module:id`` in it is shown and refused, unless ``--trust-code``
+(:mod:`noisear_rl.command`) or ``NOISEAR_TRUST_CODE=1`` allows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+OPTION, VARIABLE = "--trust-code", "NOISEAR_TRUST_CODE"
+PACKAGE = Path(__file__).parent
+_source: ContextVar[str | None] = ContextVar("source", default=None)
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+class UntrustedCodeError(PermissionError):
+    """A file names code to run."""
+
+
+@contextlib.contextmanager
+def values_from(file: str | Path) -> Iterator[None]:
+    """Marks all values checked inside as read from a file; files of this package are trusted."""
+    inside = PACKAGE in Path(file).resolve().parents
+    token = _source.set(_source.get() if inside else str(file))
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+@contextlib.contextmanager
+def trusting(trusted: bool) -> Iterator[None]:
+    """Lets files name code inside, if ``trusted``."""
+    token = _trusted.set(trusted or _trusted.get())
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def check_code(code: str) -> None:
+    """Refuses code that a file names.
+
+    Raises:
+        UntrustedCodeError: If the value under check comes from a file and files are not trusted; names both.
+    """
+    source = _source.get()
+    if source is None or _trusted.get() or os.environ.get(VARIABLE, "0") not in ("", "0"):
+        return
+    raise UntrustedCodeError(
+        f"{source} names code to run, {code!r:.200}, and was not given on the command line. Read that code, and if you "
+        f"trust it, pass {OPTION}"
+    )
