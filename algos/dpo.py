@@ -51,7 +51,15 @@ from noisear_rl.distributed import Part, is_main, process, same_everywhere, shar
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
-from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
+from noisear_rl.learning.preference_losses import (
+    Loss,
+    PairLogProbs,
+    Strength,
+    check_losses,
+    concatenated,
+    joined,
+    preference_loss,
+)
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
@@ -287,17 +295,6 @@ def score(
         for density in (own, frozen)
     )
     return PairLogProbs(chosen, rejected, reference_chosen, reference_rejected), own, frozen
-
-
-def joined(scored: PairLogProbs, part: Part) -> PairLogProbs:
-    """The pairs of all processes."""
-    return PairLogProbs(*(part.gather(values) for values in vars(scored).values()))
-
-
-def concatenated(scores: Sequence[PairLogProbs]) -> PairLogProbs:
-    """Pairs one after the other, without gradients."""
-    columns = zip(*(vars(scored).values() for scored in scores), strict=True)
-    return PairLogProbs(*(torch.cat(column).detach() for column in columns))
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import torch
 from torch.nn.functional import logsigmoid
 
+from noisear_rl.distributed import Part
+
 
 @dataclass
 class PairLogProbs:
@@ -43,6 +45,17 @@ class PairLogProbs:
     def rejected_ratio(self) -> torch.Tensor:
         """Log-ratio to the reference, summed over patches: ``(P,)``."""
         return self.rejected.sum(1) - self.reference_rejected.sum(1)
+
+
+def joined(scored: PairLogProbs, part: Part) -> PairLogProbs:
+    """The pairs of all processes."""
+    return PairLogProbs(*(part.gather(values) for values in vars(scored).values()))
+
+
+def concatenated(scores: Sequence[PairLogProbs]) -> PairLogProbs:
+    """Pairs one after the other, without gradients."""
+    columns = zip(*(vars(scored).values() for scored in scores), strict=True)
+    return PairLogProbs(*(torch.cat(column).detach() for column in columns))
 
 
 @dataclass(frozen=True)
