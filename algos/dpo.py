@@ -51,15 +51,7 @@ from noisear_rl.distributed import Part, is_main, process, same_everywhere, shar
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
-from noisear_rl.learning.preference_losses import (
-    Loss,
-    PairLogProbs,
-    Strength,
-    check_losses,
-    concatenated,
-    joined,
-    preference_loss,
-)
+from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
@@ -226,7 +218,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         for part in mine.local().split(config.micro_batches):
             both = np.concatenate([part.rows, part.rows + len(mine.rows)])  # chosen, then rejected
             own, _, _ = score(policy, reference, (batch[0][both], batch[1][both], batch[2][both]))
-            scored = joined(own, part)  # the loss sees the pairs of all processes; gradients flow into our own
+            scored = own.joined(part)  # the loss sees the pairs of all processes; gradients flow into our own
             part_loss = len(scored.chosen) / len(rows) * preference_loss(scored, config.loss_type, weights, strength)
             part_loss.backward()
             loss += part_loss.detach()
@@ -238,7 +230,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         # Records, early stopping and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
-            record = trl_metrics(concatenated(scores), loss, config.beta) | {"losses/approx_kl": kl}
+            record = trl_metrics(PairLogProbs.concatenated(scores), loss, config.beta) | {"losses/approx_kl": kl}
             ours = shard(len(held_out))
             chunks = np.array_split(held_out[ours.rows], -(-len(ours.rows) // VALIDATION_BATCH))
             batches = (batch_of(chunk, pairs, patches, prompts, reader, run.device) for chunk in chunks)
@@ -314,10 +306,10 @@ def validate(
         scored, own, frozen = score(policy, reference, batch)
         scores.append(scored)
         drifts.append(torch.stack([kl_to_gaussian(own), kl_divergence(own, frozen)]))  # (2, 2b, N)
-    together = concatenated(scores)
+    together = PairLogProbs.concatenated(scores)
     part = part or shard(len(together.chosen))
     to_gaussian, to_reference = part.mean(torch.cat(drifts, 1).sum(2).mean(1)).tolist()
-    return joined(together, part), {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
+    return together.joined(part), {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
 
 
 def trl_metrics(scored: PairLogProbs, loss: torch.Tensor, beta: float) -> dict[str, float]:

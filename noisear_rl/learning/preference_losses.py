@@ -46,16 +46,15 @@ class PairLogProbs:
         """Log-ratio to the reference, summed over patches: ``(P,)``."""
         return self.rejected.sum(1) - self.reference_rejected.sum(1)
 
+    def joined(self, part: Part) -> PairLogProbs:
+        """The pairs of all processes, of which these are a part."""
+        return PairLogProbs(*(part.gather(values) for values in vars(self).values()))
 
-def joined(scored: PairLogProbs, part: Part) -> PairLogProbs:
-    """The pairs of all processes."""
-    return PairLogProbs(*(part.gather(values) for values in vars(scored).values()))
-
-
-def concatenated(scores: Sequence[PairLogProbs]) -> PairLogProbs:
-    """Pairs one after the other, without gradients."""
-    columns = zip(*(vars(scored).values() for scored in scores), strict=True)
-    return PairLogProbs(*(torch.cat(column).detach() for column in columns))
+    @staticmethod
+    def concatenated(several: Sequence[PairLogProbs]) -> PairLogProbs:
+        """Pairs one after the other, without gradients."""
+        columns = zip(*(vars(pairs).values() for pairs in several), strict=True)
+        return PairLogProbs(*(torch.cat(column).detach() for column in columns))
 
 
 @dataclass(frozen=True)
