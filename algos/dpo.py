@@ -115,7 +115,7 @@ class DPOConfig:
     evaluate_every: PositiveInt = 20
     """Updates between evaluations on held-out pairs."""
     patience: NonNegativeInt = 10
-    """Stop after this many evaluations without a better held-out accuracy and keep the best policy; 0: keep the last."""
+    """Stop after this many evaluations without better held-out accuracy and keep the best policy; 0 keeps the last."""
     max_kl: PositiveFloat | None = None
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
     rounds: PositiveInt = 1
