@@ -37,15 +37,14 @@ def readme() -> str:
 
 
 def test_readme_table_of_the_prior():
-    pattern = r"^\| (.+?) \| (\d) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    pattern = r"^\| (.+?) \| ([\d,]+) \| (\d) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ?(\d*) \|$"
     found = re.findall(pattern, (ROOT / "README.md").read_text(), re.M)
-    assert len(found) == 5
+    assert len(found) == 7
     table, by_category = (RESULTS / "shapes.md").read_text().split("By category")
-    for title, nfe, right, position, layout in found:
-        name = "NLL on shared layouts" if "prior" in title else title.removesuffix(" noise")
+    for title, *cells, position, layout, kl in found:
+        name = title.strip("*").removesuffix(" noise")
         row, means = (
             next(line for line in part.splitlines() if line.startswith(f"| {name} |")).split(" | ")
             for part in (table, by_category)
         )
-        assert (row[2], row[3], row[7], means[5]) == (nfe, right, layout, position), title
-        assert "prior" not in title or row[1] in title
+        assert (row[1:4], row[7], row[8], means[5]) == (cells, layout, kl, position), title
