@@ -79,7 +79,7 @@ def trainings(data: Path, updates: int):
     natural = {"damping": 1.0}  # at the default of 0.01 a step magnifies rounding errors a thousandfold
     pairs = {"denoiser": "shapes-turbo", "denoiser_options": TURBO, "batch_size": 9, "held_out_share": 0.2}
     pairs |= {"log_every": 5, "save_every": 3, "learning_rate": 1e-3, "epochs": max(1, updates // 6)}
-    golden = {"denoiser": "none", "npnet": TINY, "batch_size": 11, "evaluate_every": 4, "save_every": 3}
+    golden = {"npnet": TINY, "batch_size": 11, "evaluate_every": 4, "save_every": 3}
     golden |= {"learning_rate": 1e-3, "epochs": max(1, updates // 4)}
     chosen = {"threshold": 0.0, "strategy": "all_above_margin", "batch_size": 13, "evaluate_every": 3, "save_every": 3}
     chosen |= {"denoiser_options": TURBO, "policy": SMALL, "learning_rate": 1e-3, "held_out_share": 0.2}

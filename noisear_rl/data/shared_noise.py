@@ -77,7 +77,7 @@ class SharedNoiseConfig:
     min_reward: Float = 0.8
     """Leak: minimum reward of an image; other prompts get no pair."""
     tries: PositiveInt = 1
-    """Leak: noises to try per prompt, the most promising first, until an image is good."""
+    """Leak: noises to try per prompt at most, the most promising first, until an image is good."""
     rounds: PositiveInt = 1
     """Leak: images per noise; each image after the first starts from the leak of the last good one."""
     batch_size: PositiveInt = 128
@@ -127,8 +127,6 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     """
     check_config(config)
     leak = config.target == "leak"
-    if leak and not 1 <= config.tries <= config.noises:
-        raise ValueError(f"tries must be between 1 and the {config.noises} noises, got {config.tries}")
     process()  # joins the others
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
@@ -146,7 +144,7 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
     )
     own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance")}
-    own["leaked"] = len(asked) * config.tries * config.rounds if leak else 0  # images at most
+    own["leaked"] = len(asked) * min(config.tries, config.noises) * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
     _lock = lock_folder(config.output_dir) if is_main() else None
@@ -205,7 +203,7 @@ def _leaks(
         reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
     leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
     state = process()
-    for attempt in range(config.tries):
+    for attempt in range(min(config.tries, config.noises)):
         left = [i for i in range(len(prompts)) if i not in leaks]
         mine = range(0, len(left), config.batch_size)[state.process_index :: state.num_processes]
         found_here: list[tuple[int, tuple[int, np.ndarray]]] = []

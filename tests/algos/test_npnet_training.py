@@ -38,7 +38,7 @@ def write_rows(folder, prompts, target, noise_scale=0.0):
 
 
 def config(pairs, folder, **options):
-    defaults = {"denoiser": "none", "epochs": 12, "learning_rate": 2e-2, "evaluate_every": 15}
+    defaults = {"epochs": 12, "learning_rate": 2e-2, "evaluate_every": 15}
     network = NPNetConfig(**TINY)
     return NPNetTrainingConfig(pairs=pairs, output_dir=folder, npnet=network, **(defaults | options))
 

@@ -194,7 +194,7 @@ def test_the_next_noise_is_tried_where_an_image_is_not_good(tried, tmp_path, tur
         by_noise.append(reward.score(turbo.denoise(chosen, turbo.encode(prompts)), prompts) >= 0.8)
     good = torch.stack(by_noise, 1).numpy()
     assert good.any(1).sum() > good[:, 0].sum() > 0  # some first noises fail
-    build_pairs(replace(config, output_dir=tmp_path / "thrice", tries=3), turbo)
+    build_pairs(replace(config, output_dir=tmp_path / "thrice", tries=5), turbo)
     for folder, tries in (("once", 1), ("thrice", 3)):
         rows = load_pairs(tmp_path / folder).with_format("numpy")[:]
         wanted = {p: seeds[choice.ranking[i, good[i].argmax()]] for i, p in enumerate(prompts) if good[i, :tries].any()}
@@ -237,9 +237,7 @@ def test_rejects_bad_settings(tried, tmp_path, turbo):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", target="leaks"), turbo)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise_scale"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noise_scale=1.0), turbo)
-    with pytest.raises(ValueError, match="tries must be between 1 and the 2 noises, got 3"):
-        build_pairs(SharedNoiseConfig(tried, tmp_path / "a", noises=2, target="leak", tries=3), turbo)
-    with pytest.raises(ValueError, match=r"balance must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"balance must be at most 1, not 1\.5"):
         build_pairs(SharedNoiseConfig(tried, tmp_path / "a", balance=1.5), turbo)
     own = tmp_path / "own"
     options = {"num_prompts": 2, "samples_per_prompt": 2, "prompts_per_shard": 2}
