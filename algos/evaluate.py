@@ -258,8 +258,7 @@ def run(config: EvaluateConfig) -> str:
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
     if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
         raise ValueError(f"{choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
-    reward = load_reward(scorers)
-    reward.check_prompts(chosen.prompts)
+    load_reward(scorers).check_prompts(chosen.prompts)  # fails early; loaded again once the denoiser is gone
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
 
@@ -305,6 +304,7 @@ def run(config: EvaluateConfig) -> str:
     barrier()
 
     # Scores, once all images exist.
+    reward = load_reward(scorers)
     with tqdm(desc="scores", **progress) as bar:
         for (method, rows), count in zip(work, counts, strict=True):
             if not _shard_file(config, "scores", method, rows).exists():

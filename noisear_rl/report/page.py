@@ -290,8 +290,6 @@ def write_report(config: ReportConfig) -> Path:
         FileNotFoundError: If a folder is not a run folder.
         ValueError: If a run or an image is damaged, or the options are incompatible.
     """
-    if config.max_images < 0 or config.images_per_cell < 1:
-        raise ValueError("--max-images must be 0 or more, and --images-per-cell 1 or more")
     write_atomically(config.output, render(*load_runs(config.runs), config))
     return config.output
 

@@ -143,7 +143,7 @@ def test_several_processes_equal_one(finished, tmp_path, count):
 
 def test_the_denoiser_is_gone_when_scorers_are_loaded(tmp_path, policies, monkeypatch):
     """With every sampler that held it, so that both need not fit into memory."""
-    seen, load, score = [], evaluate.load_denoiser, evaluate.load_reward
+    seen, scored_after, load, score = [], [], evaluate.load_denoiser, evaluate.load_reward
 
     def loaded(*names, **options):
         denoiser = load(*names, **options)
@@ -151,13 +151,15 @@ def test_the_denoiser_is_gone_when_scorers_are_loaded(tmp_path, policies, monkey
         return denoiser
 
     def scoring(*names):
-        assert len(seen) == 1 and seen[0]() is None
+        assert all(denoiser() is None for denoiser in seen)
+        scored_after.append(len(seen))
         return score(*names)
 
     monkeypatch.setattr(evaluate, "load_denoiser", loaded)
     monkeypatch.setattr(evaluate, "load_reward", scoring)
     methods = ("best-of-2", f"mine={policies[0]}", "mine+search-2")
     run(replace(SMALL, methods=methods, num_prompts=2, samples=2, output_dir=tmp_path))
+    assert scored_after == [0, 1]  # once to check the prompts, once to score
 
 
 def test_methods_can_be_added(finished, tmp_path, policies):

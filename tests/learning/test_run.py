@@ -80,7 +80,7 @@ def test_closed_choices_are_refused_when_parsed(tmp_path):
         from_mapping(DPOConfig, {"loss_type": ["sigmoid", "dpo"]})
     with pytest.raises(ValueError, match="reference must be one of"):  # a dataclass built in Python
         Run(tmp_path / "run", DPOConfig(reference="none"))
-    with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="micro_batches must be at least 1, not 0"):
         Run(tmp_path / "run", PPOConfig(micro_batches=0))
     assert not (tmp_path / "run").exists()
     check_config(PPOConfig(optimizer="adaptive_adam", advantage="gae"))

@@ -143,7 +143,7 @@ def test_a_checkpoint_from_before_these_options_still_loads(tmp_path):
 def test_what_is_refused():
     for bad, message in (
         ({"text_encoder": ""}, "text_encoder must not be empty"),
-        ({"text_layers": -1}, "text_layers not negative"),
+        ({"text_layers": -1}, "text_layers must be at least 0, not -1"),
         ({"text_encoder": "tokens", "architecture": "released"}, "belong to architecture='paper'"),
         ({"text_layers": 1, "architecture": "released"}, "belong to architecture='paper'"),
     ):

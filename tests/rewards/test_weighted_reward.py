@@ -113,7 +113,7 @@ def test_reward_files(tmp_path):
     with pytest.raises(ValueError, match=r"normalize .*'standard'"):
         load_reward(str(path))
     path.write_text("normalize: none\n")
-    with pytest.raises(ValueError, match="expected weights by scorer"):
+    with pytest.raises(ValueError, match="'weights' is missing"):
         load_reward(str(path))
     with pytest.raises(FileNotFoundError, match="no such reward file"):
         load_reward(str(tmp_path / "none.yaml"))
