@@ -102,7 +102,7 @@ def table(record: dict[str, Any]) -> str:
         f"Gaussian = 1. Gaussian noise: first the figure of `gaussian.md`, {noise.images:,} images of captions of the "
         "test split, then the images compared here.",
         "",
-        "| method | training images | NFE | right | gain | by seed | CLIP distance | layout distance | KL, nats "
+        "| method | training images, at most | NFE | right | gain | by seed | CLIP distance | layout distance | KL, nats "
         "| noise std |",
         "|---" * 10 + "|",
     ]
@@ -158,9 +158,9 @@ def chart(path: Path, results: Results) -> None:
     panels[0].minorticks_off()
     panels[1].set(xlabel="diversity of layouts within a caption, Gaussian = 1", ylim=panels[0].get_ylim())
     for seed, points in enumerate(results.facts["curves"]):
-        last.plot(*np.array(points).T, color=f"C{len(results.groups) - 1}", alpha=0.7, lw=1, label=f"seed {seed}")
-    last.set(xlabel="images denoised for training", ylabel="PPO: reward on training captions")
-    last.xaxis.set_major_formatter("{x:,.0f}")
+        images, rewards = np.array(points).T
+        last.plot(images / 1000, rewards, color=f"C{len(results.groups) - 1}", alpha=0.7, lw=1, label=f"seed {seed}")
+    last.set(xlabel="thousands of images denoised for training", ylabel="PPO: reward on training captions")
     for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, fontsize=8)
