@@ -102,8 +102,8 @@ def table(record: dict[str, Any]) -> str:
         f"Gaussian = 1. Gaussian noise: first the figure of `gaussian.md`, {noise.images:,} images of captions of the "
         "test split, then the images compared here.",
         "",
-        "| method | training images, at most | NFE | right | gain | by seed | CLIP distance | layout distance | KL, nats "
-        "| noise std |",
+        "| method | training images, at most | NFE | right | gain | by seed | CLIP distance | layout distance "
+        "| KL, nats | noise std |",
         "|---" * 10 + "|",
     ]
     for group, names in results.groups.items():
