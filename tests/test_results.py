@@ -48,3 +48,11 @@ def test_readme_table_of_the_prior():
             for part in (table, by_category)
         )
         assert (row[1:4], row[7], row[8], means[5]) == (cells, layout, kl, position), title
+
+
+def test_readme_figures_of_the_teacher():
+    sentence = re.search(r"the same policies are right in (.+?) % instead of (.+?) %", readme())
+    assert sentence is not None
+    rows = [line.split(" | ") for line in (RESULTS / "teacher.md").read_text().splitlines() if line.startswith("| ")]
+    found = {row[0].removeprefix("| "): row[2] for row in rows}
+    assert list(sentence.groups()) == [found["PPO from there"], found["Gaussian"]]
