@@ -56,3 +56,12 @@ def test_readme_figures_of_the_teacher():
     rows = [line.split(" | ") for line in (RESULTS / "teacher.md").read_text().splitlines() if line.startswith("| ")]
     found = {row[0].removeprefix("| "): row[2] for row in rows}
     assert list(sentence.groups()) == [found["PPO from there"], found["Gaussian"]]
+
+
+def test_readme_figures_of_cross_talk():
+    sentence = re.search(r"by (\d+) % of its own way .*?, by (\d+) % with .*?, and by (\d+) % once", readme())
+    assert sentence is not None
+    rows = [line.split(" | ") for line in (RESULTS / "cross_talk.md").read_text().splitlines() if line.startswith("| ")]
+    found = {row[0].removeprefix("| "): row[2].split(" (")[0] for row in rows}
+    names = ("denoiser, normalized", "denoiser, whitened, text x 4", "shapes/nll")
+    assert [int(share) / 100 for share in sentence.groups()] == [float(found[name]) for name in names]
