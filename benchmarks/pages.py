@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from noisear_rl.evaluation.intervals import Estimate
+from noisear_rl.evaluation.intervals import Estimate, category_means
 from noisear_rl.evaluation.results import write_page
 from noisear_rl.provenance import provenance
 
@@ -86,3 +86,15 @@ def seed_cells(
 def seed_spread(scores: np.ndarray, estimate: Callable[[np.ndarray], Estimate]) -> str:
     """Returns the standard deviation of the means of training seeds; nothing for one seed."""
     return f"{np.std([estimate(part).mean for part in scores], ddof=1):.1f}" if len(scores) > 1 else ""
+
+
+def by_seed(scores: np.ndarray, categories: Sequence[str], prompts: Sequence[str]) -> str:
+    """Lists the mean over categories of each training seed; nothing for one seed.
+
+    Args:
+        scores: ``(T, P, S)`` in % of ``T`` training seeds.
+        categories: Category of each prompt.
+        prompts: ``P`` prompts.
+    """
+    means = [np.mean(list(category_means(part, categories, prompts).values())) for part in scores]
+    return ", ".join(f"{mean:.1f}" for mean in means) if len(means) > 1 else ""

@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from gaussian import figure  # in this folder
+from pages import by_seed  # in this folder
 
 from noisear_rl.algos import evaluate, prior
 from noisear_rl.algos.evaluate import EvaluateConfig
@@ -50,9 +51,13 @@ def train(seed: int) -> None:
     prior.train(replace(config, output_dir=folder_of(seed), seed=seed))
 
 
+def paths(stage: str) -> str:
+    """Returns the folders of a stage, one per training seed, as a method of ``noisear evaluate`` names them."""
+    return ",".join(str(folder_of(seed) / stage) for seed in SEEDS)
+
+
 def evaluation() -> EvaluateConfig:
     """Returns the configuration of the evaluation."""
-    paths = lambda stage: ",".join(str(folder_of(seed) / stage) for seed in SEEDS)
     return EvaluateConfig(
         methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in STAGES.items())),
         denoiser="shapes-turbo",
@@ -112,7 +117,6 @@ def table(record: dict[str, Any]) -> str:
             f"{np.mean([m.diversity[key].mean() for m in members]) / baseline.diversity[key].mean():.2f}"
         )
         kls = [member.kl_to_gaussian for member in members if member.kl_to_gaussian is not None]
-        each = [np.mean(list(category_means(part, categories, prompts).values())) for part in score[group]]
         cells = [
             group,
             f"{results.facts['images'].get(group, 0):,}",
@@ -120,7 +124,7 @@ def table(record: dict[str, Any]) -> str:
             (f"{noise.right}; here " if group == results.baseline else "")
             + str(bootstrap(score[group], categories, prompts=prompts)),
             gain.get(group, ""),
-            ", ".join(f"{value:.1f}" for value in each) if len(each) > 1 else "",
+            by_seed(score[group], categories, prompts),
             ratio("shapes-clip"),
             ratio("layout"),
             f"{np.mean(kls):.0f}" if kls else "",

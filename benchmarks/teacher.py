@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from pages import markdown, page, parser_of, signed, write  # in this folder
-from shapes import RUNS, SEEDS, STAGES, evaluation  # in this folder
+from pages import by_seed, markdown, page, parser_of, signed, write  # in this folder
+from shapes import RUNS, STAGES, evaluation, paths  # in this folder
 
 from noisear_rl.algos import evaluate
 from noisear_rl.evaluation.intervals import bootstrap, category_means, paired_difference, significance_mark
@@ -35,11 +34,11 @@ def table(record: dict[str, Any]) -> str:
     for group, names in results.groups.items():
         score = 100 * results.by_seed(group, judge)
         means = category_means(score.mean(0), categories, prompts)
-        each = [np.mean(list(category_means(part, categories, prompts).values())) for part in score]
-        gain = paired_difference(score, start, categories, prompts=prompts)
-        row = [group, f"{results.methods[names[0]].nfe:g}", bootstrap(score, categories, prompts=prompts)]
-        row += ["", ""] if group == results.baseline else [signed(gain) + significance_mark(gain)]
-        row += [] if group == results.baseline else [", ".join(f"{value:.1f}" for value in each)]
+        trained = ["", ""]
+        if group != results.baseline:
+            gain = paired_difference(score, start, categories, prompts=prompts)
+            trained = [signed(gain) + significance_mark(gain), by_seed(score, categories, prompts)]
+        row = [group, f"{results.methods[names[0]].nfe:g}", bootstrap(score, categories, prompts=prompts), *trained]
         rows.append([*row, *(f"{means[name]:.1f}" for name in order)])
     return page(
         [
@@ -59,8 +58,7 @@ def main() -> None:
     """Entry point."""
     record = None
     if not parser_of(__doc__).parse_args().render:
-        paths = ",".join(str(RUNS / f"seed-{seed}" / STAGE) for seed in SEEDS)
-        config = replace(evaluation(), methods=(f"{NAME}={paths}",), denoiser="shapes", output_dir=FOLDER)
+        config = replace(evaluation(), methods=(f"{NAME}={paths(STAGE)}",), denoiser="shapes", output_dir=FOLDER)
         if not evaluate.run(config):
             return  # not the main process
         record = to_record(load_results(FOLDER))
