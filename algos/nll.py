@@ -5,7 +5,9 @@
 with ``x'`` the target noise of a pair, teacher forcing, and ``w = 0.2``. Adam, cosine decay (appendix E.1.2).
 Prompts of held-out pairs are never trained on. Pairs of kind ``signal_leak`` give the target's mean and the standard
 deviation of the noise on top of it: the prefix is drawn again at every update, and the expectation over a patch's own
-noise is taken in closed form.
+noise is taken in closed form. Pairs of several layouts per prompt train a policy that has ``layouts``: its density is
+then ``p(k | text)·p(x' | k, text)``, and the first patch, which chooses, stays standard normal
+(``noisear_rl/policy/layouts.py``).
 
     noisear pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
     python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
@@ -38,6 +40,7 @@ from noisear_rl.config import (
     check_config,
     parse_config,
 )
+from noisear_rl.data.layouts import LayoutRows
 from noisear_rl.data.pairs import load_pairs
 from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, policy_sizes
 from noisear_rl.distributed import Part, all_sum, is_main, process, same_everywhere, shard, sum_gradients
@@ -120,6 +123,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     prompts = [str(prompt) for prompt in pairs["prompt"][:]]
     train_rows, held_out_rows = split_by_prompt(prompts, config.held_out_share, config.seed)
+    layouts = None
+    if "layout" in pairs.column_names:
+        layouts = LayoutRows(prompts, pairs["layout"][:].tolist())
+        train_rows, held_out_rows = layouts.leads(train_rows), layouts.leads(held_out_rows)
     held_out_rows = stream_rng(config.seed, Stream.HELD_OUT_ROWS).permutation(held_out_rows)[: config.held_out_pairs]
 
     # Policy.
@@ -128,8 +135,14 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     reader = PromptReader(text_encoder_of(config.init_from, config.policy), denoiser)
     sizes = policy_sizes(denoiser, denoiser.patch_size) | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
+    if layouts and policy.config.layouts <= layouts.layout.max():
+        raise ValueError(f"{config.pairs} has several layouts per prompt: set policy.layouts to {manifest['noises']}")
     fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
     same_everywhere(policy)
+    scale = torch.full((policy.n_patches, 1), noise_scale, device=run.device)  # of the noise on each patch
+    if layouts:
+        scale[0] = 1.0
+        held_out_rows = layouts.draw(held_out_rows, stream_rng(config.seed, Stream.HELD_OUT_LAYOUTS))
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
@@ -147,15 +160,25 @@ def train(config: NLLConfig) -> NoiseARPolicy:
         own = rows[part.rows]
         latents = torch.from_numpy(np.stack(pairs[own]["target"])).float().unflatten(1, shape)
         target = patchify(latents, policy.config.patch_size).to(run.device)  # (b, N, A)
+        if layouts:
+            target[:, 0] = 0.0
         text, mask = (x.to(run.device) for x in reader.read_prompts([prompts[row] for row in own]))
         noise, *added = (x[part.rows].to(target) for x in drawn)
-        prefix = target + noise_scale * added[0] if added else target
-        distribution = policy.distribution(prefix, text, mask)
-        return {
-            "losses/nll": nll_loss(distribution, target, noise_scale),
+        prefix = target + scale * added[0] if added else target
+        if layouts:
+            layout = torch.from_numpy(layouts.layout[own]).to(run.device)
+            distribution, layout_log_prob = policy.given_layout(prefix, text, mask, layout)
+        else:
+            distribution = policy.distribution(prefix, text, mask)
+        values = {
+            "losses/nll": nll_loss(distribution, target, scale),
             "losses/reconstruction": reconstruction_loss(distribution, target, noise),
             "policy/kl_to_gaussian": kl_to_gaussian(distribution).sum(1).mean().detach(),
         }
+        if layouts:
+            values["losses/nll"] = values["losses/nll"] - layout_log_prob.mean() / target[0].numel()
+            values["losses/layout"] = -layout_log_prob.mean().detach()  # nats
+        return values
 
     left = range(counters.step, updates)
     bar = tqdm(left, initial=counters.step, total=updates, desc="nll", unit="update", disable=not is_main())
@@ -169,6 +192,8 @@ def train(config: NLLConfig) -> NoiseARPolicy:
         policy.train()
         masks = int(stream_rng(config.seed, Stream.DROPOUT, update).integers(2**31))
         torch.manual_seed(masks + process().process_index)
+        if layouts:
+            rows = layouts.draw(rows, stream_rng(config.seed, Stream.LAYOUTS, update))
         mine, drawn = shard(len(rows)), draw(rows, Stream.REPARAMETERIZATION, update)
         parts: list[dict[str, torch.Tensor]] = []
         optimizer.zero_grad(set_to_none=True)

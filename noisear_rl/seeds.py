@@ -38,6 +38,10 @@ class Stream(IntEnum):
     """Which prompts text statistics are fitted on [0]."""
     DROPOUT = 12
     """Masks of dropout [update]."""
+    LAYOUTS = 13
+    """Which of a prompt's layouts are trained on [update]."""
+    HELD_OUT_LAYOUTS = 14
+    """Which of a held-out prompt's layouts is validated on [0]."""
 
 
 def stream_rng(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:

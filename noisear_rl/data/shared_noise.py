@@ -7,6 +7,9 @@ noise; the ridge is chosen by the rewards of left-out prompts. Prompts of one ki
 Gaussian policy can learn: separate good noises for each prompt have many layouts, whose average has none. This needs
 only rewards, no reward gradients.
 
+With a ``margin``, a prompt gets all noises that are nearly as promising as the best one, and the first patch of the
+noise decides between them (:mod:`~noisear_rl.data.layouts`), so that images of one prompt stay different.
+
 Two kinds of targets: the chosen ``noise`` itself, or the ``leak`` of the image that it gives
 (:mod:`~noisear_rl.data.signal_leak`): the same layout for a fraction of the KL divergence, if the denoiser's schedule
 does not start from pure noise.
@@ -28,10 +31,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Features, Value
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
-from noisear_rl.config import Float, Fraction, PositiveFloat, PositiveInt, Share, check_config, parse_config
+from noisear_rl.config import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    check_config,
+    parse_config,
+)
 from noisear_rl.data.pairs import PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file, write_shard
@@ -45,6 +58,8 @@ from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward, reward_config
 from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
 from noisear_rl.trust import values_from
+
+LAYOUT_FEATURES = Features({**PAIR_FEATURES, "layout": Value("int64")})  # several pairs per prompt
 
 
 @dataclass
@@ -78,6 +93,9 @@ class SharedNoiseConfig:
     """Leak: minimum reward of an image; other prompts get no pair."""
     tries: PositiveInt = 1
     """Leak: noises to try per prompt at most, the most promising first, until an image is good."""
+    margin: NonNegativeFloat = 0.0
+    """Expected reward that further noises of a prompt may lack to its best one: more of them keep images of a prompt
+    different. With 0, each prompt has one noise."""
     rounds: PositiveInt = 1
     """Leak: images per noise; each image after the first starts from the leak of the last good one."""
     batch_size: PositiveInt = 128
@@ -143,7 +161,9 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     choice = choose_noise(
         rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
     )
-    own = {name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance")}
+    own = {
+        name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance", "margin")
+    }
     own["leaked"] = len(asked) * min(config.tries, config.noises) * config.rounds if leak else 0  # images at most
     if leak:
         own |= {name: getattr(config, name) for name in ("signal_strength", "min_reward", "tries", "rounds")}
@@ -158,18 +178,29 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     if shard_file(config.output_dir, 0).exists():
         return choice
     if leak:
-        rows = _leaks(config, denoiser, rollouts.manifest, asked, np.array(seeds)[choice.ranking])
-        if not rows["prompt"]:
+        found = _leaks(config, denoiser, rollouts.manifest, asked, np.array(seeds)[choice.ranking], choice.predicted)
+        if not any(found):
             raise ValueError(f"no image reached min_reward {config.min_reward}: lower it, or use target: noise")
     else:
-        targets = ((1 - config.noise_scale**2) ** 0.5 * noise[choice.noise]).astype(np.float16)
-        rows = {"prompt": asked, "seed": [seeds[i] for i in choice.noise], "target": list(targets)}
-    times = repeats(prompts, config.balance)
-    repeated = [i for i, prompt in enumerate(rows["prompt"]) for _ in range(times[prompt])]
-    columns = {key: [part[i] for i in repeated] for key, part in rows.items()}
+        targets = ((1 - config.noise_scale**2) ** 0.5 * noise).astype(np.float16)
+        enough = choice.predicted > choice.predicted[:, :1] - config.margin
+        enough[:, 0] = True
+        found = [
+            [(int(rank), targets[ranking[rank]]) for rank in ranks.nonzero()[0]]
+            for ranking, ranks in zip(choice.ranking, enough, strict=True)
+        ]
+    times, place = repeats(prompts, config.balance), {column: k for k, column in enumerate(choice.chosen.tolist())}
+    rows: dict[str, list[Any]] = {"prompt": [], "seed": [], "target": [], "layout": []}
+    for prompt, ranking, kept in zip(asked, choice.ranking, found, strict=True):
+        for i, (rank, target) in enumerate(kept):
+            column = int(ranking[rank])
+            for _ in range(1 if i else times[prompt]):
+                for key, value in zip(rows, (prompt, seeds[column], target, place[column]), strict=True):
+                    rows[key].append(value)
     barrier()  # all have looked for the shard
     if is_main():
-        write_shard(config.output_dir, 0, columns, PAIR_FEATURES)
+        features = LAYOUT_FEATURES if config.margin else PAIR_FEATURES
+        write_shard(config.output_dir, 0, {key: rows[key] for key in features}, features)
     barrier()
     return choice
 
@@ -188,9 +219,14 @@ def repeats(prompts: Sequence[str], balance: float) -> dict[str, int]:
 
 
 def _leaks(
-    config: SharedNoiseConfig, denoiser: Denoiser, manifest: dict[str, Any], prompts: list[str], ranking: np.ndarray
-) -> dict[str, list[Any]]:
-    """The leak of the first noise that gives a good image of each prompt, as columns of pairs.
+    config: SharedNoiseConfig,
+    denoiser: Denoiser,
+    manifest: dict[str, Any],
+    prompts: list[str],
+    ranking: np.ndarray,
+    predicted: np.ndarray,
+) -> list[list[tuple[int, np.ndarray]]]:
+    """The leaks of the first noise that gives a good image of each prompt, and of those within the margin of it.
 
     Args:
         config: Options.
@@ -198,24 +234,28 @@ def _leaks(
         manifest: The rollouts' manifest, which names the reward.
         prompts: ``Q`` prompts.
         ranking: ``(Q, noises)`` seeds of the noises, the most promising first.
+        predicted: ``(Q, noises)`` their expected rewards.
+
+    Returns:
+        For each prompt ranks and leaks of the noises that gave a good image, the most promising first.
     """
     with values_from(config.rollouts / "manifest.json"):  # which may name code
         reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
-    leaks: dict[int, tuple[int, np.ndarray]] = {}  # by prompt: seed and leak
+    leaks: list[list[tuple[int, np.ndarray]]] = [[] for _ in prompts]
     state = process()
     for attempt in range(min(config.tries, config.noises)):
-        left = [i for i in range(len(prompts)) if i not in leaks]
+        floor = [predicted[i, kept[0][0]] - config.margin if kept else -np.inf for i, kept in enumerate(leaks)]
+        left = [i for i in range(len(prompts)) if predicted[i, attempt] > floor[i]]
         mine = range(0, len(left), config.batch_size)[state.process_index :: state.num_processes]
-        found_here: list[tuple[int, tuple[int, np.ndarray]]] = []
+        found_here: list[tuple[int, np.ndarray]] = []
         for start in tqdm(mine, desc=f"leaks, try {attempt + 1}", unit="batch", disable=not is_main()):
             rows = left[start : start + config.batch_size]
-            seeds = ranking[rows, attempt].tolist()
             found = signal_leak(
                 denoiser,
                 None,  # the first noise is that of the seed: the chosen one
                 reward,
                 [prompts[i] for i in rows],
-                seeds,
+                ranking[rows, attempt].tolist(),
                 min_reward=config.min_reward,
                 signal_strength=config.signal_strength,
                 noise_scale=config.noise_scale,
@@ -224,14 +264,10 @@ def _leaks(
             for j, i in enumerate(rows):
                 good = [target[j] for target, kept in found if kept[j]]
                 if good:
-                    found_here.append((i, (seeds[j], good[-1].flatten().half().numpy())))
-        leaks |= dict(gather_objects(found_here))
-    order = sorted(leaks)
-    return {
-        "prompt": [prompts[i] for i in order],
-        "seed": [leaks[i][0] for i in order],
-        "target": [leaks[i][1] for i in order],
-    }
+                    found_here.append((i, good[-1].flatten().half().numpy()))
+        for i, target in gather_objects(found_here):
+            leaks[i].append((attempt, target))
+    return leaks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

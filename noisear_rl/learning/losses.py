@@ -14,14 +14,14 @@ from torch.distributions import Independent
 Advantage = Literal["none", "ema", "rloo", "grpo"]
 
 
-def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float = 0.0) -> torch.Tensor:
+def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float | torch.Tensor = 0.0) -> torch.Tensor:
     """Negative log-likelihood of target patches, per element (NoiseAR §2.3).
 
     Args:
         distribution: Batch shape ``(B, N)``, event shape ``(A,)``.
         target: ``(B, N, A)``.
-        noise_scale: Standard deviation of Gaussian noise on the targets, over which the expectation is taken in
-            closed form: ``E[-log p(target + noise_scale·ε)]``.
+        noise_scale: Standard deviation of Gaussian noise on the targets, one number or one per patch ``(N, 1)``, over
+            which the expectation is taken in closed form: ``E[-log p(target + noise_scale·ε)]``.
 
     Returns:
         A scalar: nats per element, so that its scale does not depend on the latent's size.

@@ -47,6 +47,9 @@ class NoiseARConfig:
             the order of their words from the first update on. It is meant for embeddings without text layers.
         text_scale: Factor on the initial values and outputs of cross-attention. With ``"whitened"``, 4 makes the text
             count as much as the position from the start.
+        layouts: Layouts ``K`` between which the first patch chooses, with probabilities that a head computes from the
+            text, so that the policy has several modes (:mod:`~noisear_rl.policy.layouts`); 0 for none. At most as many
+            as a patch has elements; ``"paper"`` only. Pretraining on pairs of several layouts per prompt trains them.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
         log_variance: ``"predicted"`` along with the mean (the paper's), ``"shared"`` (one learned number per patch
             position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
@@ -69,12 +72,15 @@ class NoiseARConfig:
     positions: Literal["learned", "sinusoidal"] = "learned"
     text_features: Literal["normalized", "whitened"] = "normalized"
     text_scale: PositiveFloat = 1.0
+    layouts: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
     log_variance: Literal["predicted", "shared", "fixed"] = "predicted"
 
     def __post_init__(self) -> None:
         check_config(self)
-        sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
+        _, patch_dim = sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
+        if self.layouts > patch_dim:
+            raise ValueError(f"layouts must be at most {patch_dim}, the elements of a patch, not {self.layouts}")
         if not self.text_encoder:
             raise ValueError("text_encoder must not be empty")
         if self.text_encoder == TOKENS:
@@ -83,6 +89,8 @@ class NoiseARConfig:
             raise ValueError(f"d_model ({self.d_model}) must be even and divisible by n_heads ({self.n_heads})")
         if self.architecture == "released" and (self.text_features, self.text_scale) != ("normalized", 1.0):
             raise ValueError("text_features and text_scale belong to architecture='paper'")
+        if self.architecture == "released" and self.layouts:
+            raise ValueError("layouts belong to architecture='paper'")
         if self.architecture == "released" and self.text_layers:
             raise ValueError("text_layers and text_encoder='tokens' belong to architecture='paper'")
         if self.architecture == "paper" and self.n_prediction_head:

@@ -10,6 +10,8 @@ Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``T`` tokens, ``L`
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -25,9 +27,23 @@ from noisear_rl.policy.layers import (
     project_keys_values,
     sinusoidal_encoding,
 )
+from noisear_rl.policy.layouts import LayoutHead
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-Text = tuple[list[KeysValues], torch.Tensor | None]  # keys and values per block, and the attention mask (B, 1, 1, L)
+
+
+class Text(NamedTuple):
+    """What the decoder needs of the text, computed once for all patches.
+
+    Attributes:
+        keys_values: Keys and values for the cross-attention of each block.
+        mask: ``(B, 1, 1, L)``, true where a token counts.
+        layout_logits: ``(B, K)``, if the policy has layouts.
+    """
+
+    keys_values: list[KeysValues]
+    mask: torch.Tensor | None
+    layout_logits: torch.Tensor | None
 
 
 class Decoder(nn.Module):
@@ -54,6 +70,7 @@ class Decoder(nn.Module):
         self.cross_attn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
         self.ffn_layers = nn.ModuleList(feed_forward(d, config.d_ff, config.dropout) for _ in layers)
         self.ffn_norm = nn.ModuleList(nn.LayerNorm(d) for _ in layers)
+        self.layout_head = LayoutHead(config.layouts, d, config.n_heads) if config.layouts else None
 
     def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
         """Encodes and projects the text ``(B, L, D)`` once for all patches; ``text_mask`` is ``(B, L)``."""
@@ -61,7 +78,8 @@ class Decoder(nn.Module):
         if text_mask is not None and self.masks_padding:
             mask = text_mask.bool()[:, None, None]  # (B, 1, 1, L)
         text = self.encode(text, mask)  # (B, L, d)
-        return [project_keys_values(layer, text) for layer in self.cross_attn_layers], mask
+        keys_values = [project_keys_values(layer, text) for layer in self.cross_attn_layers]
+        return Text(keys_values, mask, self.layout_head(text, mask) if self.layout_head else None)
 
     def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Text ``(B, L, D)`` → ``(B, L, d)``; ``mask`` is ``(B, 1, 1, L)``, true where a token counts."""
@@ -71,18 +89,24 @@ class Decoder(nn.Module):
         """Features ``(B, T, d)`` of the patches from ``first`` on → mean and log-variance ``(B, T, A)``."""
         raise NotImplementedError
 
-    def tokens(self, patches: torch.Tensor) -> torch.Tensor:
-        """The start token and all patches but the last, ``(B, N, A)`` → ``(B, N, d)``."""
+    def tokens(self, patches: torch.Tensor, layout: torch.Tensor | None = None) -> torch.Tensor:
+        """The start token and all patches but the last, ``(B, N, A)`` → ``(B, N, d)``; ``layout`` is ``(B,)``."""
         start = self.learnable_start_token_emb.expand(len(patches), 1, -1)
         past = self.latent_patch_encoder(patches[:, :-1].to(self.pos_encoding.dtype))  # (B, N-1, d)
+        if layout is not None and self.layout_head:
+            past = past + self.layout_head.embedding(layout)[:, None]
         return torch.cat([start, past], 1) + self.pos_encoding[:, : patches.shape[1]]
 
-    def token(self, patch: torch.Tensor | None, position: int, batch: int) -> torch.Tensor:
+    def token(
+        self, patch: torch.Tensor | None, position: int, batch: int, layout: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The token at a position, ``(B, 1, d)``: the start token, or the embedded patch ``(B, A)`` before it."""
         if patch is None:
             token = self.learnable_start_token_emb.expand(batch, 1, -1)
         else:
             token = self.latent_patch_encoder(patch.to(self.pos_encoding.dtype))[:, None]
+            if layout is not None and self.layout_head:
+                token = token + self.layout_head.embedding(layout)[:, None]
         return token + self.pos_encoding[:, position : position + 1]
 
     def forward(self, x: torch.Tensor, text: Text, cache: list[KeysValues | None] | None = None) -> torch.Tensor:
@@ -90,7 +114,7 @@ class Decoder(nn.Module):
 
         With a cache, ``x`` is the one next token and ``cache`` holds the keys and values of all before.
         """
-        keys_values, mask = text
+        keys_values, mask, _ = text
         for i in range(len(self.ffn_layers)):
             normed = self.self_attn_norm[i](x)
             own = project_keys_values(self.self_attn_layers[i], normed)

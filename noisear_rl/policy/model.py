@@ -22,8 +22,9 @@ from noisear_rl.checkpoints import load_weights
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
 from noisear_rl.policy.config import TOKENS, NoiseARConfig
-from noisear_rl.policy.decoder import Decoder, PaperDecoder
+from noisear_rl.policy.decoder import Decoder, PaperDecoder, Text
 from noisear_rl.policy.layers import Whitening
+from noisear_rl.policy.layouts import choose_layout
 from noisear_rl.policy.released import ReleasedDecoder
 
 __all__ = ["NoiseARConfig", "NoiseARPolicy", "PolicySample"]
@@ -107,7 +108,38 @@ class NoiseARPolicy(
 
     def features(self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None) -> torch.Tensor:
         """The network's features of every prefix and the text: ``(B, N, d)``; row ``i`` sees ``i`` patches."""
-        return self.network(self.network.tokens(patches), self.network.read(text, text_mask))
+        return self._features(patches, self.network.read(text, text_mask))
+
+    def _features(self, patches: torch.Tensor, prepared: Text, layout: torch.Tensor | None = None) -> torch.Tensor:
+        if layout is None and prepared.layout_logits is not None:
+            layout = choose_layout(patches[:, 0], prepared.layout_logits)
+        return self.network(self.network.tokens(patches, layout), prepared)
+
+    def given_layout(
+        self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, layout: torch.Tensor
+    ) -> tuple[Independent, torch.Tensor]:
+        """Both factors of ``p(layout | text) · p(patches | layout, text)``, to pretrain a policy that has layouts.
+
+        Args:
+            patches: ``(B, N, A)``.
+            text: ``(B, L, D)``.
+            text_mask: ``(B, L)`` or ``None``.
+            layout: ``(B,)`` int64.
+
+        Returns:
+            The Gaussians of all patches, and the log-probabilities ``(B,)`` of the layouts: those with which standard
+            normal first patches choose them.
+
+        Raises:
+            ValueError: If the policy has fewer layouts.
+        """
+        prepared = self.network.read(text, text_mask)
+        if prepared.layout_logits is None or int(layout.max()) >= self.config.layouts:
+            raise ValueError(
+                f"layout {int(layout.max())} of a policy whose configuration has layouts: {self.config.layouts}"
+            )
+        log_prob = prepared.layout_logits.log_softmax(-1).gather(1, layout[:, None])[:, 0]
+        return self._gaussian(self._features(patches, prepared, layout)), log_prob
 
     @torch.no_grad()
     def fit_text(self, text: torch.Tensor, text_mask: torch.Tensor) -> None:
@@ -210,11 +242,12 @@ class NoiseARPolicy(
         with torch.set_grad_enabled(differentiable):
             prepared = self.network.read(text, text_mask)
             cache: list = [None] * self.config.n_layers
+            layout: torch.Tensor | None = None
             patches: list[torch.Tensor] = []
             log_prob: list[torch.Tensor] = []
             for i in range(self.n_patches):
                 if use_cache:
-                    token = self.network.token(patches[-1] if patches else None, i, b)
+                    token = self.network.token(patches[-1] if patches else None, i, b, layout)
                     gaussian = self._gaussian(self.network(token, prepared, cache), i).base_dist
                     mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
                 else:
@@ -223,6 +256,8 @@ class NoiseARPolicy(
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])
                 log_prob.append(Normal(mean, std).log_prob(patches[-1]).sum(-1))
+                if i == 0 and prepared.layout_logits is not None:
+                    layout = choose_layout(patches[0], prepared.layout_logits)
             return PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
 
     def noise(self, sample: PolicySample) -> torch.Tensor:

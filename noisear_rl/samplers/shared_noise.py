@@ -37,6 +37,7 @@ class Choice:
 
     Attributes:
         ranking: ``(Q, K)`` columns of the chosen noises, for each prompt in order of the expected reward.
+        predicted: ``(Q, K)`` expected rewards in this order, relative to the prompt's mean over all noises.
         chosen: ``(K,)`` columns of the chosen noises.
         weights: ``(P, K)`` weights of the prompts that were tried: with their similarities to a prompt, they predict
             its relative reward on the chosen noises.
@@ -47,6 +48,7 @@ class Choice:
     """
 
     ranking: np.ndarray
+    predicted: np.ndarray
     chosen: np.ndarray
     weights: np.ndarray
     ridge: float
@@ -112,8 +114,10 @@ def choose_noise(rewards: np.ndarray, tried: np.ndarray, asked: np.ndarray, nois
             best = expected, float(ridge), chosen, vectors @ (rotated / (values + ridge)[:, None])
     assert best is not None
     expected, ridge, chosen, weights = best
-    order = np.argsort(-(similarity(asked, tried) @ weights[:, chosen]), 1, kind="stable")
-    return Choice(chosen[order], chosen, weights[:, chosen], ridge, float(rewards.mean()), expected)
+    predicted = similarity(asked, tried) @ weights[:, chosen]
+    order = np.argsort(-predicted, 1, kind="stable")
+    ranked = np.take_along_axis(predicted, order, 1)
+    return Choice(chosen[order], ranked, chosen, weights[:, chosen], ridge, float(rewards.mean()), expected)
 
 
 def _cover(predicted: np.ndarray, count: int) -> np.ndarray:

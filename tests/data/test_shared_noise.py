@@ -201,6 +201,26 @@ def test_the_next_noise_is_tried_where_an_image_is_not_good(tried, tmp_path, tur
         assert dict(zip(rows["prompt"], rows["seed"], strict=True)) == wanted
 
 
+@pytest.mark.parametrize("target", ["noise", "leak"])
+def test_a_margin_keeps_noises_that_are_nearly_as_promising(tried, tmp_path, turbo, target):
+    config = SharedNoiseConfig(tried, tmp_path / "some", noises=3, tries=3, target=target, min_reward=-1.0, margin=0.02)
+    choice = build_pairs(config, turbo)
+    prompts, _, _, seeds = rewards_by_noise(load_rollouts(tried))
+    rows = load_pairs(tmp_path / "some").with_format("numpy")[:]
+    wanted = [
+        (prompt, seeds[column], choice.chosen.tolist().index(column))
+        for prompt, ranking, predicted in zip(prompts, choice.ranking, choice.predicted, strict=True)
+        for column, reward in zip(ranking, predicted, strict=True)
+        if reward > predicted[0] - 0.02 or column == ranking[0]
+    ]
+    assert len(prompts) < len(wanted) < 3 * len(prompts)
+    assert list(zip(rows["prompt"], rows["seed"], rows["layout"], strict=True)) == wanted
+    build_pairs(replace(config, output_dir=tmp_path / "all", margin=100.0), turbo)
+    assert len(load_pairs(tmp_path / "all")) == 3 * len(prompts)
+    build_pairs(replace(config, output_dir=tmp_path / "one", margin=0.0), turbo)
+    assert "layout" not in load_pairs(tmp_path / "one").column_names
+
+
 @pytest.mark.parametrize("encoder", ["denoiser", "tokens"])
 def test_the_choice_alone_is_a_method(tried, tmp_path, turbo, encoder):
     asked = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a red cross")
