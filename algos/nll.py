@@ -136,7 +136,8 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     sizes = policy_sizes(denoiser, denoiser.patch_size) | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, owner, any_patch_size=True).to(run.device)
     if layouts and policy.config.layouts <= layouts.layout.max():
-        raise ValueError(f"{config.pairs} has several layouts per prompt: set policy.layouts to {manifest['noises']}")
+        needed = layouts.layout.max() + 1
+        raise ValueError(f"{config.pairs} has several layouts per prompt: set policy.layouts to at least {needed}")
     fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
     same_everywhere(policy)
     scale = torch.full((policy.n_patches, 1), noise_scale, device=run.device)  # of the noise on each patch

@@ -6,8 +6,9 @@
     python benchmarks/shapes.py --render            # the page again from its data
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
-validation captions. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which no
-training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
+validation captions. With three of the training seeds, the other algorithms improve the same pretrained policy with as
+many images as PPO does. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which
+no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
 them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the images.
 """
 
@@ -23,9 +24,11 @@ import numpy as np
 from gaussian import figure  # in this folder
 from pages import by_seed  # in this folder
 
-from noisear_rl.algos import evaluate, prior
+from noisear_rl.algos import dpo, evaluate, nll, prior, reinforce, reward_gradient
+from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.config import load_yaml
+from noisear_rl.data.pairs import PairsConfig, build_pairs
 from noisear_rl.evaluation.intervals import bootstrap, category_means, holm, paired_difference, significance_mark
 from noisear_rl.evaluation.results import Results, from_record, load_results, read_record, to_record, write_page
 from noisear_rl.files import read_manifest
@@ -34,9 +37,18 @@ from noisear_rl.report.plots import save_figure
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = Path("runs/shapes"), ROOT / "benchmarks/results/shapes.md"
+TURBO = "NoiseAR-ShapesTurbo-v0"
 SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
 STAGES = {"shared noise, no policy": "shared", "NLL on shared layouts": "nll", "PPO from there": "ppo"}
+OTHERS = {
+    "REINFORCE from there": "reinforce",
+    "DPO from there": "dpo",
+    "expert iteration from there": "expert",
+    "reward gradient from there": "reward_gradient",
+}
+OTHER_SEEDS = (0, 1, 2)
+IMAGES = 32_768  # of PPO and of each of the others
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
@@ -49,17 +61,71 @@ def train(seed: int) -> None:
     """Trains with one training seed; finished stages return immediately."""
     config = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml")
     prior.train(replace(config, output_dir=folder_of(seed), seed=seed))
+    if seed in OTHER_SEEDS:
+        train_others(folder_of(seed), seed)
+
+
+def train_others(folder: Path, seed: int) -> None:
+    """Improves the pretrained policy of a training seed by each of the other algorithms."""
+    start = str(folder / "nll")
+    common: dict[str, Any] = {"init_from": start, "seed": seed, "resume": True}
+    reinforce.train(
+        reinforce.ReinforceConfig(
+            env_id=TURBO,
+            prompts="train-balanced",
+            prompts_per_update=128,
+            samples_per_prompt=8,
+            updates=IMAGES // 1024,
+            output_dir=folder / "reinforce",
+            **common,
+        )
+    )
+    per_prompt = 16
+    prompts: dict[str, Any] = {"prompts": "train-balanced", "num_prompts": IMAGES // per_prompt}
+    rollouts = folder / "rollouts"
+    collect(
+        CollectConfig(TURBO, policy=start, output_dir=rollouts, seed=seed, samples_per_prompt=per_prompt, **prompts)
+    )
+    preferences = load_yaml(dpo.DPOConfig, ROOT / "configs/shapes/dpo.yaml")
+    dpo.train(replace(preferences, rollouts=rollouts, output_dir=folder / "dpo", **common))
+    build_pairs(
+        PairsConfig(
+            "shapes-turbo",
+            "signal_leak",
+            "train-balanced",
+            folder / "leaks",
+            pairs=IMAGES,
+            filter_reward="shapes-match",
+            policy=start,
+            signal_strength=2.0,
+            noise_scale=0.75,
+            seed=1_000_000 * (1 + seed),
+        )
+    )
+    pretraining = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml").nll
+    pretraining = replace(pretraining, epochs=20, learning_rate=5e-4, **common)
+    nll.train(replace(pretraining, pairs=folder / "leaks", output_dir=folder / "expert"))
+    reward_gradient.train(
+        reward_gradient.RewardGradientConfig(
+            prompts="train-balanced",
+            updates=IMAGES // 128,
+            learning_rate=1e-4,
+            output_dir=folder / "reward_gradient",
+            **common,
+        )
+    )
 
 
 def paths(stage: str) -> str:
     """Returns the folders of a stage, one per training seed, as a method of ``noisear evaluate`` names them."""
-    return ",".join(str(folder_of(seed) / stage) for seed in SEEDS)
+    seeds = OTHER_SEEDS if stage in OTHERS.values() else SEEDS
+    return ",".join(str(folder_of(seed) / stage) for seed in seeds)
 
 
 def evaluation() -> EvaluateConfig:
     """Returns the configuration of the evaluation."""
     return EvaluateConfig(
-        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in STAGES.items())),
+        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | OTHERS).items())),
         denoiser="shapes-turbo",
         prompts="test",
         num_prompts=CAPTIONS,
@@ -74,12 +140,13 @@ def training_images() -> dict[str, int]:
     folder = folder_of(SEEDS[0])
     tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
     ppo = int(read_records(folder / "ppo")[-1]["charts/images"])
-    return dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
+    images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
+    return images | dict.fromkeys(OTHERS, tried + leaked + IMAGES)
 
 
 def curves() -> list[list[tuple[int, float]]]:
     """Returns the training reward of every PPO run against all images denoised so far, by training seed."""
-    start = list(training_images().values())[-2]
+    start = training_images()["NLL on shared layouts"]
     logs = [read_records(folder_of(seed) / "ppo") for seed in SEEDS]
     return [[(start + int(r["charts/images"]), round(r["charts/episodic_return"], 4)) for r in log] for log in logs]
 
@@ -163,7 +230,14 @@ def chart(path: Path, results: Results) -> None:
     panels[1].set(xlabel="diversity of layouts within a caption, Gaussian = 1", ylim=panels[0].get_ylim())
     for seed, points in enumerate(results.facts["curves"]):
         images, rewards = np.array(points).T
-        last.plot(images / 1000, rewards, color=f"C{len(results.groups) - 1}", alpha=0.7, lw=1, label=f"seed {seed}")
+        last.plot(
+            images / 1000,
+            rewards,
+            color=f"C{list(results.groups).index('PPO from there')}",
+            alpha=0.7,
+            lw=1,
+            label=f"seed {seed}",
+        )
     last.set(xlabel="thousands of images denoised for training", ylabel="PPO: reward on training captions")
     for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)

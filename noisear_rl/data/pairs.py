@@ -46,6 +46,7 @@ from noisear_rl.samplers.base import resolve_denoising_seeds
 
 PairKind = Literal["weak_to_strong", "signal_leak"]
 PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
+LAYOUT_FEATURES = Features({**PAIR_FEATURES, "layout": Value("int64")})  # where prompts have several layouts
 
 
 @dataclass
@@ -103,7 +104,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
 
     Columns: ``prompt``, ``seed`` (of the starting noise, see :func:`noisear_rl.gaussian.standard_noise`) and
     ``target`` (float16, flattened ``(C, h, w)``), without the noise of scale ``noise_scale`` (in the manifest) that is
-    added on use.
+    added on use. Leaks of a policy with layouts have a fourth one, ``layout``: what its first patch chose.
 
     Args:
         config: Options.
@@ -125,7 +126,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     if leak and not denoiser.signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
-    policy = load_policy(config.policy) if leak and config.policy else None
+    policy, layout = load_policy(config.policy) if leak and config.policy else None, None
     reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
     manifest = to_mapping(config) | {
         "noise_scale": config.noise_scale if leak else 0.0,
@@ -148,7 +149,8 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         if shard % state.num_processes != state.process_index or shard_file(config.output_dir, shard).exists():
             bar.update(end - start)
             continue
-        rows: dict[str, list[Any]] = {"prompt": [], "seed": [], "target": []}
+        features = LAYOUT_FEATURES if policy and policy.config.layouts else PAIR_FEATURES
+        rows: dict[str, list[Any]] = {key: [] for key in features}
         for low in range(start, end, config.batch_size):
             indices = range(low, min(low + config.batch_size, end))
             texts, seeds = [prompts[i % len(prompts)] for i in indices], [config.seed + i for i in indices]
@@ -168,13 +170,18 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
                 )
             else:
                 found = _weak_to_strong(denoiser, reward, config, texts, seeds)
+            if policy and reader and policy.config.layouts:
+                text, mask = reader.read_prompts(texts)
+                layout = policy.chosen_layout(policy.sample(text, mask, seeds=seeds).patches, text, mask)
             for target, kept in found:
                 chosen = kept.nonzero()[:, 0].tolist()
                 rows["prompt"] += [texts[i] for i in chosen]
                 rows["seed"] += [seeds[i] for i in chosen]
                 rows["target"] += list(target[kept].flatten(1).half().cpu().numpy())
+                if "layout" in rows and layout is not None:
+                    rows["layout"] += layout.cpu()[kept].tolist()
             bar.update(len(indices))
-        write_shard(config.output_dir, shard, rows, PAIR_FEATURES)
+        write_shard(config.output_dir, shard, rows, features)
     bar.close()
     barrier()
     return load_pairs(config.output_dir)

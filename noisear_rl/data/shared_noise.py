@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Features, Value
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
@@ -45,7 +44,7 @@ from noisear_rl.config import (
     check_config,
     parse_config,
 )
-from noisear_rl.data.pairs import PAIR_FEATURES
+from noisear_rl.data.pairs import LAYOUT_FEATURES, PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
@@ -58,8 +57,6 @@ from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward, reward_config
 from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
 from noisear_rl.trust import values_from
-
-LAYOUT_FEATURES = Features({**PAIR_FEATURES, "layout": Value("int64")})  # several pairs per prompt
 
 
 @dataclass

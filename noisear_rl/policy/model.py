@@ -115,6 +115,13 @@ class NoiseARPolicy(
             layout = choose_layout(patches[:, 0], prepared.layout_logits)
         return self.network(self.network.tokens(patches, layout), prepared)
 
+    def chosen_layout(
+        self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The layout ``(B,)`` int64 that each first patch chooses; ``None`` if the policy has no layouts."""
+        logits = self.network.read(text, text_mask).layout_logits
+        return None if logits is None else choose_layout(patches[:, 0], logits)
+
     def given_layout(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, layout: torch.Tensor
     ) -> tuple[Independent, torch.Tensor]:

@@ -176,7 +176,17 @@ def test_signal_leak_of_a_policys_noise(tmp_path, turbo):
     options = {"pairs": 10, "batch_size": 10, "shard_size": 10}
     a = build_pairs(leak(tmp_path / "a", **options), turbo)
     b = build_pairs(leak(tmp_path / "b", **options, policy=str(tmp_path / "policy")), turbo)
-    assert a["target"][:] != b["target"][:]
+    assert a["target"][:] != b["target"][:] and "layout" not in b.column_names
+
+
+def test_a_policys_leaks_have_the_layouts_that_it_chose(tmp_path, turbo):
+    policy = random_policy(scale=0.02, layouts=4)
+    policy.save_pretrained(tmp_path / "policy")
+    made = build_pairs(leak(tmp_path / "pairs", pairs=10, min_reward=0.0, policy=str(tmp_path / "policy")), turbo)
+    text = turbo.encode(made["prompt"][:])
+    drawn = policy.sample(text.policy_embeds, text.policy_mask, seeds=made["seed"][:]).patches
+    chosen = policy.chosen_layout(drawn, text.policy_embeds, text.policy_mask)
+    assert made["layout"][:] == chosen.tolist() and len(set(made["layout"][:])) > 1
 
 
 def test_bad_input(tmp_path, random_denoiser):

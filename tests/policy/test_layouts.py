@@ -6,8 +6,8 @@ import torch
 
 from noisear_rl.algos import nll
 from noisear_rl.data.layouts import LayoutRows
+from noisear_rl.data.pairs import LAYOUT_FEATURES
 from noisear_rl.data.shards import write_shard
-from noisear_rl.data.shared_noise import LAYOUT_FEATURES
 from noisear_rl.files import check_manifest
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import unpatchify
@@ -68,7 +68,7 @@ def test_the_layout_of_the_first_patch_is_what_the_density_uses(tmp_path):
     patches = policy.sample(TEXT, MASK, seeds=range(6)).patches
     logits = policy.network.read(TEXT, MASK).layout_logits
     chosen = choose_layout(patches[:, 0], logits)
-    assert len(chosen.unique()) > 1
+    assert len(chosen.unique()) > 1 and torch.equal(policy.chosen_layout(patches, TEXT, MASK), chosen)
     given, log_prob = policy.given_layout(patches, TEXT, MASK, chosen)
     mean = policy.distribution(patches, TEXT, MASK).mean
     torch.testing.assert_close(given.mean, mean)
@@ -140,7 +140,7 @@ def test_pretraining_keeps_both_layouts(tmp_path, turbo, several):
         assert ((share.abs() - 1).abs() < 0.2).float().mean() > 0.95
         assert 0.4 < (share > 0).float().mean() < 0.6
         config.output_dir, config.policy = tmp_path / "without", NoiseARConfig()
-        with pytest.raises(ValueError, match=r"several layouts per prompt: set policy\.layouts to 2"):
+        with pytest.raises(ValueError, match=r"several layouts per prompt: set policy\.layouts to at least 2"):
             nll.train(config)
     else:
         assert (share.abs() < 0.2).all()
