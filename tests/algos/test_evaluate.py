@@ -134,8 +134,9 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_equal_one(finished, tmp_path, count):
-    launch(count, "algos/evaluate.py", *arguments(replace(finished, output_dir=tmp_path)))
-    many, one = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished.output_dir))
+    for number in (1, count):  # each with one thread
+        launch(number, "algos/evaluate.py", *arguments(replace(finished, output_dir=tmp_path / str(number))))
+    one, many = (json.loads((tmp_path / str(number) / "results.json").read_text()) for number in (1, count))
     assert many.pop("provenance")["processes"] == count
     one.pop("provenance")
     assert many == one
