@@ -55,7 +55,7 @@ from noisear_rl.integrity import lock_folder
 from noisear_rl.prompts import categories_of, resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward, reward_config
-from noisear_rl.samplers.shared_noise import Choice, SharedNoises, choose_noise, text_features
+from noisear_rl.samplers.shared_noise import Choice, SharedNoises, TextFeatures, choose_noise
 from noisear_rl.trust import values_from
 
 
@@ -153,11 +153,9 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         if config.prompts is None
         else resolve_prompts(config.prompts, denoiser.name, count=config.num_prompts).prompts
     )
-    reader = PromptReader(config.text_encoder, denoiser)
+    features = TextFeatures(PromptReader(config.text_encoder, denoiser), tried)
     asked = list(dict.fromkeys(prompts))
-    choice = choose_noise(
-        rewards, text_features(reader, tried, tried), text_features(reader, asked, tried), config.noises
-    )
+    choice = choose_noise(rewards, features(tried), features(asked), config.noises)
     own = {
         name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance", "margin")
     }
@@ -196,8 +194,8 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
                     rows[key].append(value)
     barrier()  # all have looked for the shard
     if is_main():
-        features = LAYOUT_FEATURES if config.margin else PAIR_FEATURES
-        write_shard(config.output_dir, 0, {key: rows[key] for key in features}, features)
+        columns = LAYOUT_FEATURES if config.margin else PAIR_FEATURES
+        write_shard(config.output_dir, 0, {key: rows[key] for key in columns}, columns)
     barrier()
     return choice
 

@@ -129,20 +129,32 @@ def _cover(predicted: np.ndarray, count: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def text_features(reader: PromptReader, prompts: Sequence[str], tried: Sequence[str]) -> np.ndarray:
+class TextFeatures:
     """What is read of each prompt, token by token at its place: ``(Q, F)``, with ``F = L · D``.
 
     Embeddings are whitened, by statistics of the prompts that were tried; token ids become unit vectors.
+
+    Args:
+        reader: Reads the prompts.
+        tried: Prompts that were tried.
     """
-    text, mask = (part.cpu() for part in reader.read_prompts(prompts))
-    if "text_vocabulary" in reader.sizes:
-        features = F.one_hot(text[..., 0].long(), reader.sizes["text_vocabulary"]).float()
-    else:
-        known, known_mask = (part.cpu() for part in reader.read_prompts(tried))
-        whiten = Whitening(known.shape[-1])
-        whiten.fit(known[known_mask.bool()])
-        features = whiten(text)
-    return (features * mask[..., None]).flatten(1).numpy()
+
+    def __init__(self, reader: PromptReader, tried: Sequence[str]):
+        self.reader, self.whiten = reader, None
+        if "text_vocabulary" not in reader.sizes:
+            text, mask = (part.cpu() for part in reader.read_prompts(tried))
+            self.whiten = Whitening(text.shape[-1])
+            self.whiten.fit(text[mask.bool()])
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Features ``(Q, F)`` of prompts."""
+        text, mask = (part.cpu() for part in self.reader.read_prompts(prompts))
+        if self.whiten is None:
+            features = F.one_hot(text[..., 0].long(), self.reader.sizes["text_vocabulary"]).float()
+        else:
+            features = self.whiten(text)
+        return (features * mask[..., None]).flatten(1).numpy()
 
 
 @dataclass(frozen=True)
@@ -201,8 +213,8 @@ class SharedNoiseSampler:
                 f"{denoiser.name!r} takes {tuple(denoiser.latent_shape)}"
             )
         self.denoiser, self.shared = denoiser, shared
-        self.reader = PromptReader(shared.text_encoder, denoiser)
-        self.tried = text_features(self.reader, shared.tried, shared.tried)  # (P, F)
+        self.features = TextFeatures(PromptReader(shared.text_encoder, denoiser), shared.tried)
+        self.tried = self.features(shared.tried)  # (P, F)
 
     @torch.no_grad()
     def __call__(
@@ -210,8 +222,7 @@ class SharedNoiseSampler:
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`."""
         check_seeds(prompts, seeds)
-        asked = text_features(self.reader, prompts, self.shared.tried)
-        predicted = similarity(asked, self.tried) @ self.shared.weights.numpy()  # (B, K)
+        predicted = similarity(self.features(prompts), self.tried) @ self.shared.weights.numpy()  # (B, K)
         noise = self.shared.noises[predicted.argmax(1)]
         own = resolve_denoising_seeds(seeds, denoising_seeds)
         images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)

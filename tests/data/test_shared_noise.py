@@ -23,7 +23,7 @@ from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers.by_name import plan_methods
-from noisear_rl.samplers.shared_noise import SharedNoises, SharedNoiseSampler, choose_noise, text_features
+from noisear_rl.samplers.shared_noise import SharedNoises, SharedNoiseSampler, TextFeatures, choose_noise
 
 
 def world(prompts, noises, luck, seed=0):
@@ -158,9 +158,9 @@ def test_features_are_words_at_their_places(turbo, encoder):
     prompts = [
         f"a photo of a {a} {r} a {b}" for a, b in (("circle", "square"), ("square", "circle")) for r in RELATIONS
     ]
-    features = text_features(reader, prompts, prompts)
+    features = TextFeatures(reader, prompts)(prompts)
     assert features.shape == (8, features.shape[1]) and len(np.unique(features.round(3), axis=0)) == 8
-    alone = text_features(reader, prompts[3:4], prompts)
+    alone = TextFeatures(reader, prompts)(prompts[3:4])
     np.testing.assert_allclose(alone[0], features[3], atol=1e-4)
     if encoder == "tokens":  # two words differ
         length = len(prompts[0].split()) + 2  # start and end
