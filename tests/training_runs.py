@@ -8,6 +8,7 @@ Every process writes its number, the number of all processes and its final param
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from noisear_rl.algos import dpo, nll, npnet, ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
-from noisear_rl.data.pairs import PAIR_FEATURES
+from noisear_rl.data.pairs import LAYOUT_FEATURES, PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
 from noisear_rl.distributed import is_main, num_processes
 from noisear_rl.files import check_manifest
@@ -55,6 +56,9 @@ def prepare(data: Path) -> None:
         rows = {"prompt": [prompts[i % len(prompts)] for i in range(60)], "seed": list(range(60))}
         rows["target"] = list((0.7 * noise + 0.3).flatten(1).half().numpy())
         write_shard(data / name, 0, rows, PAIR_FEATURES)
+        if name == "pairs":
+            check_manifest(data / "layouts", {"denoiser": denoiser, "noise_scale": 0.5})
+            write_shard(data / "layouts", 0, rows | {"layout": [i // 6 % 3 for i in range(60)]}, LAYOUT_FEATURES)
     again = {"num_prompts": 6, "samples_per_prompt": 6, "prompts_per_shard": 6, "denoiser_options": TURBO}
     collect(CollectConfig("NoiseAR-ShapesTurbo-v0", prompts=PROMPTS, output_dir=data / "rollouts", **again))
 
@@ -101,6 +105,9 @@ def trainings(data: Path, updates: int):
         ),
         "nll": lambda folder, **more: nll.train(
             nll.NLLConfig(data / "pairs", output_dir=folder, policy=LEARNED, **(pairs | more))
+        ),
+        "nll-layouts": lambda folder, **more: nll.train(
+            nll.NLLConfig(data / "layouts", output_dir=folder, policy=replace(LEARNED, layouts=3), **(pairs | more))
         ),
         "npnet": lambda folder, **more: npnet.train(
             npnet.NPNetTrainingConfig(data / "golden", output_dir=folder, **(golden | more)), TOY

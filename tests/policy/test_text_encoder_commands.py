@@ -16,6 +16,7 @@ IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
 READINGS = {
     "tokens": ["--policy.text-encoder", "tokens"],
     "whitened": ["--policy.text-layers", "1", "--policy.text-features", "whitened", "--policy.text-scale", "4"],
+    "layouts": ["--policy.text-encoder", "tokens", "--policy.layouts", "4"],
     "t5": ["--policy.text-encoder", "T5", "--policy.text-layers", "1"],
 }
 pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words", "ignore:prompt of")
@@ -35,7 +36,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "reading"), [("sdxl", "tokens"), ("sd3", "tokens"), ("sdxl", "whitened"), ("sd3", "t5")]
+    ("name", "reading"),
+    [("sdxl", "tokens"), ("sd3", "tokens"), ("sdxl", "whitened"), ("sdxl", "layouts"), ("sd3", "t5")],
 )
 def test_all_commands(name, reading, folders, tmp_path):
     where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
@@ -66,9 +68,10 @@ def test_all_commands(name, reading, folders, tmp_path):
     command("sample", *PROMPTS[:2], "--policy", out["ppo"], "--seeds", "0", "1", *denoiser)
 
     trained = [load_policy(tmp_path / stage) for stage in ("nll", "reinforce", "ppo", "dpo", "reward-gradient")]
-    expected = {"tokens": "tokens", "whitened": "denoiser", "t5": str(folders / "t5")}[reading]
+    expected = {"whitened": "denoiser", "t5": str(folders / "t5")}.get(reading, "tokens")
     assert {(p.config.text_encoder, p.config.text_layers) for p in trained} == {(expected, 1)}
     assert not any(p.needs_text_statistics for p in trained)
+    assert {p.config.layouts for p in trained} == {4 if reading == "layouts" else 0}
     assert all(p.network.prediction_head[-1].weight.any() for p in trained)  # 0 at first
     assert all(record["policy/kl_to_gaussian"] < 1e-6 for record in read_records(tmp_path / "reinforce"))  # at first
     noise = load_file(tmp_path / "sample/noise.safetensors")
