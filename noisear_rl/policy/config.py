@@ -50,6 +50,8 @@ class NoiseARConfig:
         layouts: Layouts ``K`` between which the first patch chooses, with probabilities that a head computes from the
             text, so that the policy has several modes (:mod:`~noisear_rl.policy.layouts`); 0 for none. At most as many
             as a patch has elements; ``"paper"`` only. Pretraining on pairs of several layouts per prompt trains them.
+        layout_temperature: Divides the logits of the layouts when one is chosen: below 1, likely layouts get likelier,
+            for less diversity. Pretraining fits the logits themselves.
         temperature: Factor on the standard deviation. The authors sample with 0.5.
         log_variance: ``"predicted"`` along with the mean (the paper's), ``"shared"`` (one learned number per patch
             position, independent of prefix and text, as in PPO for continuous control) or ``"fixed"`` (0).
@@ -73,6 +75,7 @@ class NoiseARConfig:
     text_features: Literal["normalized", "whitened"] = "normalized"
     text_scale: PositiveFloat = 1.0
     layouts: NonNegativeInt = 0
+    layout_temperature: PositiveFloat = 1.0
     temperature: PositiveFloat = 1.0
     log_variance: Literal["predicted", "shared", "fixed"] = "predicted"
 

@@ -111,16 +111,19 @@ class NoiseARPolicy(
         return self._features(patches, self.network.read(text, text_mask))
 
     def _features(self, patches: torch.Tensor, prepared: Text, layout: torch.Tensor | None = None) -> torch.Tensor:
-        if layout is None and prepared.layout_logits is not None:
-            layout = choose_layout(patches[:, 0], prepared.layout_logits)
+        layout = self._choose(patches[:, 0], prepared) if layout is None else layout
         return self.network(self.network.tokens(patches, layout), prepared)
+
+    def _choose(self, first: torch.Tensor, prepared: Text) -> torch.Tensor | None:
+        if prepared.layout_logits is None:
+            return None
+        return choose_layout(first, prepared.layout_logits / self.config.layout_temperature)
 
     def chosen_layout(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """The layout ``(B,)`` int64 that each first patch chooses; ``None`` if the policy has no layouts."""
-        logits = self.network.read(text, text_mask).layout_logits
-        return None if logits is None else choose_layout(patches[:, 0], logits)
+        return self._choose(patches[:, 0], self.network.read(text, text_mask))
 
     def given_layout(
         self, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None, layout: torch.Tensor
@@ -135,7 +138,7 @@ class NoiseARPolicy(
 
         Returns:
             The Gaussians of all patches, and the log-probabilities ``(B,)`` of the layouts: those with which standard
-            normal first patches choose them.
+            normal first patches choose them at a ``layout_temperature`` of 1.
 
         Raises:
             ValueError: If the policy has fewer layouts.
@@ -263,8 +266,8 @@ class NoiseARPolicy(
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])
                 log_prob.append(Normal(mean, std).log_prob(patches[-1]).sum(-1))
-                if i == 0 and prepared.layout_logits is not None:
-                    layout = choose_layout(patches[0], prepared.layout_logits)
+                if i == 0:
+                    layout = self._choose(patches[0], prepared)
             return PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
 
     def noise(self, sample: PolicySample) -> torch.Tensor:

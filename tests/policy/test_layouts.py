@@ -78,6 +78,19 @@ def test_the_layout_of_the_first_patch_is_what_the_density_uses(tmp_path):
     assert ((other.mean - mean)[:, 1:].abs().amax((1, 2)) > 0.01).all()
 
 
+def test_a_low_layout_temperature_takes_the_likeliest_layout():
+    policy = decided_policy()
+    policy.config.layout_temperature = 1e-3
+    likeliest = policy.network.read(TEXT, MASK).layout_logits.argmax(1)
+    for start in range(0, 60, 6):
+        patches = policy.sample(TEXT, MASK, seeds=range(start, start + 6)).patches
+        assert torch.equal(policy.chosen_layout(patches, TEXT, MASK), likeliest)
+    layout = torch.arange(6) % 5
+    _, cold = policy.given_layout(patches, TEXT, MASK, layout)
+    _, log_prob = decided_policy().given_layout(patches, TEXT, MASK, layout)
+    torch.testing.assert_close(cold, log_prob)  # what pretraining fits
+
+
 def test_rejects():
     with pytest.raises(ValueError, match="layouts must be at most 16, the elements of a patch, not 17"):
         NoiseARConfig(layouts=17)
