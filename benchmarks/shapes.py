@@ -48,7 +48,7 @@ OTHERS = {
     "reward gradient from there": "reward_gradient",
 }
 OTHER_SEEDS = (0, 1, 2)
-IMAGES = 32_768  # of PPO and of each of the others
+IMAGES = 16_384  # of PPO and of each of the others
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
