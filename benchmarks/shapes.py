@@ -110,6 +110,7 @@ def train_others(folder: Path, seed: int) -> None:
             prompts="train-balanced",
             updates=IMAGES // 128,
             learning_rate=1e-4,
+            kl_prior_coef=0.0,  # as the others have none
             output_dir=folder / "reward_gradient",
             **common,
         )
