@@ -58,7 +58,7 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
@@ -133,6 +133,10 @@ class PPOConfig:
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -173,6 +177,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
     same_everywhere(policy)
+    policy.compute_in(config.precision, config.compile)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
@@ -187,6 +192,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     step_size = StepSize(config.step, config.target_kl)
     critic = NoiseARCritic(policy.config).to(run.device).eval() if config.advantage == "gae" else None
     if critic is not None:
+        critic.policy.compute_in(config.precision, config.compile)
         fit_text(critic.policy, task.reader, task.prompts, config.seed)
         same_everywhere(critic)
 
@@ -222,10 +228,12 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
         reward, group, count = reward[kept], groups[kept], len(kept)  # (K,)
 
-        # The policy that sampled. Scored by the same pass as in the update, so that the first ratio is exactly 1.
-        with torch.no_grad():
-            old = policy.distribution(patches, text, mask)
-            old_log_prob = old.log_prob(patches)  # (k, N)
+        # The policy that sampled. Scored in the parts and by the pass of the update, so that the first ratio is exactly
+        # 1 in any precision; the KL is measured in float32.
+        scored = own.local().split(config.minibatches * config.micro_batches)
+        every = [policy.log_prob(*(x[part.rows] for x in (patches, text, mask))).detach() for part in scored]
+        old_log_prob = torch.cat(every)[: len(patches)]  # (k, N), without stand-ins
+        old, start = (p.exact_distribution(patches, text, mask) for p in (policy, reference))
 
         # Advantages, in standard deviations of this update's.
         if config.advantage == "gae":
@@ -242,12 +250,11 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # How far this update may go.
-        with torch.no_grad():
-            agreed = agreement(old, reference.distribution(patches, text, mask), patches, advantages)
+        agreed = agreement(old, start, patches, advantages)
         update_kl = step_size.next(agreed)
 
         # Policy: epochs of minibatches, until the update is as long as it may be.
-        metrics, approx_kl = [], 0.0  # mean ratio, loss, share of clipped patches
+        metrics, approx_kl = [], 0.0  # means of ratio - 1, loss, share of clipped patches
         longest = config.kl_stop * update_kl
         for _ in range(config.epochs):
             order = rng.permutation(count) if config.minibatches > 1 else np.arange(count)
@@ -265,9 +272,9 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                         frozen = reference.distribution(b_patches, b_text, b_mask)
                         loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
                     (part.weight * loss).backward()
-                    ratio = (log_prob.detach() - old_log_prob[part.rows]).exp()
-                    beyond = ((ratio - 1).abs() > config.clip_range).float()
-                    sums += part.weight * torch.stack([ratio.mean(), policy_loss.detach(), beyond.mean()])
+                    change = (log_prob.detach() - old_log_prob[part.rows]).exp() - 1
+                    beyond = (change.abs() > config.clip_range).float()
+                    sums += part.weight * torch.stack([change.mean(), policy_loss.detach(), beyond.mean()])
                 sum_gradients(policy)
                 b_patches, b_text, b_mask = (x[minibatch.rows] for x in (patches, text, mask))
                 b_old, size = rows_of(old, minibatch.rows), update_kl / config.target_kl
@@ -304,7 +311,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "losses/entropy": own.mean(old.entropy().sum(1).mean()).item(),
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": float(np.mean([clipped for *_, clipped in metrics])),
-            "losses/first_ratio": metrics[0][0],
+            "losses/first_ratio": 1 + metrics[0][0],
             "policy/step_kl": update_kl,
             "policy/mean_abs": own.mean(old.base_dist.mean.abs().mean()).item(),
             "policy/std": own.mean(old.base_dist.stddev.mean()).item(),

@@ -56,7 +56,7 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -109,6 +109,10 @@ class ReinforceConfig:
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -149,7 +153,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
     same_everywhere(policy)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    policy.compute_in(config.precision, config.compile)
+    reference = copy.deepcopy(policy).requires_grad_(False)  # not compiled
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -208,8 +213,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         distribution, (policy_loss, kl_to_prior) = concatenated(distributions), all_sum(sums)
 
         # Step, as long as the evidence allows.
-        with torch.no_grad():
-            agreed = agreement(distribution, reference.distribution(patches, text, mask), patches, advantages)
+        own_density, start = (p.exact_distribution(patches, text, mask) for p in (policy, reference))
+        agreed = agreement(own_density, start, patches, advantages)
         update_kl = step_size.next(agreed)
         kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl, part=own)
 
