@@ -10,9 +10,8 @@ Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``T`` tokens, ``L`
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import nn

@@ -25,6 +25,7 @@ VARIANTS = {
     "predicted": {"log_variance": "predicted", **WIDE},
     "whitened": {"text_features": "whitened", "text_dim": 32},
     "tokens": {"text_encoder": "tokens", "text_vocabulary": 50, "text_length": 9},
+    "layouts": {"layouts": 3},
     "released": {"architecture": "released", "text_dim": 32},
 }
 
