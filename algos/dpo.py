@@ -128,6 +128,8 @@ class DPOConfig:
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
     rounds: PositiveInt = 1
     """Rounds of training; each after the first trains on new rollouts of the same prompts, by the policy so far."""
+    reward_device: str | None = None
+    """With `rounds`: device of the scorers, such as `cuda:1`; unset for the accelerator if there is one."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
     precision: Precision = "float32"
@@ -183,6 +185,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     sizes = rollouts.policy_sizes | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, str(config.rollouts))
     prompts, patches = rollouts.prompts, rollouts.patches()  # (R,), (R, N, A)
+    reader.embed_all(prompts)
 
     # Prompts of held-out pairs are not trained on.
     _, held_out_rows = split_by_prompt(prompts, config.held_out_share, config.seed)
@@ -340,6 +343,7 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
                 env_id=manifest["env_id"],
                 denoiser_options=config.denoiser_options,
                 reward=manifest.get("reward_spec"),
+                reward_device=config.reward_device,
                 prompts=prompts,
                 policy=start,
                 output_dir=rollouts,

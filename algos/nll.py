@@ -142,6 +142,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     if layouts and policy.config.layouts <= layouts.layout.max():
         needed = layouts.layout.max() + 1
         raise ValueError(f"{config.pairs} has several layouts per prompt: set policy.layouts to at least {needed}")
+    reader.embed_all(prompts)
     fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
     same_everywhere(policy)
     policy.compute_in(config.precision, config.compile)

@@ -42,7 +42,7 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, embed_all, load_denoiser
 from noisear_rl.distributed import Part, all_sum, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
@@ -127,6 +127,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     noise_scale = manifest["noise_scale"]  # 0 if a target belongs to the noise of its seed
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     prompts, seeds = [str(prompt) for prompt in pairs["prompt"][:]], pairs["seed"][:]
+    embed_all(denoiser, prompts)
 
     # Network; at first it is also the best so far.
     torch.manual_seed(config.seed)

@@ -74,6 +74,8 @@ class PPOConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
@@ -165,7 +167,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "episodes per update")
-    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
+    options |= config.denoiser_options
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
     envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task
@@ -215,14 +218,11 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
         rng = stream_rng(config.seed, Stream.ROLLOUT, update)
         seeds = rng.integers(2**62, size=batch)[mine.rows]
-        observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
-        text = torch.from_numpy(observation["text"]).to(run.device)  # (M, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (M, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (M, N, A)
-        for patch in range(task.n_patches):
-            observation, rewards, *_, info = envs.step(actions[:, patch])
-        patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
-        reward = mine.gather(torch.from_numpy(rewards).float().to(run.device))  # (B,) of all processes
+        begun = envs.begin([int(s) % 2**31 for s in seeds], prompts)
+        text, mask = (x.to(run.device) for x in begun)  # (M, L, D), (M, L)
+        outcome = envs.play(policy.sample(text, mask, seeds=seeds.tolist()).patches)
+        patches = outcome.patches  # (M, N, A), clipped as the environment did
+        reward = mine.gather(outcome.rewards.to(run.device))  # (B,) of all processes
         kept = finite_episodes(reward, groups)  # (K,): the others are dropped and counted
         own = among(kept, mine.rows)  # those of this process
         patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
@@ -325,8 +325,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             every = [own.gather(x) for x in (patches, text, mask)]
             talk = cross_talk(policy, every[0], every[1], every[2], reward - reward.mean(), group)
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
-        scores = {key: mine.gather(torch.from_numpy(info[key])) for key in info if key.startswith("reward/")}
-        record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
+        scores = {key: mine.gather(values) for key, values in outcome.scores.items()}
+        record |= {key: float(np.mean(values.cpu()[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

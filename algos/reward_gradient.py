@@ -60,6 +60,8 @@ class RewardGradientConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Differentiable scorer; unset for the denoiser's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
     init_from: str | None = None
@@ -117,7 +119,8 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     text_encoder = text_encoder_of(config.init_from, config.policy)
-    task = NoiseTask(denoiser, config.reward, config.prompts, text_encoder=text_encoder)
+    where = {"text_encoder": text_encoder, "reward_device": config.reward_device}
+    task = NoiseTask(denoiser, config.reward, config.prompts, **where)
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "images per update")
 
