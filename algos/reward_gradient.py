@@ -119,8 +119,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     text_encoder = text_encoder_of(config.init_from, config.policy)
-    where = {"text_encoder": text_encoder, "reward_device": config.reward_device}
-    task = NoiseTask(denoiser, config.reward, config.prompts, **where)
+    task = NoiseTask(denoiser, config.reward, config.prompts, None, text_encoder, config.reward_device)
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "images per update")
 

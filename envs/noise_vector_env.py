@@ -137,8 +137,8 @@ class NoiseVectorEnv(VectorEnv):
         info = self._info(prompt=np.array(self._prompts, dtype=object), clipped=clipped)
         terminated = np.full(self.num_envs, self._step == self.task.n_patches)
         if terminated[0]:
-            patches = torch.from_numpy(self._patches.copy())
-            outcome = self.task.finish(patches, self._conditioning, self._prompts, self.denoise_seeds)
+            whole = torch.from_numpy(self._patches.copy())
+            outcome = self.task.finish(whole, self._conditioning, self._prompts, self.denoise_seeds)
             rewards, self.images = outcome.rewards.cpu().numpy().astype(np.float64), outcome.images
             scores = {name: values.cpu().numpy() for name, values in outcome.scores.items()}
             info |= self._info(noise=outcome.noise.numpy().copy(), **scores)

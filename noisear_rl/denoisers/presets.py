@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants
 from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
-from noisear_rl.denoisers.placement import DeviceMap, resolve_device, resolve_dtype
+from noisear_rl.denoisers.placement import DeviceMap, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 
@@ -95,8 +95,9 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     device = resolve_device(options.get("device", "auto"))
     dtype = resolve_dtype(options.get("dtype", "auto"), device)
     device_map, offload = options.pop("device_map", "none"), options.get("offload", "none")
-    if device_map not in get_args(DeviceMap):
-        raise ValueError(f"device_map must be one of {get_args(DeviceMap)}, not {device_map!r}")
+    for option, value, allowed in (("device_map", device_map, DeviceMap), ("offload", offload, Offload)):
+        if value not in get_args(allowed):
+            raise ValueError(f"{option} must be one of {get_args(allowed)}, not {value!r}")
     if device.type == "cpu" and (offload, device_map) != ("none", "none"):
         raise ValueError("offload and device_map spare the memory of accelerators, but the device is the CPU")
     if "none" not in (offload, device_map):

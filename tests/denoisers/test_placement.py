@@ -119,7 +119,7 @@ def test_a_policys_own_text_encoder_is_dropped(tmp_path):
     denoiser = denoiser_of("sdxl", drop_text_encoders=True)
     reader = PromptReader(str(tmp_path), denoiser)
     expected, _ = PromptReader(str(tmp_path), denoiser).read_prompts(PROMPTS)
-    model = weakref.ref(reader._embed.model)
+    model = weakref.ref(vars(reader._embed)["model"])
     del encoder
     reader.embed_all(PROMPTS)
     gc.collect()
@@ -146,7 +146,7 @@ def test_the_device_of_scorers(tmp_path):
     """It is that of ``reward_device``, unless a scorer's own options name another; not all have one."""
     spec = {"image-reward": 1.0, "pickscore": 1.0, "brightness": 1.0, "shapes-match": 1.0}
     reward = load_reward(spec, options={"pickscore": {"device": "cpu"}}, device="auto")
-    assert [scorer.device for scorer, _ in reward.rewards[:2]] == [resolve_device("auto"), torch.device("cpu")]
+    assert [vars(scorer)["device"] for scorer, _ in reward.rewards[:2]] == [resolve_device("auto"), torch.device("cpu")]
     missing = "cuda:7" if resolve_device("auto").type != "cuda" else "mps"
     with pytest.raises(ValueError, match=f"device '{missing}' is not available here"):
         load_reward("brightness", device=missing)
