@@ -91,7 +91,7 @@ def test_the_kl_of_a_step_is_measured_in_float32():
 def first_ratios(folder, **options):
     """PPO's first ratio at every update, in patches wide enough for results to depend on the size of a batch."""
     policy = NoiseARConfig(d_model=256, d_ff=256, n_layers=1, n_heads=2, log_variance="shared")
-    sizes = {"prompts_per_update": 2, "samples_per_prompt": 5, "updates": 3, "policy": policy, "target_kl": 5.0}
+    sizes = {"prompts_per_update": 2, "samples_per_prompt": 5, "updates": 2, "policy": policy, "target_kl": 5.0}
     name = toys.register(toys.Target(), latent_shape=(4, 64, 32), patch_size=32)
     ppo.train(ppo.PPOConfig(name, output_dir=folder, step="fixed", epochs=1, **(sizes | options)))
     records = read_records(folder)
@@ -99,10 +99,10 @@ def first_ratios(folder, **options):
     return [record["losses/first_ratio"] for record in records]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3, 10])
+@pytest.mark.parametrize("micro_batches", [1, 10])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_ppos_first_ratio_is_exactly_1(tmp_path, precision, micro_batches):
-    assert first_ratios(tmp_path, precision=precision, micro_batches=micro_batches) == [1.0, 1.0, 1.0]
+    assert first_ratios(tmp_path, precision=precision, micro_batches=micro_batches) == [1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -171,4 +171,4 @@ def test_compiled_trainings(data, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_ppos_first_ratio_is_exactly_1_if_compiled(tmp_path, precision):
-    assert first_ratios(tmp_path, precision=precision, compile=True, micro_batches=2) == [1.0, 1.0, 1.0]
+    assert first_ratios(tmp_path, precision=precision, compile=True, micro_batches=2) == [1.0, 1.0]
