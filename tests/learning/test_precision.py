@@ -95,7 +95,7 @@ def first_ratios(folder, **options):
     name = toys.register(toys.Target(), latent_shape=(4, 64, 32), patch_size=32)
     ppo.train(ppo.PPOConfig(name, output_dir=folder, step="fixed", epochs=1, **(sizes | options)))
     records = read_records(folder)
-    assert records[-1]["policy/kl_to_gaussian"] > 5
+    assert records[-1]["policy/kl_to_gaussian"] > 1  # it moved
     return [record["losses/first_ratio"] for record in records]
 
 
