@@ -45,6 +45,8 @@ class CollectConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a text file, or a split of `shapes`; unset for the environment's default."""
     policy: str | None = None
@@ -80,7 +82,8 @@ def collect(config: CollectConfig) -> None:
     _lock = lock_folder(config.output_dir) if is_main() else None
     batch = config.prompts_per_shard * k
     gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
-    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
+    options |= config.denoiser_options
     options["text_encoder"] = text_encoder_of(config.policy, gaussian)
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
@@ -128,25 +131,20 @@ def collect(config: CollectConfig) -> None:
         if config.same_noise:
             own = stream_rng(config.seed, Stream.SHARED_NOISE).integers(2**62, size=k)
             seeds = np.tile(own, config.prompts_per_shard)  # in the order of `repeated`
-        observation, _ = envs.reset(seed=denoise_seeds.tolist(), options={"prompts": padded})
-        text = torch.from_numpy(observation["text"]).to(state.device)  # (B, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(state.device)  # (B, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.half().float().cpu().numpy()
-        for patch in range(task.n_patches):
-            observation, rewards, *_, info = envs.step(actions[:, patch])
-        patches = torch.from_numpy(observation["patches"]).to(state.device)  # (B, N, A)
+        text, mask = (x.to(state.device) for x in envs.begin(denoise_seeds.tolist(), padded))  # (B, L, D), (B, L)
+        outcome = envs.play(policy.sample(text, mask, seeds=seeds.tolist()).patches.half().float())
         with torch.no_grad():
-            log_prob = policy.log_prob(patches, text, mask).cpu().numpy()  # (B, N)
+            log_prob = policy.log_prob(outcome.patches, text, mask).cpu().numpy()  # (B, N)
 
         rows = {
             "prompt": padded,
             "seed": seeds.tolist(),
             "denoise_seed": envs.denoise_seeds,
-            "noise": list(info["noise"].reshape(batch, -1).astype(np.float16)),
+            "noise": list(outcome.noise.flatten(1).half().cpu().numpy()),
             "log_prob": list(log_prob),
-            "reward": rewards.tolist(),
+            "reward": outcome.rewards.tolist(),
         }
-        rows |= {key: info[key].tolist() for key in info if key.startswith("reward/")}
+        rows |= {key: values.tolist() for key, values in outcome.scores.items()}
         if config.save_images and envs.images is not None:
             rows["image"] = [{"bytes": _png(image), "path": None} for image in envs.images]
         write_shard(config.output_dir, shard, {key: part[: len(repeated)] for key, part in rows.items()}, features)

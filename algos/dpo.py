@@ -51,10 +51,18 @@ from noisear_rl.distributed import Part, is_main, process, same_everywhere, shar
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
-from noisear_rl.learning.preference_losses import Loss, PairLogProbs, Strength, check_losses, preference_loss
+from noisear_rl.learning.preference_losses import (
+    Loss,
+    PairLogProbs,
+    Strength,
+    check_losses,
+    options_of_trl,
+    preference_loss,
+    trl_metrics,
+)
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import check_reward
 from noisear_rl.seeds import Stream, stream_rng
@@ -120,8 +128,14 @@ class DPOConfig:
     """Stop beyond this KL to the reference, in nats per noise: a loss that never saturates would run away."""
     rounds: PositiveInt = 1
     """Rounds of training; each after the first trains on new rollouts of the same prompts, by the policy so far."""
+    reward_device: str | None = None
+    """With `rounds`: device of the scorers, such as `cuda:1`; unset for the accelerator if there is one."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, held-out prompts and order."""
     save_every: PositiveInt = 200
@@ -171,6 +185,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     sizes = rollouts.policy_sizes | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, str(config.rollouts))
     prompts, patches = rollouts.prompts, rollouts.patches()  # (R,), (R, N, A)
+    reader.embed_all(prompts)
 
     # Prompts of held-out pairs are not trained on.
     _, held_out_rows = split_by_prompt(prompts, config.held_out_share, config.seed)
@@ -185,6 +200,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     policy = policy.to(run.device)
     fit_text(policy, reader, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
     same_everywhere(policy)
+    policy.compute_in(config.precision, config.compile)
     reference = copy.deepcopy(policy) if config.reference == "initial" else NoiseARPolicy(policy.config).to(run.device)
     reference.eval().requires_grad_(False)
     optimizer = PolicyOptimizer(
@@ -275,12 +291,12 @@ def batch_of(
 
 
 def score(
-    policy: NoiseARPolicy, reference: NoiseARPolicy, batch: Batch
+    policy: NoiseARPolicy, reference: NoiseARPolicy, batch: Batch, exact: bool = False
 ) -> tuple[PairLogProbs, Independent, Independent]:
-    """Log-probabilities of pairs under policy and reference, and the two distributions."""
-    own = policy.distribution(*batch)
+    """Log-probabilities of pairs under policy and reference, and the two distributions; ``exact`` has no gradient."""
+    own = (policy.exact_distribution if exact else policy.distribution)(*batch)
     with torch.no_grad():
-        frozen = reference.distribution(*batch)
+        frozen = (reference.exact_distribution if exact else reference.distribution)(*batch)
     (chosen, rejected), (reference_chosen, reference_rejected) = (
         density.log_prob(batch[0]).chunk(2)  # (b, N) each
         for density in (own, frozen)
@@ -302,27 +318,13 @@ def validate(
     """
     scores, drifts = [], []
     for batch in batches:
-        scored, own, frozen = score(policy, reference, batch)
+        scored, own, frozen = score(policy, reference, batch, exact=True)
         scores.append(scored)
         drifts.append(torch.stack([kl_to_gaussian(own), kl_divergence(own, frozen)]))  # (2, 2b, N)
     together = PairLogProbs.concatenated(scores)
     part = part or shard(len(together.chosen))
     to_gaussian, to_reference = part.mean(torch.cat(drifts, 1).sum(2).mean(1)).tolist()
     return together.joined(part), {"policy/kl_to_gaussian": to_gaussian, "policy/kl_to_reference": to_reference}
-
-
-def trl_metrics(scored: PairLogProbs, loss: torch.Tensor, beta: float) -> dict[str, float]:
-    """What trl logs of a batch, by its names; a reward is ``β`` times the log-ratio to the reference."""
-    chosen, rejected = beta * scored.chosen_ratio, beta * scored.rejected_ratio
-    return {
-        "loss": loss.item(),
-        "rewards/chosen": chosen.mean().item(),
-        "rewards/rejected": rejected.mean().item(),
-        "rewards/margins": (chosen - rejected).mean().item(),
-        "rewards/accuracies": (chosen > rejected).float().mean().item(),
-        "logps/chosen": scored.chosen.sum(1).mean().item(),
-        "logps/rejected": scored.rejected.sum(1).mean().item(),
-    }
 
 
 def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
@@ -341,6 +343,7 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
                 env_id=manifest["env_id"],
                 denoiser_options=config.denoiser_options,
                 reward=manifest.get("reward_spec"),
+                reward_device=config.reward_device,
                 prompts=prompts,
                 policy=start,
                 output_dir=rollouts,
@@ -363,26 +366,9 @@ def from_trl(arguments: trl.DPOConfig, **options: Any) -> DPOConfig:
         **options: Fields of :class:`DPOConfig` that trl does not have, such as ``rollouts``.
 
     Raises:
-        ValueError: If it asks for what is not supported here: ``f_divergence_type``, ``ld_alpha``, ``use_weighting`` or
-            ``sync_ref_model``.
+        ValueError: If it asks for what :func:`~noisear_rl.learning.preference_losses.options_of_trl` refuses.
     """
-    refused = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "sync_ref_model": False}
-    for name, default in refused.items():
-        if getattr(arguments, name) != default:
-            raise ValueError(f"trl.DPOConfig({name}={getattr(arguments, name)!r}) is not supported; leave {default!r}")
-    taken = {
-        "loss_type": tuple(arguments.loss_type),
-        "loss_weights": None if arguments.loss_weights is None else tuple(arguments.loss_weights),
-        "beta": arguments.beta,
-        "label_smoothing": arguments.label_smoothing,
-        "discopop_tau": arguments.discopop_tau,
-        "learning_rate": arguments.learning_rate,
-        "epochs": int(arguments.num_train_epochs),
-        "batch_size": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
-        "max_grad_norm": arguments.max_grad_norm,
-        "seed": arguments.seed,
-    }
-    return DPOConfig(**(taken | options))
+    return DPOConfig(**(options_of_trl(arguments) | options))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

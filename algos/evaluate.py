@@ -25,6 +25,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
-from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, embed_all, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.evaluation.compare import finite_components
@@ -54,6 +55,8 @@ from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.shapes import ShapesExact
 from noisear_rl.samplers import Sampler
 from noisear_rl.samplers.by_name import SEARCH, Method, SearchConfig, plan_methods
+
+NOT_RESULTS = ("output_dir", "denoiser_options", "reward_device")  # options that are recorded elsewhere, or change none
 
 
 @dataclass
@@ -78,6 +81,8 @@ class EvaluateConfig:
     """Scorers, or a reward file. The first one is the judge: neither training nor searches may use it."""
     choose_by: RewardSpec | None = None
     """Reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """Settings of `search-N` and `reno-N`."""
     temperature: PositiveFloat | None = None
@@ -205,7 +210,7 @@ def join_shards(
             "diversity": _concatenated([part["diversity"] for part in parts]),
         }
         seconds_per_image[method.name] = total["cost"][1].item() / num_images
-    options = {key: value for key, value in to_mapping(config).items() if key not in ("output_dir", "denoiser_options")}
+    options = {key: value for key, value in to_mapping(config).items() if key not in NOT_RESULTS}
     record = {
         "version": VERSION,
         "provenance": provenance(),
@@ -258,9 +263,11 @@ def run(config: EvaluateConfig) -> str:
     choose_by = config.choose_by or ("shapes-match" if config.denoiser in EMBEDDED else None)
     if choose_by == next(iter(scorers.weights)) and any(SEARCH.fullmatch(method) for method in config.methods):
         raise ValueError(f"{choose_by!r} cannot both choose and judge: reorder scorers or change choose_by")
-    load_reward(scorers).check_prompts(chosen.prompts)  # fails early; loaded again once the denoiser is gone
+    load_scorers = partial(load_reward, scorers, device=config.reward_device)
+    load_scorers().check_prompts(chosen.prompts)  # fails early; loaded again once the denoiser is gone
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
-    methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature)
+    embed_all(denoiser, chosen.prompts)
+    methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature, config.reward_device)
 
     # The folder belongs to these prompts, seeds and scorers; methods may be added.
     manifest = {
@@ -304,7 +311,7 @@ def run(config: EvaluateConfig) -> str:
     barrier()
 
     # Scores, once all images exist.
-    reward = load_reward(scorers)
+    reward = load_scorers()
     with tqdm(desc="scores", **progress) as bar:
         for (method, rows), count in zip(work, counts, strict=True):
             if not _shard_file(config, "scores", method, rows).exists():

@@ -50,7 +50,7 @@ from noisear_rl.learning.losses import nll_loss, reconstruction_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -89,6 +89,10 @@ class NLLConfig:
     """Updates between validations and records."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, order and reparameterisation noise."""
     save_every: PositiveInt = 500
@@ -138,8 +142,10 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     if layouts and policy.config.layouts <= layouts.layout.max():
         needed = layouts.layout.max() + 1
         raise ValueError(f"{config.pairs} has several layouts per prompt: set policy.layouts to at least {needed}")
+    reader.embed_all(prompts)
     fit_text(policy, reader, [prompts[row] for row in train_rows], config.seed)
     same_everywhere(policy)
+    policy.compute_in(config.precision, config.compile)
     scale = torch.full((policy.n_patches, 1), noise_scale, device=run.device)  # of the noise on each patch
     if layouts:
         scale[0] = 1.0

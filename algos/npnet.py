@@ -42,11 +42,12 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.data.pairs import load_pairs
-from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, embed_all, load_denoiser
 from noisear_rl.distributed import Part, all_sum, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import Counters, Run
+from noisear_rl.policy import Precision
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -87,6 +88,8 @@ class NPNetTrainingConfig:
     """Updates between evaluations on held-out pairs."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the network: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
     seed: Seed = 0
     """Training seed: initialisation, order and added noise."""
     save_every: PositiveInt = 500
@@ -124,6 +127,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     noise_scale = manifest["noise_scale"]  # 0 if a target belongs to the noise of its seed
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     prompts, seeds = [str(prompt) for prompt in pairs["prompt"][:]], pairs["seed"][:]
+    embed_all(denoiser, prompts)
 
     # Network; at first it is also the best so far.
     torch.manual_seed(config.seed)
@@ -132,6 +136,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     npnet = (load_npnet(config.init_from) if config.init_from else NPNet(fresh)).to(run.device)
     npnet.check_denoiser(denoiser)
     same_everywhere(npnet)
+    npnet.precision = config.precision
     best = copy.deepcopy(npnet)
     held_out = max(1, int(config.held_out_share * len(pairs)))
     train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[: config.held_out_pairs]

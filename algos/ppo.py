@@ -58,7 +58,7 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
@@ -74,6 +74,8 @@ class PPOConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
@@ -133,6 +135,10 @@ class PPOConfig:
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -161,7 +167,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "episodes per update")
-    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
+    options |= config.denoiser_options
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
     envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task
@@ -173,6 +180,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
     same_everywhere(policy)
+    policy.compute_in(config.precision, config.compile)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = PolicyOptimizer(
         policy,
@@ -187,6 +195,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     step_size = StepSize(config.step, config.target_kl)
     critic = NoiseARCritic(policy.config).to(run.device).eval() if config.advantage == "gae" else None
     if critic is not None:
+        critic.policy.compute_in(config.precision, config.compile)
         fit_text(critic.policy, task.reader, task.prompts, config.seed)
         same_everywhere(critic)
 
@@ -209,23 +218,22 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
         rng = stream_rng(config.seed, Stream.ROLLOUT, update)
         seeds = rng.integers(2**62, size=batch)[mine.rows]
-        observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
-        text = torch.from_numpy(observation["text"]).to(run.device)  # (M, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (M, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (M, N, A)
-        for patch in range(task.n_patches):
-            observation, rewards, *_, info = envs.step(actions[:, patch])
-        patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
-        reward = mine.gather(torch.from_numpy(rewards).float().to(run.device))  # (B,) of all processes
+        begun = envs.begin([int(s) % 2**31 for s in seeds], prompts)
+        text, mask = (x.to(run.device) for x in begun)  # (M, L, D), (M, L)
+        outcome = envs.play(policy.sample(text, mask, seeds=seeds.tolist()).patches)
+        patches = outcome.patches  # (M, N, A), clipped as the environment did
+        reward = mine.gather(outcome.rewards.to(run.device))  # (B,) of all processes
         kept = finite_episodes(reward, groups)  # (K,): the others are dropped and counted
         own = among(kept, mine.rows)  # those of this process
         patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
         reward, group, count = reward[kept], groups[kept], len(kept)  # (K,)
 
-        # The policy that sampled. Scored by the same pass as in the update, so that the first ratio is exactly 1.
-        with torch.no_grad():
-            old = policy.distribution(patches, text, mask)
-            old_log_prob = old.log_prob(patches)  # (k, N)
+        # The policy that sampled. Scored in the parts and by the pass of the update, so that the first ratio is exactly
+        # 1 in any precision; the KL is measured in float32.
+        scored = own.local().split(config.minibatches * config.micro_batches)
+        every = [policy.log_prob(*(x[part.rows] for x in (patches, text, mask))).detach() for part in scored]
+        old_log_prob = torch.cat(every)[: len(patches)]  # (k, N), without stand-ins
+        old, start = (p.exact_distribution(patches, text, mask) for p in (policy, reference))
 
         # Advantages, in standard deviations of this update's.
         if config.advantage == "gae":
@@ -242,12 +250,11 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         counters.average_reward(reward.mean().item(), config.ema_decay)
 
         # How far this update may go.
-        with torch.no_grad():
-            agreed = agreement(old, reference.distribution(patches, text, mask), patches, advantages)
+        agreed = agreement(old, start, patches, advantages)
         update_kl = step_size.next(agreed)
 
         # Policy: epochs of minibatches, until the update is as long as it may be.
-        metrics, approx_kl = [], 0.0  # mean ratio, loss, share of clipped patches
+        metrics, approx_kl = [], 0.0  # means of ratio - 1, loss, share of clipped patches
         longest = config.kl_stop * update_kl
         for _ in range(config.epochs):
             order = rng.permutation(count) if config.minibatches > 1 else np.arange(count)
@@ -265,9 +272,9 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                         frozen = reference.distribution(b_patches, b_text, b_mask)
                         loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
                     (part.weight * loss).backward()
-                    ratio = (log_prob.detach() - old_log_prob[part.rows]).exp()
-                    beyond = ((ratio - 1).abs() > config.clip_range).float()
-                    sums += part.weight * torch.stack([ratio.mean(), policy_loss.detach(), beyond.mean()])
+                    change = (log_prob.detach() - old_log_prob[part.rows]).exp() - 1
+                    beyond = (change.abs() > config.clip_range).float()
+                    sums += part.weight * torch.stack([change.mean(), policy_loss.detach(), beyond.mean()])
                 sum_gradients(policy)
                 b_patches, b_text, b_mask = (x[minibatch.rows] for x in (patches, text, mask))
                 b_old, size = rows_of(old, minibatch.rows), update_kl / config.target_kl
@@ -304,7 +311,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             "losses/entropy": own.mean(old.entropy().sum(1).mean()).item(),
             "losses/approx_kl": approx_kl,
             "losses/clipfrac": float(np.mean([clipped for *_, clipped in metrics])),
-            "losses/first_ratio": metrics[0][0],
+            "losses/first_ratio": 1 + metrics[0][0],
             "policy/step_kl": update_kl,
             "policy/mean_abs": own.mean(old.base_dist.mean.abs().mean()).item(),
             "policy/std": own.mean(old.base_dist.stddev.mean()).item(),
@@ -318,8 +325,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             every = [own.gather(x) for x in (patches, text, mask)]
             talk = cross_talk(policy, every[0], every[1], every[2], reward - reward.mean(), group)
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
-        scores = {key: mine.gather(torch.from_numpy(info[key])) for key in info if key.startswith("reward/")}
-        record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
+        scores = {key: mine.gather(values) for key, values in outcome.scores.items()}
+        record |= {key: float(np.mean(values.cpu()[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

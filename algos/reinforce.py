@@ -56,7 +56,7 @@ from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.step_size import Step, StepSize, agreement
 from noisear_rl.learning.text_pathway import cross_talk, fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -71,6 +71,8 @@ class ReinforceConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Scorer, `FILE.py` or `FILE.yaml`; unset for the environment's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the environment's default."""
     init_from: str | None = None
@@ -109,6 +111,10 @@ class ReinforceConfig:
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
     micro_batches: PositiveInt = 1
     """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20
@@ -137,7 +143,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "episodes per update")
-    options = {"prompts": config.prompts, "reward": config.reward, **config.denoiser_options}
+    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
+    options |= config.denoiser_options
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
     envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task
@@ -149,7 +156,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
     same_everywhere(policy)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    policy.compute_in(config.precision, config.compile)
+    reference = copy.deepcopy(policy).requires_grad_(False)  # not compiled
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,
@@ -175,14 +183,11 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
 
         # Rollout: the environment is deterministic up to the end, so all patches are drawn ahead of it.
         seeds = stream_rng(config.seed, Stream.ROLLOUT, update).integers(2**62, size=batch)[mine.rows]
-        observation, _ = envs.reset(seed=[int(s) % 2**31 for s in seeds], options={"prompts": prompts})
-        text = torch.from_numpy(observation["text"]).to(run.device)  # (M, L, D)
-        mask = torch.from_numpy(observation["text_mask"]).bool().to(run.device)  # (M, L)
-        actions = policy.sample(text, mask, seeds=seeds.tolist()).patches.cpu().numpy()  # (M, N, A)
-        for patch in range(task.n_patches):
-            observation, rewards, *_, info = envs.step(actions[:, patch])
-        patches = torch.from_numpy(observation["patches"]).to(run.device)  # clipped as the environment did
-        reward = mine.gather(torch.from_numpy(rewards).float().to(run.device))  # (B,) of all processes
+        begun = envs.begin([int(s) % 2**31 for s in seeds], prompts)
+        text, mask = (x.to(run.device) for x in begun)  # (M, L, D), (M, L)
+        outcome = envs.play(policy.sample(text, mask, seeds=seeds.tolist()).patches)
+        patches = outcome.patches  # (M, N, A), clipped as the environment did
+        reward = mine.gather(outcome.rewards.to(run.device))  # (B,) of all processes
         kept = finite_episodes(reward, groups)  # (K,): the others are dropped and counted
         own = among(kept, mine.rows)  # those of this process
         patches, text, mask = (x[own.rows] for x in (patches, text, mask))  # (k, …)
@@ -208,8 +213,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         distribution, (policy_loss, kl_to_prior) = concatenated(distributions), all_sum(sums)
 
         # Step, as long as the evidence allows.
-        with torch.no_grad():
-            agreed = agreement(distribution, reference.distribution(patches, text, mask), patches, advantages)
+        own_density, start = (p.exact_distribution(patches, text, mask) for p in (policy, reference))
+        agreed = agreement(own_density, start, patches, advantages)
         update_kl = step_size.next(agreed)
         kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl, part=own)
 
@@ -238,8 +243,8 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             every = [own.gather(x) for x in (patches, text, mask)]
             talk = cross_talk(policy, every[0], every[1], every[2], reward - reward.mean(), group)
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
-        scores = {key: mine.gather(torch.from_numpy(info[key])) for key in info if key.startswith("reward/")}
-        record |= {key: float(np.mean(values[kept.cpu()].numpy())) for key, values in scores.items()}
+        scores = {key: mine.gather(values) for key, values in outcome.scores.items()}
+        record |= {key: float(np.mean(values.cpu()[kept.cpu()].numpy())) for key, values in scores.items()}
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

@@ -44,7 +44,7 @@ from noisear_rl.gaussian import kl_to_gaussian
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, initial_policy, text_encoder_of
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.samplers.reno import norm_regularizer
 from noisear_rl.seeds import Stream, stream_rng
@@ -60,6 +60,8 @@ class RewardGradientConfig:
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
     """Differentiable scorer; unset for the denoiser's default."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts, a prompt file, a published set, or a split of `shapes`; unset for the denoiser's default."""
     init_from: str | None = None
@@ -93,6 +95,10 @@ class RewardGradientConfig:
     """Weight of ReNO's norm term."""
     micro_batches: PositiveInt = 1
     """Parts that images are denoised and differentiated in, one after the other: less memory, the same result."""
+    precision: Precision = "float32"
+    """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
+    compile: bool = False
+    """Compile the policy (torch.compile). The first update takes longer, and results differ by rounding."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 100
@@ -113,7 +119,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     text_encoder = text_encoder_of(config.init_from, config.policy)
-    task = NoiseTask(denoiser, config.reward, config.prompts, text_encoder=text_encoder)
+    task = NoiseTask(denoiser, config.reward, config.prompts, None, text_encoder, config.reward_device)
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "images per update")
 
@@ -121,6 +127,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     policy = initial_policy(config.init_from, config.policy, task.policy_sizes, str(task)).to(run.device)
     fit_text(policy, task.reader, task.prompts, config.seed)
     same_everywhere(policy)
+    policy.compute_in(config.precision, config.compile)
     optimizer = PolicyOptimizer(
         policy,
         config.optimizer,

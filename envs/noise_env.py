@@ -49,8 +49,8 @@ class NoiseEnv(gymnasium.Env):
     ``terminated`` at patch N. Never truncated. ``info["noise"]`` holds the noise ``(C, h, w)``.
 
     ## Arguments
-    ``denoiser``, ``reward``, ``prompts``, ``patch_size``, ``text_encoder`` and the denoiser's options: names and
-    numbers, so that ``env.spec`` can be serialised; objects are accepted too. See
+    ``denoiser``, ``reward``, ``prompts``, ``patch_size``, ``text_encoder``, ``reward_device`` and the denoiser's
+    options: names and numbers, so that ``env.spec`` can be serialised; objects are accepted too. See
     :class:`~noisear_rl.envs.noise_task.NoiseTask`.
 
     ## Vectorized environment
@@ -70,11 +70,12 @@ class NoiseEnv(gymnasium.Env):
         patch_size: int | None = None,
         render_mode: str | None = None,
         text_encoder: str = DENOISER,
+        reward_device: str | None = None,
         **denoiser_options: Any,
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, **denoiser_options)
+        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, reward_device, **denoiser_options)
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
         self.render_mode = render_mode
         self._image: torch.Tensor | None = None
@@ -105,10 +106,11 @@ class NoiseEnv(gymnasium.Env):
         info: dict[str, Any] = {"prompt": self._prompt, "clipped": bool(clipped)}
         reward, terminated = 0.0, self._step == self.task.n_patches
         if terminated:
-            outcome = self.task.finish(self._patches[None].copy(), self._conditioning, [self._prompt], [self._seed])
+            patches = torch.from_numpy(self._patches[None].copy())
+            outcome = self.task.finish(patches, self._conditioning, [self._prompt], [self._seed])
             reward, self._image = float(outcome.rewards[0]), outcome.images[0]
-            info |= {f"reward/{name}": float(values[0]) for name, values in outcome.components.items()}
-            info["noise"] = outcome.noise[0]
+            info |= {name: float(values[0]) for name, values in outcome.scores.items()}
+            info["noise"] = outcome.noise[0].numpy().copy()
         return self._observation(), reward, terminated, False, info
 
     def render(self) -> np.ndarray | None:

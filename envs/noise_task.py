@@ -30,14 +30,16 @@ class Outcome:
 
     Attributes:
         rewards: ``(B,)`` float32; NaN where a scorer failed.
-        components: Every scorer's own ``(B,)`` score by name.
-        noise: ``(B, C, h, w)`` float32.
+        scores: Every scorer's own ``(B,)`` score as ``reward/<name>``.
+        patches: ``(B, N, A)`` float32, clipped to the bounds of actions, where they were given.
+        noise: ``(B, C, h, w)`` float32, the same in the form of latents.
         images: ``(B, 3, H, W)`` float32 in [0, 1].
     """
 
-    rewards: np.ndarray
-    components: dict[str, np.ndarray]
-    noise: np.ndarray
+    rewards: torch.Tensor
+    scores: dict[str, torch.Tensor]
+    patches: torch.Tensor
+    noise: torch.Tensor
     images: torch.Tensor
 
 
@@ -52,6 +54,8 @@ class NoiseTask:
         patch_size: Patch side; ``None`` for the denoiser's own.
         text_encoder: What observations give of the prompt, as in the policy's configuration
             (:class:`~noisear_rl.policy.NoiseARConfig`).
+        reward_device: Device of the scorers, such as ``cuda:1``, for a reward given by name; see
+            :func:`noisear_rl.rewards.load_reward`.
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
     Raises:
@@ -66,6 +70,7 @@ class NoiseTask:
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         text_encoder: str = DENOISER,
+        reward_device: str | None = None,
         **denoiser_options: Any,
     ):
         # What is wrong is said before anything is loaded.
@@ -77,7 +82,9 @@ class NoiseTask:
             if name not in EMBEDDED:
                 raise ValueError(f"denoiser {name!r} has no default reward; name one: reward=...")
             reward = "shapes-match"
-        self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward)
+        if reward_device and isinstance(reward, WeightedReward):
+            raise ValueError("reward_device belongs to a reward given by name")
+        self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)
         self.denoiser = denoiser = (
             load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
@@ -85,6 +92,7 @@ class NoiseTask:
         self.patch_size = patch_size or denoiser.patch_size
         self.n_patches, self.patch_dim = n, a = sequence_shape(denoiser.latent_shape, self.patch_size)
         self.reader = PromptReader(text_encoder, denoiser)
+        self.reader.embed_all(self.prompts)
         length, width = self.reader.shape
         self.action_space = spaces.Box(-ACTION_BOUND, ACTION_BOUND, (a,), np.float32)
         self.observation_space = spaces.Dict(
@@ -124,19 +132,15 @@ class NoiseTask:
         return np.clip(action, -ACTION_BOUND, ACTION_BOUND).astype(np.float32), clipped
 
     def finish(
-        self, patches: np.ndarray, conditioning: Conditioning, prompts: Sequence[str], seeds: Sequence[int]
+        self, patches: torch.Tensor, conditioning: Conditioning, prompts: Sequence[str], seeds: Sequence[int]
     ) -> Outcome:
-        """Denoises and scores full noises ``(B, N, A)``."""
-        noise = unpatchify(torch.from_numpy(patches), self.denoiser.latent_shape, self.patch_size)
+        """Denoises and scores full noises ``(B, N, A)``, on any device."""
+        patches = patches.float().clamp(-ACTION_BOUND, ACTION_BOUND)
+        noise = unpatchify(patches, self.denoiser.latent_shape, self.patch_size)
         images = self.denoiser.denoise(noise, conditioning, seeds)
         components = self.reward.components(images, prompts)
-        rewards = self.reward.total(components)
-        return Outcome(
-            rewards.cpu().numpy(),
-            {name: values.cpu().numpy() for name, values in components.items()},
-            noise.numpy().copy(),
-            images,
-        )
+        scores = {f"reward/{name}": values for name, values in components.items()}
+        return Outcome(self.reward.total(components), scores, patches, noise, images)
 
     def noise_image(self, patches: np.ndarray) -> np.ndarray:
         """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white."""

@@ -18,7 +18,7 @@ from pydantic import AfterValidator
 
 from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask
+from noisear_rl.envs.noise_task import NoiseTask, Outcome
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import WeightedReward
@@ -31,7 +31,8 @@ class NoiseVectorEnv(VectorEnv):
     The spaces are the scalar environment's, batched, and the same seeds give the same episodes: ``reset(seed=s)``
     seeds copy ``i`` with ``s + i``. All episodes end at the same step; the next step starts new ones and ignores
     its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
-    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy.
+    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy. Training calls :meth:`begin` and :meth:`play`
+    instead, which give the same rewards without copies from the device.
 
     Attributes:
         images: The last images ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
@@ -49,6 +50,7 @@ class NoiseVectorEnv(VectorEnv):
         patch_size: int | None = None,
         render_mode: str | None = None,
         text_encoder: str = DENOISER,
+        reward_device: str | None = None,
         **denoiser_options: Any,
     ):
         if num_envs < 1:
@@ -56,7 +58,7 @@ class NoiseVectorEnv(VectorEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, **denoiser_options)
+        self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, reward_device, **denoiser_options)
         self.single_observation_space = self.task.observation_space
         self.single_action_space = self.task.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -70,23 +72,54 @@ class NoiseVectorEnv(VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts ``num_envs`` episodes."""
+        text, mask = self.begin(seed, (options or {}).get("prompts"))
+        self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
+        self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
+        self._step = 0
+        return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))
+
+    def begin(
+        self, seed: int | Sequence[int | None] | None = None, prompts: Sequence[str | None] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Starts the episodes that :meth:`reset` would start, for :meth:`play`.
+
+        Returns:
+            What a policy sees: text ``(B, L, D)`` float32 and mask ``(B, L)`` bool, on the denoiser's device.
+        """
         if seed is not None or not self._generators:
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
             seeds = [None] * self.num_envs if seeds is None else list(seeds)
             if len(seeds) != self.num_envs:
                 raise ValueError(f"expected {self.num_envs} seeds, got {len(seeds)}")
             self._generators = [seeding.np_random(s)[0] for s in seeds]
-        prompts = (options or {}).get("prompts", [None] * self.num_envs)
+        prompts = [None] * self.num_envs if prompts is None else prompts
         if len(prompts) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} prompts, got {len(prompts)}")
         drawn = [self.task.draw(rng, prompt) for rng, prompt in zip(self._generators, prompts, strict=True)]
         self._prompts, self.denoise_seeds = [prompt for prompt, _ in drawn], [s for _, s in drawn]
         self._conditioning = self.task.denoiser.encode(self._prompts)
-        text, mask = self.task.reader.read(self._conditioning)
-        self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
-        self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
-        self._step, self.images = 0, None
-        return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))
+        self._step, self.images = -1, None
+        return self.task.reader.read(self._conditioning)
+
+    def play(self, actions: torch.Tensor) -> Outcome:
+        """Takes all steps of the episodes that :meth:`begin` started: nothing is observed between them.
+
+        The rewards are those of :meth:`step`, but no observation leaves the device.
+
+        Args:
+            actions: ``(B, N, A)`` finite patches, on any device; clipped like actions.
+
+        Raises:
+            ValueError: If the shape is wrong, or a value is NaN or infinite.
+        """
+        expected = (self.num_envs, self.task.n_patches, self.task.patch_dim)
+        if tuple(actions.shape) != expected:
+            raise ValueError(f"expected patches {expected}, got {tuple(actions.shape)}")
+        if not actions.isfinite().all():
+            raise ValueError("action holds NaN or infinite values")
+        outcome = self.task.finish(actions, self._conditioning, self._prompts, self.denoise_seeds)
+        self.images = outcome.images
+        return outcome
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Appends a patch to every noise, ``(B, A)``; denoises and scores after the last one."""
@@ -104,10 +137,11 @@ class NoiseVectorEnv(VectorEnv):
         info = self._info(prompt=np.array(self._prompts, dtype=object), clipped=clipped)
         terminated = np.full(self.num_envs, self._step == self.task.n_patches)
         if terminated[0]:
-            outcome = self.task.finish(self._patches.copy(), self._conditioning, self._prompts, self.denoise_seeds)
-            rewards, self.images = outcome.rewards.astype(np.float64), outcome.images
-            scores = {f"reward/{name}": values for name, values in outcome.components.items()}
-            info |= self._info(noise=outcome.noise, **scores)
+            whole = torch.from_numpy(self._patches.copy())
+            outcome = self.task.finish(whole, self._conditioning, self._prompts, self.denoise_seeds)
+            rewards, self.images = outcome.rewards.cpu().numpy().astype(np.float64), outcome.images
+            scores = {name: values.cpu().numpy() for name, values in outcome.scores.items()}
+            info |= self._info(noise=outcome.noise.numpy().copy(), **scores)
         return self._observation(), rewards, terminated, never, info
 
     def render(self) -> tuple[np.ndarray, ...] | None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, Seed, check_config, parse_config
-from noisear_rl.denoisers import EMBEDDED, Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import EMBEDDED, Denoiser, DenoiserName, DenoiserOptions, embed_all, load_denoiser
 from noisear_rl.files import atomic
 from noisear_rl.images import to_uint8
 from noisear_rl.policy import NoiseARPolicy, load_policy
@@ -88,6 +88,7 @@ def sample(config: SampleConfig) -> Path:
     if not config.prompts or not config.seeds:
         raise ValueError('expected at least one prompt and one seed: noisear sample "a photo of two squares"')
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
+    embed_all(denoiser, config.prompts)
     methods: dict[str, NoiseARPolicy | None] = {GAUSSIAN: None}
     if name := policy_of(config):
         policy = load_policy(name)

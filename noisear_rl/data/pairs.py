@@ -39,6 +39,7 @@ from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import load_policy, policy_sha256
+from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import RewardSpec, WeightedReward, load_reward
@@ -66,6 +67,8 @@ class PairsConfig:
     filter_reward: RewardSpec | None = None
     """Weak-to-strong: keep a pair only if this scorer prefers the target's image; unset keeps all and draws no images.
     Signal leak: keep an image only if it scores at least `min_reward`."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1`; unset for the accelerator if there is one."""
     min_reward: Float = 0.8
     """Signal leak: minimum score of an image."""
     policy: str | None = None
@@ -120,7 +123,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         raise ValueError("signal_leak chooses images by a reward: set filter_reward")
     state = process()
     prompts = resolve_prompts(config.prompts, denoiser.name if denoiser else config.denoiser).prompts
-    reward = load_reward(config.filter_reward) if config.filter_reward else None
+    reward = load_reward(config.filter_reward, device=config.reward_device) if config.filter_reward else None
     if reward:
         reward.check_prompts(prompts)
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
@@ -128,6 +131,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
     policy, layout = load_policy(config.policy) if leak and config.policy else None, None
     reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
+    (reader or PromptReader(DENOISER, denoiser)).embed_all(prompts)
     manifest = to_mapping(config) | {
         "noise_scale": config.noise_scale if leak else 0.0,
         "policy_sha256": policy_sha256(policy) if policy else None,
@@ -137,8 +141,8 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         "denoiser_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
     }
-    for key in ("output_dir", "prompts", "batch_size", "denoiser_options"):  # these do not change the pairs
-        manifest.pop(key)
+    for key in ("output_dir", "prompts", "batch_size", "denoiser_options", "reward_device"):
+        manifest.pop(key)  # it does not change the pairs
     _lock = lock_folder(config.output_dir) if is_main() else None
     if is_main():
         check_manifest(config.output_dir, manifest)

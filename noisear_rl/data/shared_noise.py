@@ -95,6 +95,8 @@ class SharedNoiseConfig:
     different. With 0, each prompt has one noise."""
     rounds: PositiveInt = 1
     """Leak: images per noise; each image after the first starts from the leak of the last good one."""
+    reward_device: str | None = None
+    """Leak: device of the scorers, such as `cuda:1`; unset for the accelerator if there is one."""
     batch_size: PositiveInt = 128
     """Leak: prompts per batch."""
     denoiser_options: DenoiserOptions = field(default_factory=dict)
@@ -153,8 +155,9 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
         if config.prompts is None
         else resolve_prompts(config.prompts, denoiser.name, count=config.num_prompts).prompts
     )
-    features = TextFeatures(PromptReader(config.text_encoder, denoiser), tried)
-    asked = list(dict.fromkeys(prompts))
+    asked, reader = list(dict.fromkeys(prompts)), PromptReader(config.text_encoder, denoiser)
+    reader.embed_all(tried + asked)
+    features = TextFeatures(reader, tried)
     choice = choose_noise(rewards, features(tried), features(asked), config.noises)
     own = {
         name: getattr(config, name) for name in ("noises", "noise_scale", "text_encoder", "target", "balance", "margin")
@@ -235,7 +238,8 @@ def _leaks(
         For each prompt ranks and leaks of the noises that gave a good image, the most promising first.
     """
     with values_from(config.rollouts / "manifest.json"):  # which may name code
-        reward = load_reward(reward_config(manifest.get("reward_spec") or manifest["reward"]))
+        spec = reward_config(manifest.get("reward_spec") or manifest["reward"])
+        reward = load_reward(spec, device=config.reward_device)
     leaks: list[list[tuple[int, np.ndarray]]] = [[] for _ in prompts]
     state = process()
     for attempt in range(min(config.tries, config.noises)):

@@ -26,6 +26,7 @@ __all__ = [
     "DenoiserName",
     "DenoiserOptions",
     "check_denoiser",
+    "embed_all",
     "load_denoiser",
     "policy_sizes",
 ]
@@ -183,6 +184,12 @@ def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str,
     return sizes if patch_size is None else sizes | {"patch_size": patch_size}
 
 
+def embed_all(denoiser: Denoiser, prompts: Sequence[str]) -> None:
+    """Embeds all prompts of a run and frees the text encoders, where ``drop_text_encoders`` asks for it."""
+    if embed := getattr(denoiser, "embed_all", None):
+        embed(prompts)
+
+
 def load_denoiser(name: str, **options: Any) -> Denoiser:
     """Loads a denoiser by name.
 
@@ -191,8 +198,9 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
             ``hunyuan-dit``, ``pixart-sigma``, ``sd3``, or a folder with a pipeline of one of these classes.
         **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``
             or ``own``), ``num_inference_steps``, ``guidance_scale``, ``patch_size``, ``device``, ``dtype``,
-            ``micro_batch_size``, ``cache_dir``, ``cpu_offload``, ``vae_slicing``, ``vae_tiling``,
-            ``attention_slicing``, ``compile``; see
+            ``micro_batch_size``, ``cache_dir``, ``embedding_dtype``, ``drop_text_encoders``, ``offload`` (``none``,
+            ``model`` or ``sequential``), ``device_map`` (``balanced`` spreads the components over all accelerators),
+            ``vae_slicing``, ``vae_tiling``, ``attention_slicing``, ``compile``; see
             :class:`~noisear_rl.denoisers.diffusion_pipeline.DiffusionPipelineDenoiser`. Strings are converted, so that
             they can come from a command line.
 

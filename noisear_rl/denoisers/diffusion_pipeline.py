@@ -12,52 +12,18 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning
 from noisear_rl.denoisers.pipelines import ProbeScheduler, interface_of, last_latents, scheduled_by
+from noisear_rl.denoisers.placement import DTYPES, Dtype, Offload, place, resolve_device, resolve_dtype
 from noisear_rl.denoisers.prompt_encoder import PromptEncoder
 
 LATENT_STATISTICS = ("latents_mean", "latents_std")
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Resolves ``auto`` to the accelerator if there is one, otherwise to the CPU.
-
-    Raises:
-        ValueError: If the device is unknown, or this machine has none of its kind.
-    """
-    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if str(device) == "auto":
-        return found
-    try:
-        named = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown device {device!r}; expected 'auto', 'cpu' or one such as 'cuda:0'") from error
-    if named.type not in ("cpu", found.type):
-        raise ValueError(f"device {device!r} is not available here; expected 'auto' or {found.type!r}")
-    return named
-
-
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Resolves ``auto`` to half precision on devices that are fast at it, otherwise to float32.
-
-    Raises:
-        ValueError: If the dtype is unknown.
-    """
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; expected 'auto' or one of {sorted(DTYPES)}")
-        return DTYPES[dtype]
-    if device.type != "cpu":
-        return torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class DiffusionPipelineDenoiser:
@@ -78,7 +44,12 @@ class DiffusionPipelineDenoiser:
         micro_batch_size: Images per forward pass.
         cache_dir: Where prompt embeddings are kept between runs: a folder, ``none``, or ``auto`` for
             ``~/.cache/noisear-rl`` if the text encoders are large.
-        cpu_offload: Keeps only the running component on the accelerator. Saves the most memory; slower.
+        embedding_dtype: Dtype that prompt embeddings are kept in, in memory and on disk; ``auto`` for that of the text
+            encoders: half precision on accelerators, and float32 on a CPU.
+        drop_text_encoders: Free the text encoders once a command has embedded its prompts (:meth:`embed_all`); a prompt
+            that comes later is refused.
+        offload: ``model`` keeps only the running component on the accelerator, ``sequential`` only the running layer:
+            the least memory, and much slower.
         vae_slicing: Decodes images one by one.
         vae_tiling: Decodes images in overlapping tiles, which changes them a little at the seams.
         attention_slicing: Computes attention in parts (UNets).
@@ -101,7 +72,9 @@ class DiffusionPipelineDenoiser:
         dtype: Dtype = "auto",
         micro_batch_size: int = 64,
         cache_dir: str = "auto",
-        cpu_offload: bool = False,
+        embedding_dtype: Dtype = "auto",
+        drop_text_encoders: bool = False,
+        offload: Offload = "none",
         vae_slicing: bool = False,
         vae_tiling: bool = False,
         attention_slicing: bool = False,
@@ -112,8 +85,11 @@ class DiffusionPipelineDenoiser:
             raise ValueError("num_inference_steps, micro_batch_size and guidance_scale must be at least 1")
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        if cpu_offload and self.device.type == "cpu":
-            raise ValueError("cpu_offload moves weights off an accelerator, but the device is the CPU")
+        for option, value, allowed in (("offload", offload, Offload), ("embedding_dtype", embedding_dtype, Dtype)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{option} must be one of {get_args(allowed)}, not {value!r}")
+        if compile and offload == "sequential":
+            raise ValueError("compile needs the whole network on a device: set offload to 'model' or 'none'")
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "watermark", None) is not None:
@@ -122,12 +98,9 @@ class DiffusionPipelineDenoiser:
         weights = self.dtype if self.device.type != "cpu" else torch.float32
         if any(module.dtype != weights for module in modules):
             pipeline.to(weights)
-        if cpu_offload:
-            pipeline.enable_model_cpu_offload(device=self.device)
-        else:
-            pipeline.to(self.device)
         for module in modules:
             module.eval().requires_grad_(False)
+        self.device = place(pipeline, self.device, offload)
         if vae_slicing:
             pipeline.vae.enable_slicing()
         if vae_tiling:
@@ -143,8 +116,10 @@ class DiffusionPipelineDenoiser:
         self.micro_batch_size = micro_batch_size
         self.latent_shape = (self.network.config.in_channels, size, size)
         self.image_size = size * pipeline.vae_scale_factor
-        folder = f"{revision}-{str(self.dtype).removeprefix('torch.')}"
-        self._encoder = PromptEncoder(pipeline, self.interface, self.device, cache_dir, folder)
+        self.drop_text_encoders = drop_text_encoders
+        kept = None if embedding_dtype == "auto" else DTYPES[embedding_dtype]
+        folder = f"{revision}-{str(self.dtype).removeprefix('torch.')}" + (f"-{embedding_dtype}" if kept else "")
+        self._encoder = PromptEncoder(pipeline, self.interface, self.device, cache_dir, folder, kept)
         self.text_shape = (self._encoder.length, int(self.network.config[self.interface.text_width]))
 
     @property
@@ -162,6 +137,11 @@ class DiffusionPipelineDenoiser:
             ValueError: If there is no prompt, or a prompt is empty.
         """
         return self._encoder.encode(prompts)
+
+    def embed_all(self, prompts: Sequence[str]) -> None:
+        """Embeds all prompts of a run and frees the text encoders, if the option ``drop_text_encoders`` is set."""
+        if self.drop_text_encoders:
+            self._encoder.keep_only(prompts)
 
     def _check(self, noise: torch.Tensor, conditioning: Conditioning) -> None:
         expected = (len(conditioning), *self.latent_shape)
@@ -241,9 +221,7 @@ class DiffusionPipelineDenoiser:
                 if not isinstance(error, torch.OutOfMemoryError) and not any(s in str(error) for s in NO_MEMORY):
                     raise
                 if size == 1:
-                    error.add_note(
-                        "A single image does not fit into memory: try cpu_offload, vae_tiling or another dtype."
-                    )
+                    error.add_note("A single image does not fit into memory: try offload, vae_tiling or another dtype.")
                     raise
             # Outside the handler, so that the tensors of the failed call are freed.
             self.micro_batch_size = size // 2

@@ -15,8 +15,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from huggingface_hub import HfApi, constants
 
 from noisear_rl.denoisers import check_denoiser
-from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser, resolve_device, resolve_dtype
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
+from noisear_rl.denoisers.placement import DeviceMap, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 
@@ -79,7 +80,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 SMALLEST, LARGEST = {"guidance_scale": 0}, 100_000  # of options that are numbers; others are at least 1
-_OWN = {"path": str, "revision": str, "scheduler": str}
+_OWN = {"path": str, "revision": str, "scheduler": str, "device_map": str}
 
 
 def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenoiser:
@@ -93,8 +94,18 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
         raise ValueError(f"scheduler must be 'dpm' or 'own', not {scheduler!r}")
     device = resolve_device(options.get("device", "auto"))
     dtype = resolve_dtype(options.get("dtype", "auto"), device)
+    device_map, offload = options.pop("device_map", "none"), options.get("offload", "none")
+    for option, value, allowed in (("device_map", device_map, DeviceMap), ("offload", offload, Offload)):
+        if value not in get_args(allowed):
+            raise ValueError(f"{option} must be one of {get_args(allowed)}, not {value!r}")
+    if device.type == "cpu" and (offload, device_map) != ("none", "none"):
+        raise ValueError("offload and device_map spare the memory of accelerators, but the device is the CPU")
+    if "none" not in (offload, device_map):
+        raise ValueError(f"set offload={offload} or device_map={device_map}, not both")
     folder = _local_folder(name, path, revision, preset.variant if path == preset.path else None)
     parts: dict[str, Any] = {} if device.type == "cpu" else {"torch_dtype": dtype}
+    if device_map != "none":
+        parts["device_map"] = device_map
     if _wants_fp16_files(folder, parts.get("torch_dtype")):
         parts["variant"] = "fp16"
     with quietly():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from noisear_rl.denoisers import Conditioning
 from noisear_rl.denoisers.pipelines import PipelineInterface
+from noisear_rl.denoisers.placement import drop_text_encoders
 from noisear_rl.files import atomic
 
 Tensors = dict[str, torch.Tensor]
@@ -85,6 +87,10 @@ def _size(tensors: Tensors) -> int:
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
+def _floats_to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
 class PromptEncoder:
     """Calls a pipeline's ``encode_prompt``, once and by itself for each distinct prompt.
 
@@ -94,15 +100,23 @@ class PromptEncoder:
         device: Device of the returned tensors.
         cache_dir: Folder of the disk cache, ``none``, or ``auto`` for the default one if the encoders are large.
         model: Name of the weights and their dtype in the disk cache.
+        dtype: Dtype that embeddings are kept in; ``None`` for that of the text encoders.
 
     Attributes:
         length: ``L`` of ``prompt_embeds``.
     """
 
     def __init__(
-        self, pipeline: Any, interface: PipelineInterface, device: torch.device, cache_dir: str, model: str
+        self,
+        pipeline: Any,
+        interface: PipelineInterface,
+        device: torch.device,
+        cache_dir: str,
+        model: str,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.pipeline, self.interface, self.device = pipeline, interface, device
+        self.pipeline, self.interface, self.device, self.dtype = pipeline, interface, device, dtype
+        self._kept: int | None = None  # number of prompts that were embedded before the text encoders were dropped
         self.lengths = [size or getattr(pipeline, name).model_max_length for name, size in interface.tokens]
         self.length = sum(self.lengths)
         folder = None if cache_dir == "none" else Path(cache_dir)
@@ -128,8 +142,24 @@ class PromptEncoder:
         inputs = {key: torch.cat([rows[prompt][key] for prompt in prompts]) for key in rows[prompts[0]]}
         empty = self._embed("", negative=True)  # the same for every prompt, so it is cached once
         inputs |= {key: value.expand(len(prompts), *value.shape[1:]) for key, value in empty.items()}
+        if self.dtype is not None:
+            wanted = getattr(self.pipeline, self.interface.network).dtype
+            inputs = {key: _floats_to(value, wanted) for key, value in inputs.items()}
         mask = torch.stack([self._masks[prompt] for prompt in prompts]).to(self.device)
         return Conditioning(list(prompts), inputs["prompt_embeds"].float(), mask, inputs)
+
+    def keep_only(self, prompts: Sequence[str]) -> None:
+        """Embeds prompts and drops the text encoders; prompts that come later are refused, unless they are on disk."""
+        if self._kept is not None:
+            return
+        limit, self.cache.limit = self.cache.limit, sys.maxsize
+        for prompt in dict.fromkeys(prompts):
+            self.encode([prompt])
+        if self.cache.folder is not None:
+            self.cache.limit = limit
+        self._embed("", negative=True)
+        self._kept = len(set(prompts))
+        drop_text_encoders(self.pipeline)
 
     def _mask(self, prompt: str) -> torch.Tensor:
         """Which of the tokens ``(L,)`` are not padding; warns about truncated prompts and unknown words."""
@@ -155,6 +185,11 @@ class PromptEncoder:
         """The pipeline's tensors ``(1, …)`` for a prompt, or the negative ones if ``negative``."""
         found = self.cache.get(prompt)
         if found is None:
+            if self._kept is not None:
+                raise ValueError(
+                    f"the text encoders were dropped after the {self._kept} prompts of this run, and {prompt!r:.80} is "
+                    "none of them: set the denoiser's option drop_text_encoders to false"
+                )
             found = {}
             for options, names in self.interface.encodings:
                 values = self.pipeline.encode_prompt(
@@ -162,5 +197,7 @@ class PromptEncoder:
                 )
                 found |= dict(zip(names, values, strict=True))
             found = {key: value for key, value in found.items() if key.startswith("negative_") == negative}
+            if self.dtype is not None:
+                found = {key: _floats_to(value, self.dtype) for key, value in found.items()}
             self.cache.put(prompt, found)
         return found

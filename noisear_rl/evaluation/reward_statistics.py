@@ -19,7 +19,7 @@ import yaml
 
 from noisear_rl.command import run_script
 from noisear_rl.config import PositiveInt, Seed, check_config, parse_config, to_mapping
-from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, embed_all, load_denoiser
 from noisear_rl.evaluation.compare import evaluate
 from noisear_rl.files import write_atomically
 from noisear_rl.prompts import resolve_prompts
@@ -40,6 +40,8 @@ class StatisticsConfig:
     """Text file with one prompt per line, or a split of `shapes`; unset for the default of the denoiser."""
     num_prompts: PositiveInt = 100
     """Number of prompts, chosen at random; all if there are fewer."""
+    reward_device: str | None = None
+    """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     samples: PositiveInt = 1
     """Noises per prompt."""
     seed: Seed = 3_000_000
@@ -62,13 +64,14 @@ def measure(config: StatisticsConfig, denoiser: Denoiser | None = None) -> Rewar
         ValueError: If a scorer returns NaN or infinity, or the same score for every image.
     """
     asked = reward_config(config.reward)
-    reward = load_reward(dataclasses.replace(asked, normalize="none"))
+    reward = load_reward(dataclasses.replace(asked, normalize="none"), device=config.reward_device)
     name = denoiser.name if denoiser else config.denoiser
     prompts = list(dict.fromkeys(resolve_prompts(config.prompts, name).prompts))
     reward.check_prompts(prompts)
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
     order = stream_rng(config.seed, Stream.COLLECTED_PROMPTS).permutation(len(prompts))[: config.num_prompts]
     chosen = [prompts[i] for i in order]
+    embed_all(denoiser, chosen)
     results = evaluate(
         denoiser,
         reward,

@@ -58,8 +58,8 @@ def _split(vector: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[t
 def twice_differentiable(
     policy: NoiseARPolicy, patches: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None
 ) -> Independent:
-    """The policy's distribution by attention that has a second derivative, which the fused kernels lack."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """The policy's distribution with a second derivative, which fused attention and compiled networks lack."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         return policy.distribution(patches, text, text_mask)
 
 
@@ -154,9 +154,11 @@ def natural_step(
     step = direction * (2 * target_kl / (direction @ product(direction))).sqrt()
     with torch.no_grad():
         start = parameters_to_vector(parameters)
+        if policy.precision != "float32":
+            before = policy.exact_distribution(patches, text, text_mask)
         for _ in range(MAX_HALVINGS):
             assign_parameters(parameters, start - step)
-            after = policy.distribution(patches, text, text_mask)
+            after = policy.exact_distribution(patches, text, text_mask)
             kl = _kl(before, after, weight)
             if kl <= KL_TOLERANCE * target_kl:
                 return kl, after
@@ -227,7 +229,7 @@ class PolicyOptimizer:
             text: ``(B, L, D)``.
             text_mask: ``(B, L)`` or ``None``.
             old: The distribution of these episodes to measure the KL from, such as that of the policy that sampled
-                them; ``None`` for the policy before this step.
+                them, in float32; ``None`` for the policy before this step.
             share: Of ``target_kl`` to move by. Adam's learning rate is multiplied by its square root: KL grows with the
                 squared rate.
             part: Which of the episodes of all processes these are; ``None`` for all of them, in a single process.
@@ -255,8 +257,7 @@ class PolicyOptimizer:
                 weight=weight,
             )
             return kl if old is None else _kl(rows_of(old, rows), after, weight)
-        with torch.no_grad():
-            before = self.policy.distribution(patches, text, text_mask) if old is None else rows_of(old, rows)
+        before = rows_of(old, rows) if old is not None else self.policy.exact_distribution(patches, text, text_mask)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not norm.isfinite():
             raise ValueError("the gradient holds NaN or infinite values")
@@ -264,7 +265,7 @@ class PolicyOptimizer:
         self._set_learning_rate(rate * share**0.5)
         self.adam.step()
         with torch.no_grad():
-            kl = _kl(before, self.policy.distribution(patches, text, text_mask), weight)
+            kl = _kl(before, self.policy.exact_distribution(patches, text, text_mask), weight)
         if self.kind == "adaptive_adam":
             low, high = target_kl / ADAPT_BEYOND, target_kl * ADAPT_BEYOND
             rate *= ADAPT_FACTOR if kl < low else 1 / ADAPT_FACTOR if kl > high else 1.0

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
 
 from noisear_rl.distributed import Part
+
+if TYPE_CHECKING:
+    import trl
 
 
 @dataclass
@@ -209,3 +212,42 @@ def preference_loss(
     check_losses(names, weights, strength)
     parts = [weight * LOSSES[name](pairs, strength).mean() for name, weight in zip(names, weights, strict=True)]
     return torch.stack(parts).sum()
+
+
+def trl_metrics(scored: PairLogProbs, loss: torch.Tensor, beta: float) -> dict[str, float]:
+    """What trl logs of a batch, by its names; a reward is ``β`` times the log-ratio to the reference."""
+    chosen, rejected = beta * scored.chosen_ratio, beta * scored.rejected_ratio
+    return {
+        "loss": loss.item(),
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+        "rewards/margins": (chosen - rejected).mean().item(),
+        "rewards/accuracies": (chosen > rejected).float().mean().item(),
+        "logps/chosen": scored.chosen.sum(1).mean().item(),
+        "logps/rejected": scored.rejected.sum(1).mean().item(),
+    }
+
+
+def options_of_trl(arguments: trl.DPOConfig) -> dict[str, Any]:
+    """What a ``trl.DPOConfig`` says about the loss and its optimisation, by the names of our ``DPOConfig``.
+
+    Raises:
+        ValueError: If it asks for what is not supported here: ``f_divergence_type``, ``ld_alpha``, ``use_weighting`` or
+            ``sync_ref_model``.
+    """
+    refused = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "sync_ref_model": False}
+    for name, default in refused.items():
+        if getattr(arguments, name) != default:
+            raise ValueError(f"trl.DPOConfig({name}={getattr(arguments, name)!r}) is not supported; leave {default!r}")
+    return {
+        "loss_type": tuple(arguments.loss_type),
+        "loss_weights": None if arguments.loss_weights is None else tuple(arguments.loss_weights),
+        "beta": arguments.beta,
+        "label_smoothing": arguments.label_smoothing,
+        "discopop_tau": arguments.discopop_tau,
+        "learning_rate": arguments.learning_rate,
+        "epochs": int(arguments.num_train_epochs),
+        "batch_size": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        "max_grad_norm": arguments.max_grad_norm,
+        "seed": arguments.seed,
+    }

@@ -79,7 +79,7 @@ def cross_talk(
         """Means under every prompt's text, on the same patches: ``(1 + others, own, N, A)``."""
         count = len(own)
         read = [(text[row].expand(count, -1, -1), text_mask[row].expand(count, -1)) for row in (int(own[0]), *others)]
-        return torch.stack([policy.distribution(patches[own], *one).mean for one in read])
+        return torch.stack([policy.exact_distribution(patches[own], *one).mean for one in read])
 
     with torch.no_grad():
         start, before = parameters_to_vector(parameters), means()

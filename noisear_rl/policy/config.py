@@ -12,6 +12,7 @@ from noisear_rl.patches import sequence_shape
 # What a policy and a denoiser must agree on; for "tokens" the last two are the tokenizer's.
 SIZES = ("latent_shape", "patch_size", "text_dim", "text_vocabulary", "text_length")
 DENOISER, TOKENS = "denoiser", "tokens"  # the text encoders that are not names of models
+Precision = Literal["float32", "bfloat16"]  # of a network in training: plain, or autocast
 
 
 @dataclass

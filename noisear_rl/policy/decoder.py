@@ -10,6 +10,7 @@ Shapes: ``B`` batch, ``N`` patches, ``A`` elements per patch, ``T`` tokens, ``L`
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,11 @@ class Decoder(nn.Module):
         mask = None
         if text_mask is not None and self.masks_padding:
             mask = text_mask.bool()[:, None, None]  # (B, 1, 1, L)
-        text = self.encode(text, mask)  # (B, L, d)
+        with torch.autocast(text.device.type, enabled=False) if self.layout_head else contextlib.nullcontext():
+            text = self.encode(text, mask)  # (B, L, d)
+            logits = self.layout_head(text, mask) if self.layout_head else None  # rounded, they would choose another
         keys_values = [project_keys_values(layer, text) for layer in self.cross_attn_layers]
-        return Text(keys_values, mask, self.layout_head(text, mask) if self.layout_head else None)
+        return Text(keys_values, mask, logits)
 
     def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Text ``(B, L, D)`` → ``(B, L, d)``; ``mask`` is ``(B, 1, 1, L)``, true where a token counts."""
@@ -177,7 +180,7 @@ class PaperDecoder(Decoder):
         if self.token_embedding is not None:
             text = self.token_embedding(text[..., 0].long())  # (B, L, d)
         else:
-            text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype)))
+            text = self.dim_adapter(self.text_norm(text.to(self.pos_encoding.dtype))).to(self.pos_encoding.dtype)
         for layer in self.text_layers:
             text = layer(text, mask)
         return self.text_final_norm(text)

@@ -50,6 +50,8 @@ def attend(
 class Whitening(nn.Module):
     """Decorrelates tokens: ``(t - mean) · (Σ + ridge·I)^(-1/2)``, with statistics of training prompts.
 
+    Autocast does not apply: the directions that it magnifies would be those that rounding has changed.
+
     Text encoders spend nearly all their variance on a few directions, and so do untrained text layers. Prompts whose
     order of words decides what to draw ("left of" and "right of") differ in the others, which would otherwise hardly
     reach the policy. The statistics are buffers and thus part of every checkpoint; until they are fitted, the layer
@@ -92,7 +94,8 @@ class Whitening(nn.Module):
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         """``(…, D)`` → ``(…, D)``."""
-        return (text - self.mean) @ self.transform
+        with torch.autocast(text.device.type, enabled=False):
+            return (text.to(self.mean.dtype) - self.mean) @ self.transform
 
 
 class TokenEmbedding(nn.Module):

@@ -6,6 +6,7 @@ Shapes: ``B`` prompts, ``L`` text tokens, ``D`` text width.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from huggingface_hub import HfApi
 
-from noisear_rl.denoisers import Conditioning, Denoiser
+from noisear_rl.denoisers import Conditioning, Denoiser, embed_all
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.policy.config import DENOISER, TOKENS
 
@@ -73,6 +74,19 @@ class PromptReader:
         """Like :meth:`read`; the denoiser encodes the prompts only if its embedding is what is read."""
         return self.read(self.denoiser.encode(prompts)) if self.text_encoder == DENOISER else self._read(prompts)
 
+    def embed_all(self, prompts: Sequence[str]) -> None:
+        """Reads all prompts of a run and frees all text encoders, if the denoiser's ``drop_text_encoders`` asks for it.
+
+        A prompt that comes later is refused.
+        """
+        if not getattr(self.denoiser, "drop_text_encoders", False):
+            return
+        embed_all(self.denoiser, prompts)
+        if self.text_encoder not in (DENOISER, TOKENS):
+            self._cache.limit = sys.maxsize
+            self._read(prompts)
+            self._embed = _dropped
+
     def _read(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = {prompt: self._row(prompt) for prompt in dict.fromkeys(prompts)}
         text = torch.zeros(len(rows), *self.shape, device=self.device)
@@ -90,6 +104,13 @@ class PromptReader:
             found = {"text": self._embed(prompt).to(self.device, torch.float32)}
             self._cache.put(prompt, found)
         return found["text"]
+
+
+def _dropped(prompt: str) -> torch.Tensor:
+    raise ValueError(
+        f"the text encoder was dropped after the prompts of this run, and {prompt!r:.80} is none of them: set the "
+        "denoiser's option drop_text_encoders to false"
+    )
 
 
 class TokenIds:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from PIL import Image
 
+from noisear_rl.denoisers.placement import resolve_device
 from noisear_rl.rewards.preprocess import Preprocess
 from noisear_rl.rewards.weights import find_weights, load_weights, read_state_dict
 
@@ -62,8 +63,7 @@ class PretrainedReward(ABC):
             raise ValueError(f"unknown dtype {dtype!r}; expected float32, bfloat16 or float16")
         if batch_size < 1:
             raise ValueError("batch_size must be at least 1")
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = torch.device(device or accelerator or "cpu")
+        self.device = resolve_device(device or "auto")
         self.weights, self.tokenizer_source = weights, tokenizer or self.default_tokenizer
         self.batch_size, self.preprocess = batch_size, preprocess
         self.network: Any = None

@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator
 
 from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
+from noisear_rl.denoisers.placement import resolve_device
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward
 from noisear_rl.trust import check_code
 
@@ -113,6 +114,7 @@ def load_reward(
     spec: str | Mapping[str, float] | RewardConfig,
     normalize: Normalization | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    device: str | None = None,
 ) -> WeightedReward:
     """Builds a reward.
 
@@ -121,17 +123,27 @@ def load_reward(
             scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
+        device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
+            accelerator if there is one. The scorers of the shapes world and functions compute where they are.
 
     Raises:
-        ValueError: If a name, an option or a key is unknown.
+        ValueError: If a name, an option or a key is unknown, or this machine has no such device.
         FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
     config = reward_config(spec)
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
     if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
         raise ValueError(f"got options for {sorted(unused)}, which the reward does not use")
+    if device is not None:
+        where = str(resolve_device(device))
+        given = {name: ({"device": where} if _has_device(name, own) else {}) | own for name, own in given.items()}
     rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
     return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+
+
+def _has_device(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a scorer has a network whose device can be chosen."""
+    return options.get("backend") == "package" or REWARDS.get(name, ("simple",))[0] not in ("shapes", "simple")
 
 
 def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfig:

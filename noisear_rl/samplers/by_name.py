@@ -22,7 +22,7 @@ from noisear_rl.denoisers import Denoiser
 from noisear_rl.files import sha256
 from noisear_rl.policy import load_policy
 from noisear_rl.policy.loading import find_policy
-from noisear_rl.rewards import load_reward
+from noisear_rl.rewards import WeightedReward, load_reward
 from noisear_rl.samplers.base import Sampler
 from noisear_rl.samplers.best_of import BestOf
 from noisear_rl.samplers.npnet import NPNetSampler, holds_npnet, load_npnet
@@ -91,6 +91,7 @@ def plan_methods(
     choose_by: str | None = None,
     search: SearchConfig | None = None,
     temperature: float | None = None,
+    reward_device: str | None = None,
 ) -> list[Method]:
     """Reads names of methods; see the module docstring. Gaussian noise always comes first.
 
@@ -100,6 +101,7 @@ def plan_methods(
         choose_by: The reward that searches choose by.
         search: Settings of searches.
         temperature: Factor on the standard deviation of policies; ``None`` for their own.
+        reward_device: Device of the scorers of ``choose_by``; see :func:`~noisear_rl.rewards.load_reward`.
 
     Raises:
         ValueError: If an item is malformed, a name is repeated or used before it is defined, or a search has no
@@ -131,8 +133,10 @@ def plan_methods(
             methods[name] = _trained(name, paths.split(","), denoiser, temperature)
         else:
             assert choose_by is not None
-            given = search or SearchConfig()
-            methods[name] = [_searching(name, kind, count, m, denoiser, choose_by, given) for m in methods[start]]
+            given, judge = search or SearchConfig(), partial(load_reward, choose_by, device=reward_device)
+            methods[name] = [
+                _searching(name, kind, count, m, denoiser, choose_by, judge, given) for m in methods[start]
+            ]
     found = [method for group in methods.values() for method in group]
     if len({method.slug for method in found}) < len(found):
         raise ValueError(f"names must differ in letters and digits: {[method.name for method in found]}")
@@ -165,12 +169,19 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
 
 
 def _searching(
-    group: str, kind: str, count: int, start: Method, denoiser: Denoiser, choose_by: str, search: SearchConfig
+    group: str,
+    kind: str,
+    count: int,
+    start: Method,
+    denoiser: Denoiser,
+    choose_by: str,
+    judge: Callable[[], WeightedReward],
+    search: SearchConfig,
 ) -> Method:
     """A search that starts from another method's noise."""
 
     def make() -> Sampler:
-        reward, first = load_reward(choose_by), start.make()
+        reward, first = judge(), start.make()
         if kind == "best-of" or count == 1:
             return BestOf(first, count, reward)
         if kind == "search":

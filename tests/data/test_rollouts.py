@@ -55,7 +55,7 @@ def test_rows_are_complete_episodes(rollouts, policy_folder, shapes):
     task = collecting.make_vector_env(TURBO, 1).task
     noise = torch.tensor(loaded.dataset["noise"]).unflatten(1, (4, 8, 8)).float()
     torch.testing.assert_close(patchify(noise, 2), patches)
-    outcome = task.finish(patches.numpy(), task.denoiser.encode(loaded.prompts), loaded.prompts, range(20))
+    outcome = task.finish(patches, task.denoiser.encode(loaded.prompts), loaded.prompts, range(20))
     np.testing.assert_allclose(outcome.rewards, loaded.rewards, atol=0.05)  # bfloat16, another batch
     assert loaded.dataset[0]["image"].size == (64, 64)
     assert loaded.dataset["reward/shapes-match"] == loaded.dataset["reward"]

@@ -185,3 +185,28 @@ def test_large_model_path_on_random_weights(random_denoiser):
     env = NoiseEnv(denoiser=random_denoiser, reward="shapes-match", prompts=PROMPTS)
     _, reward, terminated, _, info = episode(env, 0)
     assert terminated and np.isfinite(reward) and torch.isfinite(torch.from_numpy(info["noise"])).all()
+
+
+def test_a_whole_episode_at_once_is_the_same(shapes):
+    """What training calls gives the text, rewards, scores, noise and images of single steps."""
+    envs = NoiseVectorEnv(3, denoiser=shapes, reward={"shapes-match": 1.0, "brightness": 0.5})
+    prompts = envs.task.prompts[:3]
+    actions = 4 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))  # some are clipped
+    observation, _ = envs.reset(seed=5, options={"prompts": prompts})
+    for patch in range(16):
+        after, rewards, *_, info = envs.step(actions[:, patch].numpy())
+    images, seeds = envs.images, envs.denoise_seeds
+    text, mask = envs.begin(5, prompts)
+    assert np.array_equal(text.numpy(), observation["text"]) and np.array_equal(mask.numpy(), observation["text_mask"])
+    outcome = envs.play(actions)
+    assert actions.abs().max() > 10 and np.array_equal(outcome.patches.numpy(), after["patches"])
+    assert outcome.rewards.tolist() == rewards.tolist() and np.array_equal(outcome.noise.numpy(), info["noise"])
+    assert {key: values.tolist() for key, values in outcome.scores.items()} == {
+        key: info[key].tolist() for key in ("reward/shapes-match", "reward/brightness")
+    }
+    assert torch.equal(envs.images, images) and envs.denoise_seeds == seeds
+    for bad, message in ((actions[:, :15], "expected patches"), (actions * torch.nan, "NaN or infinite")):
+        with pytest.raises(ValueError, match=message):
+            envs.play(bad)
+    with pytest.raises(ResetNeeded):
+        envs.step(actions[:, 0].numpy())  # begun for play, not for steps

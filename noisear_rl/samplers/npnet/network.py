@@ -30,6 +30,7 @@ from torch import nn
 from noisear_rl.checkpoints import find_checkpoint, list_checkpoints, load_weights, read_tensors
 from noisear_rl.config import PositiveInt, check_config
 from noisear_rl.denoisers import Denoiser
+from noisear_rl.policy.config import Precision
 from noisear_rl.samplers.npnet.swin import Attention, Swin, swin_sizes
 
 TEXT_TOKENS = 77  # the padded length of the authors' text encoders
@@ -164,6 +165,7 @@ class NPNet(
         self.text_embedding = AdaGroupNorm(length * width, config.latent_shape[0], 1, eps=1e-6)
         self.alpha = nn.Parameter(torch.zeros(1))
         self.beta = nn.Parameter(torch.zeros(1))
+        self.precision: Precision = "float32"  # "bfloat16": autocast of Swin; singular values would not survive it
 
     def forward(self, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Turns Gaussian noise into golden noise.
@@ -186,7 +188,9 @@ class NPNet(
             )
         by_text = self.text_embedding(noise, text.flatten(1))
         weight = 2 * torch.sigmoid(self.alpha) - 1
-        return self.unet_svd(noise) + weight * by_text + self.beta * self.unet_embedding(noise + by_text)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            by_swin = self.unet_embedding(noise + by_text)
+        return self.unet_svd(noise) + weight * by_text + self.beta * by_swin
 
     def check_denoiser(self, denoiser: Denoiser) -> None:
         """Checks that a denoiser's sizes match.
