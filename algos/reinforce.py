@@ -158,6 +158,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         damping=config.damping,
         cg_iterations=config.cg_iterations,
         fisher_episodes=config.fisher_episodes,
+        micro_batches=config.micro_batches,
         max_grad_norm=config.max_grad_norm,
     )
     step_size = StepSize(config.step, config.target_kl)
