@@ -14,7 +14,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import flatdim, flatten_space  # noqa: F401
 from timing import Seconds, interleaved  # in this folder
 from torch import nn
 
@@ -174,7 +173,7 @@ def stable_baselines3(updates: int, seed: int = 0) -> TimedEnv:
 def torch_rl(updates: int, seed: int = 0) -> TimedEnv:
     """Trains with TorchRL's modules and the epochs and minibatches of Stable-Baselines3's defaults."""
     from tensordict import TensorDict
-    from tensordict.nn import TensorDictModule
+    from tensordict.nn import InteractionType, TensorDictModule
     from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, ValueOperator
     from torchrl.objectives import ClipPPOLoss
     from torchrl.objectives.value import GAE
@@ -199,6 +198,7 @@ def torch_rl(updates: int, seed: int = 0) -> TimedEnv:
         in_keys=["loc", "scale"],
         distribution_class=torch.distributions.Normal,
         distribution_kwargs={},
+        default_interaction_type=InteractionType.RANDOM,
         return_log_prob=True,
     )
     critic = ValueOperator(MLP(inputs, 1, **layers), in_keys=["observation"])
