@@ -132,7 +132,7 @@ class PPOConfig:
     entropy_coef: Float = 0.0
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
     micro_batches: PositiveInt = 1
-    """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    """Parts that gradients and Fisher products are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20

@@ -108,7 +108,7 @@ class ReinforceConfig:
     kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
     micro_batches: PositiveInt = 1
-    """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    """Parts that gradients and Fisher products are computed in, one after the other: less memory, the same result."""
     seed: Seed = 0
     """Seed of initialisation, prompts and noise."""
     save_every: PositiveInt = 20

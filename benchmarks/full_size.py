@@ -9,8 +9,8 @@ Seconds and peak memory of each stage stand beside what ``resources.py`` predict
 FLOPs over the rate of a large matrix product in the same dtype and process. Images of random weights mean nothing.
 
 On an accelerator the same stages run, then every preset's class, and every scorer: the acceptance test of a machine.
-Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; with ``--device cuda``
-``full_size_cuda.md`` and ``full_size_cuda.json``.
+Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; those of the other kind
+of device stay.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from pages import markdown, page, parser_of, write  # in this folder
+from pages import RESULTS, markdown, page, parser_of, write  # in this folder
 from published_networks import SDXL, meta, parameters_of
 from published_pipelines import PUBLISHED, bert_tokenizer, build_pipeline, clip_tokenizer, fill, vae
 from resources import GIB, activations, denoiser_cost, flops, nll_of, policy_config, policy_cost
@@ -40,6 +40,7 @@ from noisear_rl.data.weak_to_strong import network_evaluations, weak_to_strong
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.envs import NoiseVectorEnv, make_vector_env
+from noisear_rl.evaluation.results import read_record
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARPolicy
@@ -51,6 +52,7 @@ from noisear_rl.rewards.aesthetic import Aesthetic
 PROMPT, ENV_ID, EPISODES, BATCH, STEPS = "a photo of a red circle left of a blue square", "FullSize-v0", 2, 2, 2
 REWARD = "jpeg-compressibility"
 SCORERS = ("clip-score", "aesthetic-v2", "image-reward", "pickscore", "hpsv2.1", "mps")
+DATA = RESULTS / "full_size.json"
 HEAD = ("stage", "seconds", "predicted", "ratio", "peak memory, GiB", "predicted", "ratio")
 
 
@@ -254,7 +256,13 @@ def ratio(value: float, expected: float | None) -> tuple[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Renders the page from the record."""
+    """Renders the page from the record: one part per kind of device."""
+    origin = {device: found["provenance"] for device, found in record.items()}
+    return page([part for found in record.values() for part in parts_of(found)], "full_size", origin)
+
+
+def parts_of(record: dict[str, Any]) -> list[str]:
+    """Renders what was measured on one kind of device."""
     rate = record["TFLOPs per second"]
     rows = []
     for row in record["stages"]:
@@ -277,7 +285,7 @@ def table(record: dict[str, Any]) -> str:
         cells = [[row[0], f"{row[1]:.4f}", f"{row[2]:.1f}", row[3]] for row in record["scorers"]]
         head = ("scorer", "seconds per image", "peak memory, GiB", "finite")
         parts += ["Scorers in float32, a batch of 8 images of 1024 × 1024 pixels.", markdown(head, cells)]
-    return page(parts, "full_size", record["provenance"])
+    return parts
 
 
 def main() -> None:
@@ -285,18 +293,18 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--device", default="cpu", help="`cpu` or an accelerator such as `cuda`")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    name = "full_size" if device.type == "cpu" else f"full_size_{device.type}"
     if arguments.render:
-        write(name, table, None)
+        write("full_size", table, None)
         return
-    start, meter = provenance(), Meter(device)
-    record = {"provenance": start, "dtype": "bfloat16"} | stages(meter, torch.bfloat16)
-    record["stages"] = list(meter.rows)
-    if device.type != "cpu":
+    start, meter = provenance(), Meter(torch.device(arguments.device))
+    found = {"provenance": start, "dtype": "bfloat16"} | stages(meter, torch.bfloat16)
+    found["stages"] = list(meter.rows)
+    kind = meter.device.type
+    if kind != "cpu":
         gc.collect()
-        record |= {"presets": presets(meter), "scorers": scorers(meter)}
-    write(name, table, record)
+        found |= {"presets": presets(meter), "scorers": scorers(meter)}
+    known = read_record(DATA) if DATA.is_file() else {}
+    write("full_size", table, known | {kind: found})
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def policy_cost(name: str, architecture: Architecture = "paper") -> dict[str, fl
 
 
 def peak_memory() -> int:
-    """Returns the bytes that this process held at most (Linux); getrusage would include the memory of the parent."""
+    """Returns the bytes that this process held at most (Linux); getrusage would include those of its parent."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 2**10
 
 
