@@ -5,6 +5,7 @@ Shapes: ``B`` environments, ``N`` patches, ``A`` elements per patch, ``F`` obser
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -69,16 +70,22 @@ def pairs(repeats: int) -> Seconds:
     return interleaved({"pairs": lambda: weak_to_strong(denoiser, noise, conditioning), "bare": bare}, repeats, "pairs")
 
 
+class Reached(Exception):
+    """Returns rose as far as asked."""
+
+
 class TimedEnv(NoiseVectorEnv):
     """Counts the CPU seconds that environments take, and remembers when and with which returns episodes ended.
 
     Attributes:
+        goal: How far returns must rise to end the training; ``None`` for never.
         spent: CPU seconds in ``reset`` and ``step``.
         returns: Mean return of each batch of episodes.
         ended: CPU seconds outside the environments at each batch's end.
     """
 
     made: list[TimedEnv] = []
+    goal: float | None = None
 
     def __init__(self, num_envs: int = 1, **options: Any):
         super().__init__(num_envs, "shapes-turbo", **options)
@@ -105,18 +112,28 @@ class TimedEnv(NoiseVectorEnv):
         if result[2][0]:
             self.returns.append(float(result[1].mean()))
             self.ended.append(self.outside)
+            if self.goal is not None and self.returns[-1] >= self.returns[0] + self.goal:
+                raise Reached
         return result
 
 
-def ours(updates: int, **options: Any) -> TimedEnv:
-    """Trains our PPO; returns its environments."""
+def ours(updates: int, goal: float | None = None, **options: Any) -> TimedEnv:
+    """Trains our PPO, until returns rose by ``goal``; returns its environments."""
+    TimedEnv.goal = goal
     if TIMED not in gymnasium.registry:
         gymnasium.register(TIMED, vector_entry_point=TimedEnv)
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = {"prompts_per_update": len(HARD), "samples_per_prompt": SAMPLES, "save_every": updates}
-        ppo.train(
-            ppo.PPOConfig(TIMED, prompts=HARD, output_dir=Path(folder) / "run", updates=updates, **sizes, **options)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Reached):
+        config = ppo.PPOConfig(
+            TIMED,
+            prompts=HARD,
+            output_dir=Path(folder) / "run",
+            updates=updates,
+            prompts_per_update=len(HARD),
+            samples_per_prompt=SAMPLES,
+            save_every=updates,
+            **options,
         )
+        ppo.train(config)
     return TimedEnv.made[-1]
 
 
@@ -249,15 +266,13 @@ def natural_beside_adam(updates: int, seeds: Sequence[int], rates: Sequence[floa
 
     Also the number of updates. Where it never did within ``updates``, all of them and their seconds, marked by a 0.
     """
-    ways: dict[str, dict[str, Any]] = {"natural": {}}
+    ways: dict[str, dict[str, Any]] = {"natural": {}, "natural, 4 iterations": {"cg_iterations": 4}}
     ways |= {f"adam {rate:g}": {"optimizer": "adam", "step": "fixed", "learning_rate": rate} for rate in rates}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for seed in seeds:
         for name, options in ways.items():
-            envs = ours(updates, seed=seed, **options)
-            rose = np.array(envs.returns) >= envs.returns[0] + GAIN
-            count = int(rose.argmax()) if rose.any() else len(rose) - 1
-            share = count / (len(rose) - 1)
-            found[name].append([envs.ended[count] + share * envs.spent, count, float(rose.any())])
+            envs = ours(updates, GAIN, seed=seed, **options)
+            rose = envs.returns[-1] >= envs.returns[0] + GAIN
+            found[name].append([envs.ended[-1] + envs.spent, len(envs.returns) - 1, float(rose)])
             print(name, found[name][-1], np.round(envs.returns, 2).tolist(), flush=True)
     return found

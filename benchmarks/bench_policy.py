@@ -28,7 +28,6 @@ from noisear_rl.envs import NoiseVectorEnv
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
-from noisear_rl.rewards import WeightedReward
 
 BATCHES, NLL_BATCH, PRODUCT = (1, 8, 32), 40, 4096
 EPISODES, MICRO_BATCHES, ENV_ID = 128, 64, "NoiseAR-Published-v0"
@@ -122,8 +121,7 @@ class NoDenoiser:
 def ppo_memory() -> None:
     """One update of PPO in this process; prints its peak memory in GiB, and what it is made of."""
     torch.set_num_threads(1)
-    bright = WeightedReward({"brightness": 1.0})
-    made = lambda num_envs=1, **options: NoiseVectorEnv(num_envs, NoDenoiser(), bright, **options)  # type: ignore
+    made = lambda num_envs=1, **options: NoiseVectorEnv(num_envs, NoDenoiser(), "brightness", **options)  # type: ignore
     gymnasium.register(ENV_ID, vector_entry_point=made)
     config = policy_config(SDXL, "paper")
     with tempfile.TemporaryDirectory() as folder:

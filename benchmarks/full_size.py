@@ -9,7 +9,7 @@ Seconds and peak memory of each stage stand beside what ``resources.py`` predict
 FLOPs over the rate of a large matrix product in the same dtype and process. Images of random weights mean nothing.
 
 On an accelerator the same stages run, then every preset's class, and every scorer: the acceptance test of a machine.
-Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; those of the other kind
+Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; those of another kind
 of device stay.
 """
 

@@ -222,7 +222,7 @@ def peak_memory() -> int:
 
 
 def measure(task: Task) -> dict[str, float]:
-    """Measures median CPU seconds and peak memory of this process for training or sampling with the authors' network."""
+    """Measures CPU seconds and peak memory of this process for training or sampling with the authors' network."""
     policy = NoiseARPolicy(policy_config(SDXL, "released"))
     check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
     patches, text, mask = batch_of(policy, 77, BATCH)
