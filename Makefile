@@ -5,7 +5,7 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks
 
-.PHONY: help install demo test test-lowest test-slow test-faults test-originals lint format clean
+.PHONY: help install demo bench test test-lowest test-slow test-faults test-originals lint format clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -20,6 +20,9 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 demo: install  ## Train a noise prior on the embedded denoiser and compare it with Gaussian noise (5 minutes)
 	$(RUN) -m noisear_rl.cli demo
+
+bench: install  ## Measure speed and memory against their limits (15 minutes on an idle machine)
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/bench.py
 
 test: install  ## Run the test suite; PYTEST_OPTIONS=--cov prints its coverage and takes about 15 % longer
 	$(RUN) -m pytest $(PYTEST_OPTIONS)

@@ -134,7 +134,7 @@ class PPOConfig:
     entropy_coef: Float = 0.0
     """Weight of the entropy of the whole noise, in the same unit; matters only if the log-variance is learned."""
     micro_batches: PositiveInt = 1
-    """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    """Parts that gradients and Fisher products are computed in, one after the other: less memory, the same result."""
     precision: Precision = "float32"
     """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
     compile: bool = False
@@ -190,6 +190,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         damping=config.damping,
         cg_iterations=config.cg_iterations,
         fisher_episodes=config.fisher_episodes,
+        micro_batches=config.micro_batches,
         max_grad_norm=config.max_grad_norm,
     )
     step_size = StepSize(config.step, config.target_kl)

@@ -110,7 +110,7 @@ class ReinforceConfig:
     kl_prior_coef: NonNegativeFloat = 0.0
     """Weight of the KL to N(0, I), in standard deviations of reward per nat."""
     micro_batches: PositiveInt = 1
-    """Parts that gradients are computed in, one after the other: less memory, the same result."""
+    """Parts that gradients and Fisher products are computed in, one after the other: less memory, the same result."""
     precision: Precision = "float32"
     """Of the policy: `float32`, or `bfloat16` (autocast over float32 weights; densities stay float32)."""
     compile: bool = False
@@ -166,6 +166,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         damping=config.damping,
         cg_iterations=config.cg_iterations,
         fisher_episodes=config.fisher_episodes,
+        micro_batches=config.micro_batches,
         max_grad_norm=config.max_grad_norm,
     )
     step_size = StepSize(config.step, config.target_kl)

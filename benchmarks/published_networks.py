@@ -39,6 +39,10 @@ class Network:
         return (self.latent_channels, 128, 128)
 
 
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def meta(*shape: int) -> torch.Tensor:
     """Returns a tensor without data."""
     return torch.empty(shape, device="meta")

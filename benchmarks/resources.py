@@ -1,6 +1,7 @@
 """What does a run cost? Parameters, FLOPs, memory and disk space of every preset, counted or measured.
 
     python benchmarks/resources.py
+    python benchmarks/resources.py --render    # the page again from its data
 
 Denoising networks are built from their published configurations without weights. Torch counts matrix products and
 convolutions, including attention, with two FLOPs per multiply-add. Policies have the size of the paper: width 2048, one
@@ -10,20 +11,19 @@ Training memory in float32, where P is the size of the policy's parameters in by
 
 - NLL: weights, gradients and the two moments of Adam (4 P), and the activations of a batch.
 - DPO: the same, the frozen reference and the best policy so far (6 P), and the activations of a batch of pairs.
-- PPO, natural gradient: weights, gradients and reference (3 P), and the critic, which is built but not trained (C); in
-  addition the larger of the activations of all episodes, and 10 P with the activations of the Fisher product. The 10
-  vectors at the peak of a step are the flat gradient, solution, residual, direction, last product, the graph of the
-  Jacobian, and within a product its parts, their concatenation, the damping term and the sum.
+- PPO, natural gradient: the larger of weights, gradients and reference (3 P) with the activations of all episodes, and
+  9 P with the activations of the Fisher product: weights, reference, gradient, solution, residual, direction, the
+  product, its part and the Jacobian's. Micro-batches divide the activations, and change nothing else.
 - PPO, Adam and a trained critic: 5 P, 4 C, and the activations of all episodes.
 
 Activations are the tensors that autograd saves for the backward pass: distinct storages that are not parameters. The
-backward pass and the optimiser need some temporary memory in addition; the measured peaks show how much. Dropout is 0.
-Writes ``benchmarks/results/resources.md``.
+backward pass and the optimiser need some temporary memory in addition; measured peaks show how much. Dropout is 0.
+``on_paper.py`` adds what the paper's runs would take on 1, 8 and 64 GPUs. Writes ``resources.md`` and the numbers
+behind it, ``resources.json``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import subprocess
@@ -36,7 +36,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta  # in this folder
+from on_paper import on_paper, on_paper_parts  # in this folder
+from pages import markdown, page, parser_of, write
+from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta, parameters_of
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,25 +52,31 @@ from noisear_rl.config import load_yaml
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.weak_to_strong import network_evaluations
 from noisear_rl.denoisers.presets import PRESETS
-from noisear_rl.files import write_atomically
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
-from noisear_rl.learning.natural_gradient import fisher_product, twice_differentiable
+from noisear_rl.learning.natural_gradient import fisher_product
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-GIB, KIB = 2**30, 2**10
+GIB = 2**30
 REFERENCE_PARAMETERS = 113.3e6  # of the authors' network for SDXL
 PAPER_IMAGE, PAPER_NOISE = 2600e9, 23.12e9  # the paper's Table 3, which calls them FLOPs
 PAIRS, PROMPT_BYTES, BATCH, REPEATS = 100_000, 60, 2, 5
+MICRO_BATCHES = 64
+MICRO = f"PPO, natural, {MICRO_BATCHES} micro-batches"
+KINDS = ("NLL", "DPO", "PPO, natural", MICRO, "PPO, Adam, critic")
+NETWORK_HEAD = (
+    "denoiser",
+    "parameters",
+    "TFLOPs per evaluation",
+    "evaluations",
+    "TFLOPs per image",
+    "weights, float16",
+)
 Architecture = Literal["paper", "released"]
 Task = Literal["train", "sample"]
-
-
-def parameters_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def check(what: str, counted: float, published: float) -> None:
@@ -81,9 +89,9 @@ def check(what: str, counted: float, published: float) -> None:
         raise ValueError(f"{what} has {counted:.4g} parameters, but {published:.4g} are published")
 
 
-def flops(call: Callable[[], Any]) -> dict[str, int]:
+def flops(call: Callable[[], Any], gradients: bool = False) -> dict[str, int]:
     """Counts FLOPs by operation; attention as plain products (``aten.bmm``), as not all fused kernels are counted."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
 
@@ -175,36 +183,46 @@ def activations(policy: NoiseARPolicy, critic: NoiseARCritic, tokens: int) -> di
         "NLL": saved_bytes(lambda: nll_of(policy, *one), policy),
         "DPO": saved_bytes(dpo, policy),
         "PPO": saved_bytes(ppo, policy),
-        "Fisher": saved_bytes(lambda: fisher_product(policy, twice_differentiable(policy, *one), 0.01), policy),
+        "Fisher": saved_bytes(lambda: fisher_product(policy, *one, 0.01), policy),
         "critic": saved_bytes(lambda: critic(*one).square().mean(), critic),
     }
 
 
 def policy_cost(name: str, architecture: Architecture = "paper") -> dict[str, float]:
-    """Returns parameters, FLOPs per sample and training memory in GiB with the presets of ``configs/``."""
+    """Returns parameters, FLOPs per sample, and training memory in bytes with the presets of ``configs/``."""
     network = NETWORKS[name]
     tokens, config = network.conditioning["prompt_embeds"][0], policy_config(network, architecture)
     policy, critic = NoiseARPolicy(config).eval(), NoiseARCritic(config).eval()
     one = batch_of(policy, tokens, 1)
     sampled = sum(flops(lambda: policy.sample(one[1], one[2], seeds=[0])).values())
+    scored = sum(flops(lambda: policy.log_prob(*one)).values())
     weights, head = 4 * parameters_of(policy), 4 * parameters_of(critic)
     saved, presets = activations(policy, critic, tokens), ROOT / "configs" / "sdxl"
     nll, dpo = load_yaml(NLLConfig, presets / "nll.yaml"), load_yaml(DPOConfig, presets / "dpo.yaml")
     ppo = load_yaml(PPOConfig, presets / "ppo.yaml")
-    episodes, measured = ppo.prompts_per_update * ppo.samples_per_prompt, ppo.fisher_episodes
+    episodes = ppo.prompts_per_update * ppo.samples_per_prompt
+    natural = lambda parts: max(
+        3 * weights + episodes / parts * saved["PPO"], 9 * weights + ppo.fisher_episodes / parts * saved["Fisher"]
+    )
     return {
         "parameters": weights / 4,
         "flops": sampled,
-        "NLL": (4 * weights + nll.batch_size * saved["NLL"]) / GIB,
-        "DPO": (6 * weights + dpo.batch_size * saved["DPO"]) / GIB,
-        "PPO, natural": (3 * weights + head + max(episodes * saved["PPO"], 10 * weights + measured * saved["Fisher"]))
-        / GIB,
-        "PPO, Adam, critic": (5 * weights + 4 * head + episodes * (saved["PPO"] + saved["critic"])) / GIB,
+        "flops of a pass": scored,
+        "NLL": 4 * weights + nll.batch_size * saved["NLL"],
+        "DPO": 6 * weights + dpo.batch_size * saved["DPO"],
+        "PPO, natural": natural(1),
+        MICRO: natural(MICRO_BATCHES),
+        "PPO, Adam, critic": 5 * weights + 4 * head + episodes * (saved["PPO"] + saved["critic"]),
     }
 
 
+def peak_memory() -> int:
+    """Returns the bytes that this process held at most (Linux); getrusage would include those of its parent."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 2**10
+
+
 def measure(task: Task) -> dict[str, float]:
-    """Measures median seconds and peak memory of this process for training or sampling with the authors' network."""
+    """Measures CPU seconds and peak memory of this process for training or sampling with the authors' network."""
     policy = NoiseARPolicy(policy_config(SDXL, "released"))
     check("the authors' network", parameters_of(policy), REFERENCE_PARAMETERS)
     patches, text, mask = batch_of(policy, 77, BATCH)
@@ -221,83 +239,106 @@ def measure(task: Task) -> dict[str, float]:
     }
     seconds = []
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = time.process_time()
         calls[task]()
-        seconds.append(time.perf_counter() - began)
-    status = Path("/proc/self/status").read_text()  # Linux only; getrusage would include the memory of the parent
-    peak = int(status.split("VmHWM:")[1].split()[0]) * KIB / GIB
-    return {"seconds": float(np.median(seconds)), "GiB": peak}
+        seconds.append(time.process_time() - began)
+    return {"seconds": float(np.median(seconds)), "GiB": peak_memory() / GIB}
 
 
-def table(title: str, *rows: tuple[Any, ...]) -> str:
-    """Formats a Markdown table: a sentence, then the header and the rows."""
-    lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in rows]
-    return "\n".join([title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def denoisers() -> str:
-    rows = []
-    for title in tqdm(DISTINCT, desc="denoisers"):
-        name = title.split(",")[0]
-        count, counted = denoiser_cost(name)
-        total, nfe = sum(counted.values()) / 1e12, 2 * PRESETS[name].num_inference_steps
-        image, weights = f"{nfe * total:.0f}", f"{2 * count / GIB:.1f} GiB"
-        rows.append((title, f"{count / 1e9:.2f} G", f"{total:.2f}", nfe, image, weights))
-    head = ("denoiser", "parameters", "TFLOPs per evaluation", "evaluations", "TFLOPs per image", "weights, float16")
-    title = "Denoisers at 1024 × 1024 pixels; guidance doubles the evaluations. A multiply-add is two FLOPs."
-    return table(title, head, *rows)
-
-
-def policies() -> str:
-    kinds, rows = ("NLL", "DPO", "PPO, natural", "PPO, Adam, critic"), []
-    for title in tqdm(DISTINCT, desc="policies"):
-        cost = policy_cost(title.split(",")[0])
-        numbers = f"{cost['parameters'] / 1e6:.0f} M", f"{cost['flops'] / 1e9:.1f}"
-        rows.append((title, *numbers, *(f"{cost[kind]:.1f}" for kind in kinds)))
-    head = ("policy for", "parameters", "GFLOPs per sample", *(f"{kind}, GiB" for kind in kinds))
-    title = "Policies of the size of the paper (width 2048, one layer), float32, batch sizes of `configs/sdxl`."
-    theirs = growing_prefix_flops(policy_config(SDXL, "released"), 77) / 1e9
-    ours = policy_cost("sdxl", "released")["flops"] / 1e9
-    return table(title, head, *rows) + (
-        f"\n\nThe authors' network ({REFERENCE_PARAMETERS / 1e6:.1f} M) samples with {ours:.1f} GFLOPs here, and with "
-        f"{theirs:.1f} if everything is recomputed at every patch, as in their code. Table 3 of the paper states "
-        f"{PAPER_NOISE / 1e9:.2f} per noise and {PAPER_IMAGE / 1e9:.0f} per image; it seems to count a "
-        "multiply-add once."
-    )
-
-
-def pairs() -> str:
-    sizes = {title: PAIRS * (2 * int(np.prod(n.latent_shape)) + PROMPT_BYTES) / GIB for title, n in DISTINCT.items()}
-    disk = ", ".join(f"{size:.1f} GiB ({title})" for title, size in sizes.items())
-    config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
-    count = network_evaluations(config.strong_guidance, config.weak_guidance, config.rounds)
-    return (
-        f"{PAIRS:,} weak-to-strong pairs: {count * PAIRS:,} evaluations, {count} per pair, as guidance 1 needs no "
-        f"unconditional prediction. On disk: {disk}."
-    )
-
-
-def measured() -> str:
-    rows = []
-    for task, title in (("train", f"an NLL step with Adam, batch {BATCH}"), ("sample", f"{BATCH} noises")):
+def measured() -> dict[str, dict[str, float]]:
+    """Runs :func:`measure` in processes of their own."""
+    found = {}
+    for task in ("train", "sample"):
         command = [sys.executable, __file__, "--measure", task]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        rows.append((title, f"{found['seconds']:.2f}", f"{found['GiB']:.2f} GiB"))
-    title = "Measured: the authors' network at full size, float32, on a CPU."
-    return table(title, ("task", "seconds", "peak memory of the process"), *rows)
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[task] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def count() -> dict[str, Any]:
+    """Returns everything that the page shows."""
+    names = {title: title.split(",")[0] for title in DISTINCT}
+    networks, policies = {}, {}
+    for title, name in tqdm(names.items(), desc="models"):
+        parameters, counted = denoiser_cost(name)
+        evaluations = 2 * PRESETS[name].num_inference_steps
+        networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
+        policies[title] = policy_cost(name)
+    config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
+    per_pair = network_evaluations(config.strong_guidance, config.weak_guidance, config.rounds)
+    elements = {title: int(np.prod(network.latent_shape)) for title, network in DISTINCT.items()}
+    sdxl = policies[next(iter(names))]
+    return {
+        "denoisers": networks,
+        "policies": policies,
+        "authors": {
+            "parameters": REFERENCE_PARAMETERS,
+            "ours": policy_cost("sdxl", "released")["flops"],
+            "theirs": growing_prefix_flops(policy_config(SDXL, "released"), 77),
+        },
+        "pairs": {title: 2 * size + PROMPT_BYTES for title, size in elements.items()},
+        "evaluations per pair": per_pair,
+        "measured": measured(),
+        "on paper": on_paper(int(sdxl["parameters"]), sdxl["flops"], sdxl["flops of a pass"], per_pair),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Renders the page from the record."""
+    networks = [
+        [
+            title,
+            f"{n['parameters'] / 1e9:.2f} G",
+            f"{n['flops'] / 1e12:.2f}",
+            n["evaluations"],
+            f"{n['evaluations'] * n['flops'] / 1e12:.0f}",
+            f"{2 * n['parameters'] / GIB:.1f} GiB",
+        ]
+        for title, n in record["denoisers"].items()
+    ]
+    policies = [
+        [title, f"{cost['parameters'] / 1e6:.0f} M", f"{cost['flops'] / 1e9:.1f}"]
+        + [f"{cost[kind] / GIB:.1f}" for kind in KINDS]
+        for title, cost in record["policies"].items()
+    ]
+    authors, per_pair = record["authors"], record["evaluations per pair"]
+    disk = ", ".join(f"{PAIRS * size / GIB:.1f} GiB ({title})" for title, size in record["pairs"].items())
+    found = record["measured"]
+    tasks = [
+        [what, f"{found[task]['seconds']:.2f}", f"{found[task]['GiB']:.2f} GiB"]
+        for task, what in (("train", f"an NLL step with Adam, batch {BATCH}"), ("sample", f"{BATCH} noises"))
+    ]
+    return page(
+        [
+            "Denoisers at 1024 × 1024 pixels; guidance doubles the evaluations. A multiply-add is two FLOPs.",
+            markdown(NETWORK_HEAD, networks),
+            "Policies of the size of the paper (width 2048, one layer), float32, batch sizes of `configs/sdxl`.",
+            markdown(("policy for", "parameters", "GFLOPs per sample", *(f"{kind}, GiB" for kind in KINDS)), policies),
+            f"The authors' network ({authors['parameters'] / 1e6:.1f} M) samples with {authors['ours'] / 1e9:.1f} "
+            f"GFLOPs here, and with {authors['theirs'] / 1e9:.1f} if everything is recomputed at every patch, as in "
+            f"their code. Table 3 of the paper states {PAPER_NOISE / 1e9:.2f} per noise and {PAPER_IMAGE / 1e9:.0f} "
+            "per image; it seems to count a multiply-add once.",
+            f"{PAIRS:,} weak-to-strong pairs: {per_pair * PAIRS:,} evaluations, {per_pair} per pair, as guidance 1 "
+            f"needs no unconditional prediction. On disk: {disk}.",
+            "Measured: the authors' network at full size, float32, on a CPU.",
+            markdown(("task", "CPU seconds", "peak memory of the process"), tasks),
+            *on_paper_parts(record["on paper"]),
+        ],
+        "resources",
+        record["provenance"],
+    )
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--measure", choices=("train", "sample"), help="measure one task in this process and stop")
-    if (task := parser.parse_args().measure) is not None:
-        print(json.dumps(measure(task)))
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments.measure)))
         return
-    page = [denoisers(), policies(), pairs(), measured(), f"Command: `python benchmarks/resources.py`. {provenance()}"]
-    text = "\n\n".join(page) + "\n"
-    write_atomically(ROOT / "benchmarks/results/resources.md", text)
-    print(text)
+    start = {"provenance": provenance()}
+    write("resources", table, None if arguments.render else start | count())
 
 
 if __name__ == "__main__":

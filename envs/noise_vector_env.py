@@ -31,8 +31,9 @@ class NoiseVectorEnv(VectorEnv):
     The spaces are the scalar environment's, batched, and the same seeds give the same episodes: ``reset(seed=s)``
     seeds copy ``i`` with ``s + i``. All episodes end at the same step; the next step starts new ones and ignores
     its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
-    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy. Training calls :meth:`begin` and :meth:`play`
-    instead, which give the same rewards without copies from the device.
+    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy. The observations of an episode share one array
+    of its text and one of its mask. Training calls :meth:`begin` and :meth:`play` instead, which give the same rewards
+    without copies from the device.
 
     Attributes:
         images: The last images ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
@@ -163,8 +164,8 @@ class NoiseVectorEnv(VectorEnv):
         return {
             "patches": self._patches.copy(),
             "step": np.full(self.num_envs, self._step, dtype=np.int64),
-            "text": self._text.copy(),
-            "text_mask": self._mask.copy(),
+            "text": self._text,
+            "text_mask": self._mask,
         }
 
 

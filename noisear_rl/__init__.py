@@ -5,7 +5,6 @@ below load what they need when they are first used.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -27,10 +26,7 @@ _HOMES = {
     "make_vector_env": "envs",
 }
 
-try:
-    __version__ = version("noisear-rl")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0.0.0"
+__version__: str
 
 ENVIRONMENTS = {
     "NoiseAR-Shapes-v0": "shapes",
@@ -52,11 +48,18 @@ for _id, _denoiser in ENVIRONMENTS.items():
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from the folder that holds it."""
+    """Loads a public name from the folder that holds it; ``__version__`` is ``0.0.0`` where nothing is installed."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("noisear-rl")
+        except PackageNotFoundError:
+            return "0.0.0"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from noisear_rl.command import WRONG, run_command, stop
-from noisear_rl.config import nearest
 
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
@@ -56,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage)
         return
     if arguments[0] not in COMMANDS:
+        from noisear_rl.config import nearest  # here, as it loads what only commands need
+
         near = nearest(arguments[0], COMMANDS)
         stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and arguments[0] not in SHARED:

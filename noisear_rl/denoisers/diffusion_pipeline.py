@@ -29,7 +29,8 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class DiffusionPipelineDenoiser:
     """A frozen diffusers pipeline behind the :class:`~noisear_rl.denoisers.Denoiser` protocol.
 
-    On a CPU, reduced precision is autocast over float32 weights; on other devices the weights themselves are cast.
+    On a CPU, reduced precision is autocast over float32 weights, unless the weights have that precision already; on
+    other devices the weights themselves are cast.
     When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same.
 
     Args:
@@ -95,7 +96,8 @@ class DiffusionPipelineDenoiser:
         if getattr(pipeline, "watermark", None) is not None:
             pipeline.watermark = None  # images are scored exactly as they were denoised
         modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        weights = self.dtype if self.device.type != "cpu" else torch.float32
+        cast = self.device.type != "cpu" or all(module.dtype == self.dtype for module in modules)
+        weights = self.dtype if cast else torch.float32
         if any(module.dtype != weights for module in modules):
             pipeline.to(weights)
         for module in modules:

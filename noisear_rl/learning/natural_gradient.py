@@ -14,6 +14,7 @@ Shapes: ``B`` episodes of this process, ``N`` patches, ``A`` elements per patch,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -63,8 +64,53 @@ def twice_differentiable(
         return policy.distribution(patches, text, text_mask)
 
 
+@dataclass
+class _Jacobian:
+    """The Jacobian of mean and log standard deviation, as a graph that can be differentiated again.
+
+    Attributes:
+        parameters: The policy's.
+        outputs: Mean, and log standard deviation if it is not fixed, ``(B, N, A)`` each.
+        metric: ``M``, one tensor per output.
+        dummy: Inputs that ``transposed`` is linear in, one per output.
+        transposed: ``Jᵀ dummy`` by parameter.
+    """
+
+    parameters: list[torch.nn.Parameter]
+    outputs: list[torch.Tensor]
+    metric: list[torch.Tensor]
+    dummy: list[torch.Tensor]
+    transposed: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, policy: NoiseARPolicy, distribution: Independent) -> _Jacobian:
+        """Builds the graph from a distribution, as :func:`twice_differentiable` computes it."""
+        parameters, std = [p for p in policy.parameters() if p.requires_grad], distribution.base_dist.stddev
+        outputs, metric = [distribution.base_dist.mean], [std.detach() ** -2]
+        if std.requires_grad:
+            outputs.append(std.log())
+            metric.append(torch.full_like(std, 2.0).detach())
+        dummy = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        transposed = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, materialize_grads=True)
+        return cls(parameters, outputs, metric, dummy, transposed)
+
+    def add_product(self, total: torch.Tensor, vector: torch.Tensor, weight: float) -> None:
+        """Adds ``weight · F v`` of these episodes to ``total (P,)``."""
+        forward = torch.autograd.grad(self.transposed, self.dummy, _split(vector, self.parameters), retain_graph=True)
+        weighted = [m * u / len(m) for m, u in zip(self.metric, forward, strict=True)]  # M J v, per episode
+        back = torch.autograd.grad(self.outputs, self.parameters, weighted, retain_graph=True, materialize_grads=True)
+        for part, gradient in zip(_split(total, self.parameters), back, strict=True):
+            part.add_(gradient, alpha=weight)
+
+
 def fisher_product(
-    policy: NoiseARPolicy, distribution: Independent, damping: float, weight: float = 1.0
+    policy: NoiseARPolicy,
+    patches: torch.Tensor,
+    text: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    damping: float,
+    weight: float = 1.0,
+    micro_batches: int = 1,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Builds ``v → (F + damping·I) v`` on ``(P,)``, averaged over the episodes of all processes.
 
@@ -72,26 +118,27 @@ def fisher_product(
 
     Args:
         policy: The policy.
-        distribution: Its distribution, as :func:`twice_differentiable` computes it.
+        patches: ``(B, N, A)``.
+        text: ``(B, L, D)``.
+        text_mask: ``(B, L)`` or ``None``.
         damping: Added to the diagonal.
         weight: Share of these episodes in those of all processes.
+        micro_batches: Parts of the episodes. A single part keeps its graph between products; of several, each product
+            builds them anew, one after the other: the memory of one part, about 1.6 times the time.
     """
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    gaussian, episodes = distribution.base_dist, distribution.batch_shape[0]
-    std = gaussian.stddev
-    outputs, metric = [gaussian.mean], [std.detach() ** -2]
-    if std.requires_grad:
-        outputs.append(std.log())
-        metric.append(torch.full_like(std, 2.0).detach())
-    dummy = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-    backward = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, materialize_grads=True)
+    rows = torch.arange(len(patches), device=patches.device).chunk(micro_batches)
+
+    def jacobian(part: torch.Tensor) -> _Jacobian:
+        mask = None if text_mask is None else text_mask[part]
+        return _Jacobian.of(policy, twice_differentiable(policy, patches[part], text[part], mask))
+
+    kept = jacobian(rows[0]) if len(rows) == 1 else None
 
     def product(vector: torch.Tensor) -> torch.Tensor:
-        parts = _split(vector, parameters)
-        forward = torch.autograd.grad(backward, dummy, parts, retain_graph=True)  # J v
-        weighted = [m * u / episodes for m, u in zip(metric, forward, strict=True)]
-        back = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
-        return all_sum(weight * torch.cat([b.reshape(-1) for b in back])) + damping * vector
+        total = torch.zeros_like(vector)
+        for part in rows:
+            (kept or jacobian(part)).add_product(total, vector, weight * len(part) / len(patches))
+        return all_sum(total).add_(vector, alpha=damping)
 
     return product
 
@@ -122,11 +169,12 @@ def natural_step(
     damping: float = 0.01,
     iterations: int = 8,
     weight: float = 1.0,
+    micro_batches: int = 1,
 ) -> tuple[float, Independent]:
     """Moves the policy along ``-F⁻¹ g``, scaled to ``target_kl``; ``g`` is what ``.grad`` holds, the same everywhere.
 
     Args:
-        policy: Its gradients are read and its parameters changed.
+        policy: Its gradients are read and released, and its parameters changed.
         patches: ``(B, N, A)`` sampled from the policy; the metric is measured on them.
         text: ``(B, L, D)``.
         text_mask: ``(B, L)`` or ``None``.
@@ -134,6 +182,7 @@ def natural_step(
         damping: Added to the Fisher matrix's diagonal.
         iterations: Conjugate-gradient iterations.
         weight: Share of these episodes in those of all processes.
+        micro_batches: Parts that Fisher products are computed in; see :func:`fisher_product`.
 
     Returns:
         The KL of the step as measured after it, at most ``1.5 · target_kl`` (the step is halved until it is), and the
@@ -146,16 +195,16 @@ def natural_step(
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
     if not gradient.isfinite().all():
         raise ValueError("the gradient holds NaN or infinite values")
-    before = twice_differentiable(policy, patches, text, text_mask)
+    policy.zero_grad(set_to_none=True)
+    before = policy.exact_distribution(patches, text, text_mask)
     if not gradient.any():
         return 0.0, before
-    product = fisher_product(policy, before, damping, weight)
+    product = fisher_product(policy, patches, text, text_mask, damping, weight, micro_batches)
     direction = conjugate_gradient(product, gradient, iterations)
-    step = direction * (2 * target_kl / (direction @ product(direction))).sqrt()
+    step = direction.mul_((2 * target_kl / (direction @ product(direction))).sqrt())
+    del gradient, product
     with torch.no_grad():
         start = parameters_to_vector(parameters)
-        if policy.precision != "float32":
-            before = policy.exact_distribution(patches, text, text_mask)
         for _ in range(MAX_HALVINGS):
             assign_parameters(parameters, start - step)
             after = policy.exact_distribution(patches, text, text_mask)
@@ -180,6 +229,7 @@ class PolicyOptimizer:
         damping: Added to the Fisher matrix's diagonal.
         cg_iterations: Conjugate-gradient iterations per natural step.
         fisher_episodes: Episodes that the metric and the KL are measured on.
+        micro_batches: Parts that Fisher products are computed in.
         max_grad_norm: Adam's gradients are clipped to this norm.
 
     Raises:
@@ -196,12 +246,14 @@ class PolicyOptimizer:
         damping: float = 0.01,
         cg_iterations: int = 8,
         fisher_episodes: int = 128,
+        micro_batches: int = 1,
         max_grad_norm: float = 1.0,
     ):
         if kind not in get_args(Optimizer):
             raise ValueError(f"unknown optimizer {kind!r}; expected one of {get_args(Optimizer)}")
         self.policy, self.kind, self.target_kl, self.max_grad_norm = policy, kind, target_kl, max_grad_norm
         self.damping, self.cg_iterations, self.fisher_episodes = damping, cg_iterations, fisher_episodes
+        self.micro_batches = micro_batches
         self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
     @property
@@ -255,6 +307,7 @@ class PolicyOptimizer:
                 damping=self.damping,
                 iterations=self.cg_iterations,
                 weight=weight,
+                micro_batches=self.micro_batches,
             )
             return kl if old is None else _kl(rows_of(old, rows), after, weight)
         before = rows_of(old, rows) if old is not None else self.policy.exact_distribution(patches, text, text_mask)

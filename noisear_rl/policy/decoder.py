@@ -23,6 +23,7 @@ from noisear_rl.policy.layers import (
     TokenEmbedding,
     Whitening,
     attend,
+    distinct_rows,
     feed_forward,
     prediction_head,
     project_keys_values,
@@ -74,14 +75,22 @@ class Decoder(nn.Module):
         self.layout_head = LayoutHead(config.layouts, d, config.n_heads) if config.layouts else None
 
     def read(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> Text:
-        """Encodes and projects the text ``(B, L, D)`` once for all patches; ``text_mask`` is ``(B, L)``."""
+        """Encodes and projects the text ``(B, L, D)`` once for all patches; ``text_mask`` is ``(B, L)``.
+
+        In eval mode, rows with the same text are computed once.
+        """
         mask = None
         if text_mask is not None and self.masks_padding:
             mask = text_mask.bool()[:, None, None]  # (B, 1, 1, L)
+        first, rows = (None, None) if self.training else distinct_rows(text, text_mask)
+        read = mask if first is None or mask is None else mask[first]
         with torch.autocast(text.device.type, enabled=False) if self.layout_head else contextlib.nullcontext():
-            text = self.encode(text, mask)  # (B, L, d)
-            logits = self.layout_head(text, mask) if self.layout_head else None  # rounded, they would choose another
+            text = self.encode(text if first is None else text[first], read)  # (U, L, d), where U is B if all differ
+            logits = self.layout_head(text, read) if self.layout_head else None  # rounded, they would choose another
         keys_values = [project_keys_values(layer, text) for layer in self.cross_attn_layers]
+        if rows is not None:
+            keys_values = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in keys_values]
+            logits = None if logits is None else logits.index_select(0, rows)
         return Text(keys_values, mask, logits)
 
     def encode(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -25,6 +25,36 @@ def split_heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
+def distinct_rows(
+    text: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Finds rows of the same text.
+
+    Args:
+        text: ``(B, T, D)``.
+        mask: ``(B, T)`` or ``None``.
+
+    Returns:
+        The first row of each text ``(U,)`` and which of them every row equals ``(B,)``, or nothing if fewer than half
+        of the rows are copies: gathering would cost more than it saves.
+    """
+    if torch.compiler.is_compiling() or len(text) < 2:
+        return None, None
+    flat = text.flatten(1)
+    weights = torch.linspace(0.5, 1.5, flat.shape[1], device=flat.device)
+    sums = (flat.float() * weights).sum(1)
+    if mask is not None:
+        sums = sums + mask.float() @ weights[: mask.shape[1]]
+    _, rows = torch.unique(sums, return_inverse=True)
+    count = int(rows.max()) + 1
+    if 2 * count > len(rows):
+        return None, None
+    order = torch.arange(len(rows), device=rows.device)
+    first = order.new_full((count,), len(rows)).scatter_reduce_(0, rows, order, "amin")
+    same = torch.equal(flat[first][rows], flat) and (mask is None or torch.equal(mask[first][rows], mask))
+    return (first, rows) if same else (None, None)
+
+
 def project_keys_values(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``(B, H, T, d/H)`` of ``x (B, T, d)`` by the weights of a ``MultiheadAttention``."""
     d = layer.embed_dim

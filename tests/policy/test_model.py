@@ -31,6 +31,31 @@ def test_cached_equals_uncached_and_batch_equals_single(architecture):
     torch.testing.assert_close(cached.patches, torch.cat(single), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["paper", "released"])
+def test_repeated_prompts_are_read_once_and_give_the_same_numbers(architecture):
+    policy, rows = random_policy(architecture=architecture), [0, 1, 1, 0, 2, 0, 1, 2]
+    mask = MASK.clone()
+    mask[2] = mask[0]  # rows 0 and 2 differ in their text alone, 1 and 3 in their mask alone
+    text, mask = TEXT[[0, 1, 2, 1]], mask[[0, 1, 2, 3]]
+    many = [*rows, 3, 3, 3]
+    patches = torch.randn(len(many), 16, 16, generator=torch.Generator().manual_seed(2))
+    read, encode = [], policy.network.encode
+    policy.network.encode = lambda text, mask: read.append(len(text)) or encode(text, mask)
+    log_prob = policy.log_prob(patches, text[many], mask[many])
+    log_prob.sum().backward()
+    gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    policy.zero_grad()
+    single = torch.cat([policy.log_prob(patches[i : i + 1], text[[j]], mask[[j]]) for i, j in enumerate(many)])
+    single.sum().backward()
+    assert read == [4] + [1] * len(many)
+    torch.testing.assert_close(log_prob, single, rtol=1e-5, atol=1e-4)
+    for ours, expected in zip(gradients, (p.grad for p in policy.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    policy.log_prob(patches, TEXT[0].expand(11, -1, -1) + torch.arange(11)[:, None, None], None)
+    policy.train().log_prob(patches, text[many], mask[many])  # dropout of a text layer would be shared
+    assert read[-2:] == [11, 11]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_log_prob_scores_what_sample_draws(dtype, tolerance, temperature):
