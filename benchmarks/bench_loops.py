@@ -208,8 +208,9 @@ def torch_rl(updates: int, seed: int = 0) -> TimedEnv:
     observation = flat(envs.reset(seed=seed)[0])
     inputs = observation.shape[1]
     layers = {"num_cells": [WIDTH, WIDTH], "activation_class": nn.Tanh}
-    body = nn.Sequential(MLP(inputs, 2 * width, **layers), NormalParamExtractor())
-    nn.init.zeros_(body[0][-1].weight)  # starts as N(0, I), as ours does
+    mean_and_scale = MLP(inputs, 2 * width, **layers)
+    nn.init.zeros_(mean_and_scale[-1].weight)  # starts as N(0, I), as ours does
+    body = nn.Sequential(mean_and_scale, NormalParamExtractor())
     actor = ProbabilisticActor(
         TensorDictModule(body, ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"],

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def sampling(repeats: int) -> dict[str, Any]:
     for batch in BATCHES:
         _, text, _ = batch_of(policy, 77, batch)
         noise, seeds = patchify(standard_noise(range(batch), SDXL.latent_shape), 32), range(batch)
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             LIKE_AUTHORS: functools.partial(authors_loop, policy, text, noise),
             FULL: functools.partial(policy.sample, text, seeds=seeds),
             HALF: functools.partial(half.sample, text, seeds=seeds),

@@ -117,9 +117,9 @@ class Meter:
 def denoiser_of(name: str, dtype: torch.dtype, device: torch.device, **options: Any) -> DiffusionPipelineDenoiser:
     """Builds a denoiser; prompt embeddings of random weights are never kept on disk."""
     kind: Any = str(dtype).removeprefix("torch.")
-    options = {"num_inference_steps": STEPS, "cache_dir": "none"} | options
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "cache_dir": "none"} | options
     pipeline = build_pipeline(name, dtype, device)
-    return DiffusionPipelineDenoiser(pipeline, name=name, dtype=kind, device=device, **options)
+    return DiffusionPipelineDenoiser(pipeline, name=name, dtype=kind, device=device, **given)
 
 
 def predictions() -> dict[str, Any]:
@@ -278,13 +278,13 @@ def parts_of(record: dict[str, Any]) -> list[str]:
         markdown(HEAD, rows),
     ]
     if record.get("presets"):
-        head = ("preset", "dtype", "compiled", "steps", "seconds per image", "peak memory, GiB", "finite")
+        columns = ("preset", "dtype", "compiled", "steps", "seconds per image", "peak memory, GiB", "finite")
         cells = [[*row[:4], f"{row[4]:.3f}", f"{row[5]:.1f}", row[6]] for row in record["presets"]]
-        parts += ["Every preset, batch 1, at its own number of steps; median of 3.", markdown(head, cells)]
+        parts += ["Every preset, batch 1, at its own number of steps; median of 3.", markdown(columns, cells)]
     if record.get("scorers"):
         cells = [[row[0], f"{row[1]:.4f}", f"{row[2]:.1f}", row[3]] for row in record["scorers"]]
-        head = ("scorer", "seconds per image", "peak memory, GiB", "finite")
-        parts += ["Scorers in float32, a batch of 8 images of 1024 × 1024 pixels.", markdown(head, cells)]
+        names = ("scorer", "seconds per image", "peak memory, GiB", "finite")
+        parts += ["Scorers in float32, a batch of 8 images of 1024 × 1024 pixels.", markdown(names, cells)]
     return parts
 
 

@@ -116,7 +116,7 @@ def on_paper_parts(found: dict[str, Any]) -> list[str]:
             network = [f"{row['traffic'] / 1e9:.1f} GB", f"{100 * seconds[3] / sum(seconds):.1f} %"]
         rows.append([row["run"], row["gpus"], *hours, f"{row['bytes'] / 2**30:,.1f} GiB", *network])
     last = found["rows"][-1]["seconds"]
-    image, drawing, policy, network = (f"{part:.2f}" for part in last)
+    image, drawing, policy, summing = (f"{part:.2f}" for part in last)
     one, *_, most = (sum(row["seconds"]) for row in found["rows"] if "seconds" in row)
     turbo = found["turbo"]
     return [
@@ -129,7 +129,7 @@ def on_paper_parts(found: dict[str, Any]) -> list[str]:
         f"PPO makes {found['updates']:,} updates of {found['episodes']} images and writes a checkpoint of the policy "
         f"every {found['save every']} (`--keep-checkpoints` limits them). It stops scaling at {found['episodes']} "
         f"GPUs, one image each, where an update takes {image} s for the image, {drawing} s to draw patches, {policy} s "
-        f"for the policy's steps and {network} s for the network: {one / most:.0f} times as fast as one GPU. Only "
+        f"for the policy's steps and {summing} s for the network: {one / most:.0f} times as fast as one GPU. Only "
         "larger updates use more of them. With a denoiser of one step and no guidance on 64 GPUs, images take "
         f"{turbo[0]:.2f} s per update, the policy {turbo[1] + turbo[2]:.2f} s and the network {turbo[3]:.2f} s: the "
         "sums of Fisher products are the limit then, and Adam, which sums one gradient per step, scales further.",
