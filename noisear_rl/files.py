@@ -45,6 +45,7 @@ def sha256(content: Path | Sequence[str]) -> str:
 
 
 SEAL = "sha256"  # key of a manifest's own checksum
+LATER = ("dtype", "reward_sha256")  # keys that earlier versions did not write
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -62,6 +63,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     known, asked = read_manifest(folder), json.loads(json.dumps(manifest))
     for key in {**known, **asked}:
+        if key in LATER and key not in known:
+            continue
         if known.get(key) != asked.get(key):
             raise ValueError(
                 f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {asked.get(key)!r}): "

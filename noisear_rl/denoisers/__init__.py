@@ -26,6 +26,7 @@ __all__ = [
     "DenoiserName",
     "DenoiserOptions",
     "check_denoiser",
+    "dtype_of",
     "embed_all",
     "load_denoiser",
     "policy_sizes",
@@ -182,6 +183,11 @@ def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str,
     """
     sizes: dict[str, Any] = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
     return sizes if patch_size is None else sizes | {"patch_size": patch_size}
+
+
+def dtype_of(denoiser: Denoiser) -> str:
+    """The precision that a denoiser runs in, for records: its images depend on it."""
+    return str(getattr(denoiser, "dtype", "unknown")).removeprefix("torch.")
 
 
 def embed_all(denoiser: Denoiser, prompts: Sequence[str]) -> None:

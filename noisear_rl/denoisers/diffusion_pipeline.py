@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning
-from noisear_rl.denoisers.pipelines import ProbeScheduler, interface_of, last_latents, scheduled_by
+from noisear_rl.denoisers.pipelines import ProbeScheduler, check_guidance, interface_of, last_latents, scheduled_by
 from noisear_rl.denoisers.placement import DTYPES, Dtype, Offload, place, resolve_device, resolve_dtype
 from noisear_rl.denoisers.prompt_encoder import PromptEncoder
 
@@ -82,8 +82,9 @@ class DiffusionPipelineDenoiser:
         compile: bool = False,
     ) -> None:
         self.interface = interface_of(pipeline)
-        if num_inference_steps < 1 or micro_batch_size < 1 or guidance_scale < 1:
-            raise ValueError("num_inference_steps, micro_batch_size and guidance_scale must be at least 1")
+        if num_inference_steps < 1 or micro_batch_size < 1:
+            raise ValueError("num_inference_steps and micro_batch_size must be at least 1")
+        check_guidance(guidance_scale)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         for option, value, allowed in (("offload", offload, Offload), ("embedding_dtype", embedding_dtype, Dtype)):
@@ -285,8 +286,7 @@ class DiffusionPipelineDenoiser:
             ValueError: If the latents do not match, or the network predicts neither ε nor v nor a velocity.
         """
         self._check(latents, conditioning)
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, got {guidance_scale}")
+        check_guidance(guidance_scale)
         scheduler = self.pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "flow")
         if kind not in ("epsilon", "v_prediction", "flow"):
