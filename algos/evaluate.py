@@ -350,7 +350,10 @@ def run(config: EvaluateConfig) -> str:
     if is_main():
         join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
         text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
-        write_atomically(config.output_dir / "table.md", text + "\n")
+        file = config.output_dir / "table.md"
+        with atomic(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            write_checksums(config.output_dir, {file: temporary}, "table")
     barrier()
     return text
 

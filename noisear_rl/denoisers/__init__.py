@@ -113,6 +113,9 @@ class Conditioning:
 class Denoiser(Protocol):
     """A frozen text-to-image diffusion model.
 
+    ``gym.make(id, denoiser=...)`` copies its arguments deeply. A class that is large, or cannot be copied, defines
+    ``__deepcopy__`` to return ``self``, as the library's own does.
+
     Attributes:
         name: Name in :func:`load_denoiser` and in records.
         revision: Revision of its weights, for records.

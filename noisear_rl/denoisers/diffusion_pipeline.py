@@ -12,7 +12,7 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -31,7 +31,8 @@ class DiffusionPipelineDenoiser:
 
     On a CPU, reduced precision is autocast over float32 weights, unless the weights have that precision already; on
     other devices the weights themselves are cast.
-    When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same.
+    When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same. ``copy.deepcopy``
+    returns the same object, so that ``gym.make(denoiser=...)``, which copies its arguments, copies no weights.
 
     Args:
         pipeline: A pipeline of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or of a subclass.
@@ -129,6 +130,9 @@ class DiffusionPipelineDenoiser:
     def nfe(self) -> int:
         """Network evaluations per image (guidance counts twice)."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -17,15 +17,10 @@ from noisear_rl.rewards import reward_sha256
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 # These do not change what an update does.
 MAY_CHANGE: tuple[str, ...] = ("updates", "save_every", "keep_checkpoints", "log_every", "micro_batches", "patience")
-MAY_CHANGE += (
-    "rounds",
-    "output_dir",
-    "resume",
-    "wandb",
-    "pairs",
-    "rollouts",
-)  # the content of the last two is compared
-MEMORY = ("device", "micro_batch_size", "cache_dir", "cpu_offload", "vae_slicing", "attention_slicing", "compile")
+MAY_CHANGE += ("rounds", "output_dir", "resume", "wandb", "reward_device", "compile")
+MAY_CHANGE += ("pairs", "rollouts")  # their content is compared
+MEMORY = ("device", "micro_batch_size", "cache_dir", "offload", "device_map", "drop_text_encoders", "compile")
+MEMORY += ("vae_slicing", "attention_slicing")
 MAY_CHANGE += tuple(f"denoiser_options.{name}" for name in MEMORY)
 
 

@@ -10,7 +10,6 @@ one without any saved generator. Of several processes, the main one writes; all 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from noisear_rl.checkpoints import (
 from noisear_rl.command import Stop, stop
 from noisear_rl.config import check_config, to_mapping
 from noisear_rl.distributed import all_sum, barrier, is_main, process, same_for_all
-from noisear_rl.files import write_atomically
+from noisear_rl.files import read_entries, write_atomically, write_entries
 from noisear_rl.integrity import lock_folder
 from noisear_rl.learning.interruption import Interruption
 from noisear_rl.learning.records import RECORDS, append_record, forget_after, scores_of
@@ -248,11 +247,12 @@ class Run:
         if self._start is None:
             return
         path, step = self.folder / "provenance.json", self._start["step"]
-        known = json.loads(path.read_text()) if path.exists() else []
-        starts = [start for start in known if start["step"] < step]  # the updates of later ones are repeated
+        starts = [
+            start for start in read_entries(path) if start["step"] < step
+        ]  # the updates of later ones are repeated
         if not starts or starts[-1] | {"step": step} != self._start:
             starts.append(self._start)
-        write_atomically(path, json.dumps(starts, indent=1) + "\n")
+        write_entries(path, starts)
         self._start = None
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 
@@ -53,6 +53,8 @@ def checked_scores(found: Any, count: int, who: str) -> torch.Tensor:
 class WeightedReward:
     """``R = Σ_k w_k · z_k``, where ``z_k`` is the score of a scorer, optionally standardised.
 
+    ``copy.deepcopy`` returns the same object, so that environments made with it share its scorers and their statistics.
+
     Args:
         rewards: Scorers and their weights.
         normalize: ``none``: scores as they are. ``fixed``: standardised by fixed means and standard deviations on
@@ -86,6 +88,9 @@ class WeightedReward:
         if normalize == "fixed":
             self.statistics = {reward.name: _fixed(reward, statistics or {}) for reward, _ in rewards}
         self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Asks the scorers that read only some prompts (those of the shapes world) whether they read these.
