@@ -31,7 +31,7 @@ from noisear_rl.files import check_manifest, sha256
 from noisear_rl.images import to_uint8
 from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256, text_encoder_of
-from noisear_rl.rewards import RewardSpec
+from noisear_rl.rewards import RewardSpec, reward_sha256
 from noisear_rl.seeds import Stream, stream_rng
 
 
@@ -110,6 +110,8 @@ def collect(config: CollectConfig) -> None:
     }
     if config.reward:  # later rounds must use the same reward
         manifest["reward_spec"] = config.reward
+        if checksum := reward_sha256(config.reward):
+            manifest["reward_sha256"] = checksum
     if is_main():
         check_manifest(config.output_dir, manifest)
     barrier()
@@ -146,7 +148,11 @@ def collect(config: CollectConfig) -> None:
         }
         rows |= {key: values.tolist() for key, values in outcome.scores.items()}
         if config.save_images and envs.images is not None:
-            rows["image"] = [{"bytes": _png(image), "path": None} for image in envs.images]
+            whole = envs.images.isfinite().flatten(1).all(1)  # others have a reward of NaN, and no picture
+            rows["image"] = [
+                {"bytes": _png(image), "path": None} if good else None
+                for image, good in zip(envs.images, whole, strict=True)
+            ]
         write_shard(config.output_dir, shard, {key: part[: len(repeated)] for key, part in rows.items()}, features)
     bar.close()
     envs.close()

@@ -50,6 +50,7 @@ from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import Part, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
+from noisear_rl.learning.guards import Guard
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.preference_losses import (
     Loss,
@@ -196,7 +197,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
         raise ValueError(f"{len(pairs)} pairs are too few to hold some out: collect more prompts or lower threshold")
 
     # Policy in eval mode: no dropout, so that log-ratios to the frozen reference start at exactly 0.
-    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
+    run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb, may_change=("epochs",))
     policy = policy.to(run.device)
     fit_text(policy, reader, [prompts[row] for row in pairs.chosen[train_pairs]], config.seed)
     same_everywhere(policy)
@@ -213,6 +214,7 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     best = copy.deepcopy(policy)
     parts = {"optimizer": optimizer, "best": best}
     counters = run.load(policy, **parts) if config.resume else Counters()
+    guard = Guard(policy, counters, optimizer, config.target_kl)
     began = time.time() - counters.seconds
 
     updates_per_epoch = -(-len(train_pairs) // config.batch_size)
@@ -240,12 +242,13 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
             scores.append(scored)
         sum_gradients(policy)
         places = np.concatenate([mine.places, mine.places + len(rows)])
-        kl = optimizer.step(*batch, part=Part(np.arange(len(places)), places, 2 * len(rows)))
+        kl = guard.step(*batch, part=Part(np.arange(len(places)), places, 2 * len(rows)))  # undone if it blows up
 
         # Records, early stopping and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
             record = trl_metrics(PairLogProbs.concatenated(scores), loss, config.beta) | {"losses/approx_kl": kl}
+            record |= guard.record
             ours = shard(len(held_out))
             chunks = np.array_split(held_out[ours.rows], -(-len(ours.rows) // VALIDATION_BATCH))
             batches = (batch_of(chunk, pairs, patches, prompts, reader, run.device) for chunk in chunks)

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
 from noisear_rl.config import PositiveFloat, PositiveInt, Seed, check_config, parse_config, to_mapping
-from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, embed_all, load_denoiser
+from noisear_rl.denoisers import EMBEDDED, DenoiserName, DenoiserOptions, dtype_of, embed_all, load_denoiser
 from noisear_rl.denoisers.shapes.captions import SPLITS
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.evaluation.compare import finite_components
@@ -50,7 +50,14 @@ from noisear_rl.images import to_tensor, to_uint8
 from noisear_rl.integrity import lock_folder, verify, write_checksums
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.provenance import provenance
-from noisear_rl.rewards import RewardConfig, RewardSpec, WeightedReward, load_reward, reward_config
+from noisear_rl.rewards import (
+    RewardConfig,
+    RewardSpec,
+    WeightedReward,
+    load_reward,
+    reward_config,
+    reward_sha256,
+)
 from noisear_rl.rewards.layouts import layout_diversity
 from noisear_rl.rewards.shapes import ShapesExact
 from noisear_rl.samplers import Sampler
@@ -126,6 +133,7 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     began = time.perf_counter()
     drawn = sampler(texts, seeds)
     seconds = time.perf_counter() - began
+    check_images(drawn.images, method, texts, seeds)
     for i, image in enumerate(drawn.images):
         file = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
         with atomic(file) as temporary:
@@ -145,6 +153,21 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
         images = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
         write_checksums(
             config.output_dir, {path: path for path in images} | {file: temporary}, _part("noise", method, rows)
+        )
+
+
+def check_images(images: torch.Tensor, method: Method, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuses images without a picture: as files they would be black, and get scores.
+
+    Raises:
+        ValueError: If pixels are NaN or infinite; names the method and the first prompt.
+    """
+    broken = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(
+            f"method {method.name!r}: {len(broken)} of {len(images)} images hold NaN or infinite values, the first for "
+            f"prompt {prompts[broken[0]]!r:.80} with seed {seeds[broken[0]]}: try --denoiser-options dtype float32, or "
+            "another policy"
         )
 
 
@@ -282,7 +305,10 @@ def run(config: EvaluateConfig) -> str:
         "denoiser_options": config.denoiser_options,
         "num_inference_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
+        "dtype": dtype_of(denoiser),
     }
+    if checksum := reward_sha256(*config.scorers):
+        manifest["reward_sha256"] = checksum
     _lock = lock_folder(config.output_dir) if is_main() else None
     if is_main():
         check_manifest(config.output_dir, manifest)
@@ -324,7 +350,10 @@ def run(config: EvaluateConfig) -> str:
     if is_main():
         join_shards(config, reward.rewards[0][0].name, chosen, methods, shards)
         text = render(*results_table([load_results(config.output_dir)], config.resample), "markdown")
-        write_atomically(config.output_dir / "table.md", text + "\n")
+        file = config.output_dir / "table.md"
+        with atomic(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            write_checksums(config.output_dir, {file: temporary}, "table")
     barrier()
     return text
 

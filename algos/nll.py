@@ -46,6 +46,7 @@ from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser, p
 from noisear_rl.distributed import Part, all_sum, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import kl_to_gaussian
+from noisear_rl.learning.guards import Guard
 from noisear_rl.learning.losses import nll_loss, reconstruction_loss
 from noisear_rl.learning.run import Counters, Run, split_by_prompt
 from noisear_rl.learning.text_pathway import fit_text
@@ -155,6 +156,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     updates = config.epochs * updates_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     counters = run.load(policy, optimizer=optimizer, schedule=schedule) if config.resume else Counters()
+    guard = Guard(policy, counters)
     began = time.time() - counters.seconds
 
     def draw(rows: np.ndarray, stream: Stream, update: int = 0) -> list[torch.Tensor]:
@@ -187,6 +189,12 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             values["losses/layout"] = -layout_log_prob.mean().detach()  # nats
         return values
 
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        policy.eval()
+        mine, drawn = shard(len(held_out_rows)), draw(held_out_rows, Stream.HELD_OUT_NOISE)
+        return mine.mean(losses(held_out_rows, mine, drawn)["losses/nll"]).item()
+
     left = range(counters.step, updates)
     bar = tqdm(left, initial=counters.step, total=updates, desc="nll", unit="update", disable=not is_main())
     for update in bar:
@@ -211,24 +219,26 @@ def train(config: NLLConfig) -> NoiseARPolicy:
             values["losses/total"] = loss
             parts.append({key: part.weight * value.detach() for key, value in values.items()})
         sum_gradients(policy)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        optimizer.step()
+        means = {key: all_sum(torch.stack([part[key] for part in parts]).sum()) for key in values}
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        if guard.accepts(means["losses/total"], norm):  # otherwise this update is skipped and counted
+            optimizer.step()
         schedule.step()
 
         # Records and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         last = counters.step == updates
-        if counters.step % config.log_every == 0 or last:
-            policy.eval()
-            with torch.no_grad():
-                mine, drawn = shard(len(held_out_rows)), draw(held_out_rows, Stream.HELD_OUT_NOISE)
-                held_out = mine.mean(losses(held_out_rows, mine, drawn)["losses/nll"])
-            record = {key: all_sum(torch.stack([part[key] for part in parts]).sum()).item() for key in values}
-            record["losses/nll_held_out"] = held_out.item()
+        logs, saves = (counters.step % every == 0 or last for every in (config.log_every, config.save_every))
+        saves |= run.stopping
+        held_out = held_out_loss() if logs or saves else 0.0
+        if logs:
+            record = {key: value.item() for key, value in means.items()} | guard.record
+            record["losses/nll_held_out"] = held_out
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             run.log(record, counters.step)
             bar.set_postfix(nll=f"{record['losses/nll']:.4f}", held_out=f"{record['losses/nll_held_out']:.4f}")
-        if counters.step % config.save_every == 0 or last or run.stopping:
+        if saves:
+            guard.check(held_out)
             run.save(policy, counters, optimizer=optimizer, schedule=schedule)
     run.close()
     return policy.eval()

@@ -46,6 +46,7 @@ from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, embed_
 from noisear_rl.distributed import Part, all_sum, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.files import read_manifest
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.learning.guards import Guard
 from noisear_rl.learning.run import Counters, Run
 from noisear_rl.policy import Precision
 from noisear_rl.samplers.npnet import NPNet, NPNetConfig, load_npnet
@@ -179,8 +180,10 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
         means[2:] **= 0.5
         return dict(zip(names, means.tolist(), strict=True))
 
+    guard = Guard(npnet, counters)
     if counters.best is None:
         counters.best = held_out_losses()["losses/mse_held_out"]
+        guard.check(counters.best)
     left = range(counters.step, updates)
     bar = tqdm(left, initial=counters.step, total=updates, desc="npnet", unit="update", disable=not is_main())
     for update in bar:
@@ -199,14 +202,16 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
             loss.backward()
             mse += loss.detach()
         sum_gradients(npnet)
-        torch.nn.utils.clip_grad_norm_(npnet.parameters(), config.max_grad_norm)
-        optimizer.step()
+        mse = all_sum(mse)
+        norm = torch.nn.utils.clip_grad_norm_(npnet.parameters(), config.max_grad_norm)
+        if guard.accepts(mse, norm):  # otherwise this update is skipped and counted
+            optimizer.step()
         schedule.step()
 
         # Records, the best so far and checkpoints.
         counters.step, counters.seconds = update + 1, time.time() - began
         if counters.step % config.evaluate_every == 0 or counters.step == updates:
-            record = {"losses/mse": all_sum(mse).item()} | held_out_losses()
+            record = {"losses/mse": mse.item()} | held_out_losses() | guard.record
             record["charts/learning_rate"] = float(schedule.get_last_lr()[0])
             if record["losses/mse_held_out"] < counters.best:
                 counters.best = record["losses/mse_held_out"]
@@ -214,6 +219,7 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
             run.log(record, counters.step)
             bar.set_postfix(mse=f"{record['losses/mse']:.4f}", held_out=f"{record['losses/mse_held_out']:.4f}")
         if (counters.step % config.save_every == 0 or run.stopping) and counters.step < updates:
+            guard.check(held_out_losses()["losses/mse_held_out"])
             run.save(npnet, counters, **parts)
     npnet.load_state_dict(best.state_dict())
     run.save(npnet, counters, **parts)

@@ -46,6 +46,7 @@ from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import kl_to_gaussian, rows_of
+from noisear_rl.learning.guards import CollapseWatch, Guard, finite_gradients
 from noisear_rl.learning.losses import (
     check_groups,
     finite_episodes,
@@ -208,6 +209,8 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate)
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     counters = run.load(policy, **parts) if config.resume else Counters()
+    guard = Guard(policy, counters, optimizer, config.kl_stop * config.target_kl)
+    watch = CollapseWatch(task.reward)
     began = time.time() - counters.seconds
 
     left = range(counters.step, config.updates)
@@ -255,6 +258,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         update_kl = step_size.next(agreed)
 
         # Policy: epochs of minibatches, until the update is as long as it may be.
+        guard.remember()
         metrics, approx_kl = [], 0.0  # means of ratio - 1, loss, share of clipped patches
         longest = config.kl_stop * update_kl
         for _ in range(config.epochs):
@@ -281,13 +285,14 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                 b_old, size = rows_of(old, minibatch.rows), update_kl / config.target_kl
                 approx_kl = optimizer.step(b_patches, b_text, b_mask, b_old, size, minibatch)
                 metrics.append(all_sum(sums).tolist())
-                if approx_kl > longest:
+                if not approx_kl <= longest:
                     break
-            if approx_kl > longest:
+            if not approx_kl <= longest:
                 break
+        approx_kl = guard.settle(approx_kl)  # 0 if the update blew up: it is undone and counted
 
         # Critic: its own network, its own optimiser.
-        record = {}
+        record = guard.record
         if critic is not None:
             for _ in range(config.critic_steps):
                 part = among(rng.permutation(count)[: config.critic_batch_size], own.places)
@@ -296,9 +301,13 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                 critic_optimizer.zero_grad(set_to_none=True)
                 (part.weight * value_loss).backward()
                 sum_gradients(critic)
-                critic_optimizer.step()
+                if finite_gradients(critic):
+                    critic_optimizer.step()
             spread = (reward[:, None] - values).var() / reward.var().clamp(min=1e-12)
-            record = {"losses/value_loss": part.mean(value_loss).item(), "losses/explained_variance": 1 - spread.item()}
+            record |= {
+                "losses/value_loss": part.mean(value_loss).item(),
+                "losses/explained_variance": 1 - spread.item(),
+            }
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -328,6 +337,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
         scores = {key: mine.gather(values) for key, values in outcome.scores.items()}
         record |= {key: float(np.mean(values.cpu()[kept.cpu()].numpy())) for key, values in scores.items()}
+        watch.look(record, own.gather(advantages))
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

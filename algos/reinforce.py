@@ -44,6 +44,7 @@ from noisear_rl.denoisers import DenoiserOptions
 from noisear_rl.distributed import all_sum, among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import concatenated, kl_to_gaussian
+from noisear_rl.learning.guards import CollapseWatch, Guard
 from noisear_rl.learning.losses import (
     Advantage,
     check_groups,
@@ -174,6 +175,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
     if task.reward.normalize == "running":  # otherwise it has no state
         parts |= {"reward": task.reward}
     counters = run.load(policy, **parts) if config.resume else Counters()
+    guard, watch = Guard(policy, counters, optimizer, config.target_kl), CollapseWatch(task.reward)
     began = time.time() - counters.seconds
 
     left = range(counters.step, config.updates)
@@ -217,7 +219,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
         own_density, start = (p.exact_distribution(patches, text, mask) for p in (policy, reference))
         agreed = agreement(own_density, start, patches, advantages)
         update_kl = step_size.next(agreed)
-        kl = optimizer.step(patches, text, mask, share=update_kl / config.target_kl, part=own)
+        kl = guard.step(patches, text, mask, share=update_kl / config.target_kl, part=own)  # undone if it blows up
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -236,6 +238,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             "policy/std": own.mean(gaussian.stddev.mean()).item(),
             "policy/kl_to_gaussian": kl_to_prior.item(),
         }
+        record |= guard.record
         if agreed is not None:
             record["policy/agreement"] = agreed
         if config.optimizer != "natural":
@@ -246,6 +249,7 @@ def train(config: ReinforceConfig) -> NoiseARPolicy:
             record |= {"policy/cross_talk": talk} if np.isfinite(talk) else {}
         scores = {key: mine.gather(values) for key, values in outcome.scores.items()}
         record |= {key: float(np.mean(values.cpu()[kept.cpu()].numpy())) for key, values in scores.items()}
+        watch.look(record, own.gather(advantages))
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{kl_to_prior.item():.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

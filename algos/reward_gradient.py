@@ -41,6 +41,7 @@ from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
 from noisear_rl.distributed import among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
+from noisear_rl.learning.guards import CollapseWatch, Guard
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
@@ -142,6 +143,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         if config.micro_batches > 1:
             raise ValueError("running statistics need all images at once: set micro_batches to 1")
     counters = run.load(policy, **parts) if config.resume else Counters()
+    guard, watch = Guard(policy, counters, optimizer, config.target_kl), CollapseWatch(task.reward)
     began = time.time() - counters.seconds
 
     left = range(counters.step, config.updates)
@@ -164,15 +166,16 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             scores.append(task.reward.score(images.clamp(0, 1), [prompts[i] for i in rows]))  # (b,)
             gradients += torch.autograd.grad(scores[-1].sum(), leaf)
         reward, gradient = mine.gather(torch.cat(scores).detach()), torch.cat(gradients)  # (B,), (M, C, h, w)
-        kept = reward.isfinite().nonzero()[:, 0]  # the others are dropped and counted
+        whole = mine.gather(gradient.flatten(1).isfinite().all(1))  # (B,)
+        kept = (reward.isfinite() & whole).nonzero()[:, 0]  # the others are dropped and counted
         if not len(kept):
-            raise ValueError("no image of this update has a finite reward: which scorer gives NaN, and why?")
+            raise ValueError(
+                "no image has a finite reward and gradient: which scorer gives NaN, or is not differentiable?"
+            )
         own = among(kept, mine.rows)  # those of this process
         if not own.weight:
             gradient = torch.zeros_like(gradient)  # of a stand-in, which may be NaN
         length = gradient[own.rows].flatten(1).norm(dim=1)  # (k,)
-        if not length.isfinite().all():
-            raise ValueError("the reward's gradient holds NaN or infinite values: is every scorer differentiable?")
         scale = config.max_noise_gradient / length.clamp(min=config.max_noise_gradient)
         gradient = gradient[own.rows] * scale[:, None, None, None]
 
@@ -186,7 +189,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         policy.zero_grad(set_to_none=True)
         (own.weight * surrogate + mine.weight * penalty).backward()
         sum_gradients(policy)
-        kl = optimizer.step(sample.patches.detach(), text, mask, part=mine)
+        kl = guard.step(sample.patches.detach(), text, mask, part=mine)  # undone if it blows up
 
         # Records and checkpoints.
         counters.step, counters.images = update + 1, counters.images + batch
@@ -205,8 +208,10 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             "policy/noise_norm": mine.mean(norm.mean()).item(),
             "policy/kl_to_gaussian": mine.mean(kl_to_prior).item(),
         }
+        record |= guard.record
         if config.optimizer != "natural":
             record["charts/learning_rate"] = optimizer.learning_rate
+        watch.look(record)
         run.log(record, counters.step)
         bar.set_postfix(reward=f"{record['charts/episodic_return']:.3f}", kl=f"{record['policy/kl_to_gaussian']:.1f}")
         if counters.step % config.save_every == 0 or counters.step == config.updates or run.stopping:

@@ -86,6 +86,7 @@ class NoiseTask:
             raise ValueError("reward_device belongs to a reward given by name")
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)
+        self._known = frozenset(self.prompts)
         self.denoiser = denoiser = (
             load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
         )
@@ -113,7 +114,15 @@ class NoiseTask:
         return f"denoiser {self.denoiser.name!r}"
 
     def draw(self, np_random: np.random.Generator, prompt: str | None = None) -> tuple[str, int]:
-        """Draws an episode's prompt and denoising seed; both depend only on the generator's state."""
+        """Draws an episode's prompt and denoising seed; both depend only on the generator's state.
+
+        Raises:
+            ValueError: If the given prompt is no text, or none that the scorers can judge.
+        """
+        if prompt is not None and (not isinstance(prompt, str) or not prompt.strip()):
+            raise ValueError(f"a prompt must be text, not {prompt!r:.80}")
+        if prompt is not None and prompt not in self._known:
+            self.reward.check_prompts([prompt])
         index, seed = np_random.integers(len(self.prompts)), np_random.integers(2**31)
         return self.prompts[index] if prompt is None else prompt, int(seed)
 

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.error import ResetNeeded
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -31,9 +31,10 @@ class NoiseVectorEnv(VectorEnv):
     The spaces are the scalar environment's, batched, and the same seeds give the same episodes: ``reset(seed=s)``
     seeds copy ``i`` with ``s + i``. All episodes end at the same step; the next step starts new ones and ignores
     its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
-    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy. The observations of an episode share one array
-    of its text and one of its mask. Training calls :meth:`begin` and :meth:`play` instead, which give the same rewards
-    without copies from the device.
+    ``reset(options={"prompts": [...]})`` sets the prompts, one per copy, and ``{"prompt": "..."}`` one for all. A
+    ``reset_mask`` must be true for every copy, since they act in lockstep. A seed also seeds ``np_random``. The
+    observations of an episode share one array of its text and one of its mask. Training calls :meth:`begin` and
+    :meth:`play` instead, which give the same rewards without copies from the device.
 
     Attributes:
         images: The last images ``(B, 3, H, W)`` in [0, 1], or ``None`` before the first episode's end.
@@ -72,8 +73,13 @@ class NoiseVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts ``num_envs`` episodes."""
-        text, mask = self.begin(seed, (options or {}).get("prompts"))
+        """Starts ``num_envs`` episodes.
+
+        Raises:
+            ValueError: If the numbers of seeds or prompts are wrong, or ``reset_mask`` leaves a copy out.
+            ClosedEnvironmentError: After :meth:`close`.
+        """
+        text, mask = self.begin(seed, self._prompts_of(options or {}))
         self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
         self._step = 0
@@ -87,9 +93,15 @@ class NoiseVectorEnv(VectorEnv):
         Returns:
             What a policy sees: text ``(B, L, D)`` float32 and mask ``(B, L)`` bool, on the denoiser's device.
         """
+        self._check_open()
+        if isinstance(seed, int | np.integer):
+            super().reset(seed=int(seed))
         if seed is not None or not self._generators:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-            seeds = [None] * self.num_envs if seeds is None else list(seeds)
+            seeds: list[int | None] = [None] * self.num_envs
+            if isinstance(seed, int | np.integer):
+                seeds = [int(seed) + i for i in range(self.num_envs)]
+            elif seed is not None:
+                seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise ValueError(f"expected {self.num_envs} seeds, got {len(seeds)}")
             self._generators = [seeding.np_random(s)[0] for s in seeds]
@@ -124,6 +136,7 @@ class NoiseVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Appends a patch to every noise, ``(B, A)``; denoises and scores after the last one."""
+        self._check_open()
         if self._step < 0:
             raise ResetNeeded("call reset() before step()")
         rewards, never = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
@@ -144,6 +157,24 @@ class NoiseVectorEnv(VectorEnv):
             scores = {name: values.cpu().numpy() for name, values in outcome.scores.items()}
             info |= self._info(noise=outcome.noise.numpy().copy(), **scores)
         return self._observation(), rewards, terminated, never, info
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedEnvironmentError("the environment is closed: make a new one")
+
+    def _prompts_of(self, options: Mapping[str, Any]) -> Sequence[str | None]:
+        """One prompt per copy, ``None`` to draw it."""
+        if "reset_mask" in options and not np.array_equal(options["reset_mask"], np.ones(self.num_envs, dtype=bool)):
+            raise ValueError(
+                f"reset_mask must be ({self.num_envs},) and all true: the copies act in lockstep and end together"
+            )
+        if "prompt" in options and "prompts" in options:
+            raise ValueError("options hold both prompt and prompts: give one prompt for all copies, or one per copy")
+        prompts = options.get("prompts", [options.get("prompt")] * self.num_envs)
+        if isinstance(prompts, str) or len(prompts) != self.num_envs:
+            given = "one text" if isinstance(prompts, str) else len(prompts)
+            raise ValueError(f"expected {self.num_envs} prompts, got {given}")
+        return prompts
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One ``(H, W, 3)`` uint8 image per copy: the noise so far, or the image after the last patch."""

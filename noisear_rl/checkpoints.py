@@ -108,6 +108,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     records: Path | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint whole or not at all: a temporary folder, then a rename.
 
@@ -118,6 +119,7 @@ def save_checkpoint(
         state: State of everything else, tensors and plain values.
         config: The resolved configuration as plain values.
         records: The run's log so far, whose checksum is kept.
+        inputs: What the run depends on besides its configuration, as plain values.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written to.
@@ -130,6 +132,7 @@ def save_checkpoint(
         network.save_pretrained(temporary)
         torch.save(dict(state), temporary / "state.pt")
         (temporary / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (temporary / "inputs.json").write_text(json.dumps(dict(inputs or {}), indent=1) + "\n")
         if records is not None and records.is_file():
             (temporary / RECORDS).write_text(json.dumps(digest(records)) + "\n")
         write_checksums(temporary, {file: file for file in sorted(temporary.iterdir()) if file.is_file()})
@@ -178,6 +181,21 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: damaged, or holds more than tensors and plain values: {error}") from error
 
 
+def check_finite(network: nn.Module, what: str = "the network") -> None:
+    """Refuses a network that cannot be used.
+
+    Args:
+        network: Any network.
+        what: The network, or its file, for the message.
+
+    Raises:
+        ValueError: If a parameter or a buffer is NaN or infinite; names it.
+    """
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{what} holds NaN or infinite values in {name!r}: use an earlier checkpoint")
+
+
 def load_weights(network: nn.Module, file: str, device: str, what: str) -> None:
     """Loads a safetensors file into a network.
 
@@ -188,12 +206,13 @@ def load_weights(network: nn.Module, file: str, device: str, what: str) -> None:
         what: The network's kind and configuration, for the message.
 
     Raises:
-        ValueError: If the file is truncated, or holds the weights of another network.
+        ValueError: If the file is truncated, holds NaN or infinite weights, or those of another network.
     """
     try:
         network.load_state_dict(load_file(file, device=device))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file}: truncated, or not the weights of {what}: {error}") from error
+    check_finite(network, file)
 
 
 def read_tensors(path: str | Path) -> Any:

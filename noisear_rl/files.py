@@ -44,7 +44,8 @@ def sha256(content: Path | Sequence[str]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-SEAL = "sha256"  # key of a manifest's own checksum
+SEAL = "sha256"  # key of a manifest's own checksum, and of every entry of provenance.json
+LATER = ("dtype", "reward_sha256")  # keys that earlier versions did not write
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -62,6 +63,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     known, asked = read_manifest(folder), json.loads(json.dumps(manifest))
     for key in {**known, **asked}:
+        if key in LATER and key not in known:
+            continue
         if known.get(key) != asked.get(key):
             raise ValueError(
                 f"{folder} was written with other settings ({key}: {known.get(key)!r}, not {asked.get(key)!r}): "
@@ -87,6 +90,30 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if (sealed and not whole) or (not sealed and rest and manifest[last] == _seal(rest)):  # also a damaged name
         raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or make the folder again")
     return rest if sealed else manifest  # earlier versions wrote no checksum
+
+
+def write_entries(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a list of mappings as JSON, each with a checksum of its own."""
+    write_atomically(path, json.dumps([{**entry, SEAL: _seal(entry)} for entry in entries], indent=1) + "\n")
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_entries` wrote, without the checksums; empty if there is no such file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        found = [dict(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        sealed = any(SEAL in entry for entry in found)  # earlier versions wrote no checksums
+        whole = all(entry.pop(SEAL) == _seal(entry) for entry in found) if sealed else True
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or remove it") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or remove it")
+    return found
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

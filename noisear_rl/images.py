@@ -8,7 +8,13 @@ from PIL import Image
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Image ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8."""
+    """Image ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8.
+
+    Raises:
+        ValueError: If a pixel is NaN or infinite, which no 8-bit pixel can show.
+    """
+    if not image.isfinite().all():
+        raise ValueError("the image holds NaN or infinite values: try dtype float32, or a smaller guidance_scale")
     return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
 
 

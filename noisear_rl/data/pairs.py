@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from noisear_rl.config import (
 from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
-from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, dtype_of, load_denoiser
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
@@ -42,9 +43,10 @@ from noisear_rl.policy import load_policy, policy_sha256
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import RewardSpec, WeightedReward, load_reward
+from noisear_rl.rewards import RewardSpec, WeightedReward, load_reward, reward_sha256
 from noisear_rl.samplers.base import resolve_denoising_seeds
 
+CHECKED = 4096  # pairs whose targets are checked at once
 PairKind = Literal["weak_to_strong", "signal_leak"]
 PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
 LAYOUT_FEATURES = Features({**PAIR_FEATURES, "layout": Value("int64")})  # where prompts have several layouts
@@ -140,7 +142,10 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
         "revision": denoiser.revision,
         "denoiser_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
+        "dtype": dtype_of(denoiser),
     }
+    if config.filter_reward and (checksum := reward_sha256(config.filter_reward)):
+        manifest["reward_sha256"] = checksum
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options", "reward_device"):
         manifest.pop(key)  # it does not change the pairs
     _lock = lock_folder(config.output_dir) if is_main() else None
@@ -178,12 +183,13 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
                 text, mask = reader.read_prompts(texts)
                 layout = policy.chosen_layout(policy.sample(text, mask, seeds=seeds).patches, text, mask)
             for target, kept in found:
-                chosen = kept.nonzero()[:, 0].tolist()
+                halves = target.flatten(1).half().cpu()
+                chosen = (kept & halves.isfinite().all(1)).nonzero()[:, 0].tolist()
                 rows["prompt"] += [texts[i] for i in chosen]
                 rows["seed"] += [seeds[i] for i in chosen]
-                rows["target"] += list(target[kept].flatten(1).half().cpu().numpy())
+                rows["target"] += list(halves[chosen].numpy())
                 if "layout" in rows and layout is not None:
-                    rows["layout"] += layout.cpu()[kept].tolist()
+                    rows["layout"] += layout.cpu()[chosen].tolist()
             bar.update(len(indices))
         write_shard(config.output_dir, shard, rows, features)
     bar.close()
@@ -214,7 +220,8 @@ def _weak_to_strong(
     if reward is None:
         return [(target, torch.ones(len(target), dtype=torch.bool))]
     own = resolve_denoising_seeds(seeds)  # the same for both, so that only the noise differs
-    before, after = (reward.score(denoiser.denoise(x, conditioning, own), prompts) for x in (noise, target))
+    both = (noise, target.nan_to_num())
+    before, after = (reward.score(denoiser.denoise(x, conditioning, own), prompts) for x in both)
     return [(target, (after > before).cpu())]
 
 
@@ -223,11 +230,14 @@ def load_pairs(folder: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: If the folder contains no pairs.
-        ValueError: If the filter rejected all pairs.
+        ValueError: If the filter rejected all pairs, or a target is not finite.
     """
     pairs = load_shards(folder, "pairs", "noisear pairs")
     if not len(pairs):
-        raise ValueError(f"{folder}: no pair passed the reward filter")
+        raise ValueError(f"{folder}: no pair passed the reward filter, or had a finite target (see strong_guidance)")
+    batches = pairs.with_format("numpy").iter(CHECKED)
+    if not all(np.isfinite(np.stack(batch["target"])).all() for batch in batches):
+        raise ValueError(f"{folder}: some targets hold NaN or infinite values: make the pairs again")
     return pairs
 
 

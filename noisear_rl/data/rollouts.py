@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from noisear_rl.data.shards import load_shards
+from noisear_rl.denoisers import dtype_of
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.files import read_manifest
 from noisear_rl.patches import patchify
@@ -40,6 +41,7 @@ def rollout_manifest(task: NoiseTask) -> dict[str, Any]:
         "denoiser": denoiser.name,
         "num_inference_steps": denoiser.num_inference_steps,
         "guidance_scale": denoiser.guidance_scale,
+        "dtype": dtype_of(denoiser),
         "latent_shape": list(denoiser.latent_shape),
         "patch_size": task.patch_size,
         "text_shape": list(denoiser.text_shape),

@@ -103,13 +103,20 @@ def weak_to_strong(
         rounds: Number of repetitions, each from the last target.
 
     Returns:
-        ``(B, C, h, w)`` float32.
+        ``(B, C, h, w)`` float32; NaN for a pair whose predictions were not finite.
     """
     step = inversion_coefficients(denoiser.first_order_schedule(num_inference_steps), inversion)
-    target = noise.float()
+    target, whole = noise.float(), torch.ones(len(noise), 1, 1, 1, dtype=torch.bool, device=noise.device)
     for _ in range(rounds):
         strong = denoiser.predict_noise(target, step.timestep, conditioning, strong_guidance)
         lower = step.a * target + step.b * strong
+        whole, lower = _finite(whole, lower)
         weak = denoiser.predict_noise(lower, step.timestep, conditioning, weak_guidance)
-        target = step.c * lower + step.d * weak
-    return target
+        whole, target = _finite(whole, step.c * lower + step.d * weak)
+    return torch.where(whole, target, torch.nan)
+
+
+def _finite(whole: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows are still finite, and the latents with 0 in the others: the denoiser refuses them."""
+    whole = whole.to(latents.device) & latents.flatten(1).isfinite().all(1)[:, None, None, None]
+    return whole, torch.where(whole, latents, 0.0)

@@ -26,6 +26,7 @@ __all__ = [
     "DenoiserName",
     "DenoiserOptions",
     "check_denoiser",
+    "dtype_of",
     "embed_all",
     "load_denoiser",
     "policy_sizes",
@@ -112,6 +113,9 @@ class Conditioning:
 class Denoiser(Protocol):
     """A frozen text-to-image diffusion model.
 
+    ``gym.make(id, denoiser=...)`` copies its arguments deeply. A class that is large, or cannot be copied, defines
+    ``__deepcopy__`` to return ``self``, as the library's own does.
+
     Attributes:
         name: Name in :func:`load_denoiser` and in records.
         revision: Revision of its weights, for records.
@@ -182,6 +186,11 @@ def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str,
     """
     sizes: dict[str, Any] = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
     return sizes if patch_size is None else sizes | {"patch_size": patch_size}
+
+
+def dtype_of(denoiser: Denoiser) -> str:
+    """The precision that a denoiser runs in, for records: its images depend on it."""
+    return str(getattr(denoiser, "dtype", "unknown")).removeprefix("torch.")
 
 
 def embed_all(denoiser: Denoiser, prompts: Sequence[str]) -> None:

@@ -12,13 +12,13 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning
-from noisear_rl.denoisers.pipelines import ProbeScheduler, interface_of, last_latents, scheduled_by
+from noisear_rl.denoisers.pipelines import ProbeScheduler, check_guidance, interface_of, last_latents, scheduled_by
 from noisear_rl.denoisers.placement import DTYPES, Dtype, Offload, place, resolve_device, resolve_dtype
 from noisear_rl.denoisers.prompt_encoder import PromptEncoder
 
@@ -31,7 +31,8 @@ class DiffusionPipelineDenoiser:
 
     On a CPU, reduced precision is autocast over float32 weights, unless the weights have that precision already; on
     other devices the weights themselves are cast.
-    When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same.
+    When memory runs out, ``micro_batch_size`` is halved with a warning; the results stay the same. ``copy.deepcopy``
+    returns the same object, so that ``gym.make(denoiser=...)``, which copies its arguments, copies no weights.
 
     Args:
         pipeline: A pipeline of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or of a subclass.
@@ -82,8 +83,9 @@ class DiffusionPipelineDenoiser:
         compile: bool = False,
     ) -> None:
         self.interface = interface_of(pipeline)
-        if num_inference_steps < 1 or micro_batch_size < 1 or guidance_scale < 1:
-            raise ValueError("num_inference_steps, micro_batch_size and guidance_scale must be at least 1")
+        if num_inference_steps < 1 or micro_batch_size < 1:
+            raise ValueError("num_inference_steps and micro_batch_size must be at least 1")
+        check_guidance(guidance_scale)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         for option, value, allowed in (("offload", offload, Offload), ("embedding_dtype", embedding_dtype, Dtype)):
@@ -128,6 +130,9 @@ class DiffusionPipelineDenoiser:
     def nfe(self) -> int:
         """Network evaluations per image (guidance counts twice)."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -285,8 +290,7 @@ class DiffusionPipelineDenoiser:
             ValueError: If the latents do not match, or the network predicts neither ε nor v nor a velocity.
         """
         self._check(latents, conditioning)
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, got {guidance_scale}")
+        check_guidance(guidance_scale)
         scheduler = self.pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "flow")
         if kind not in ("epsilon", "v_prediction", "flow"):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
+LARGEST_GUIDANCE = 1000.0  # beyond it images are noise, or NaN
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 _MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
 _POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -154,3 +155,9 @@ def last_latents(scheduler: Any) -> Iterator[list[torch.Tensor]]:
         yield found
     finally:
         del scheduler.step
+
+
+def check_guidance(guidance_scale: float) -> None:
+    """Raises ``ValueError`` unless images come out with this guidance scale."""
+    if not 1 <= guidance_scale <= LARGEST_GUIDANCE:
+        raise ValueError(f"guidance_scale must be from 1 to {LARGEST_GUIDANCE:g}, got {guidance_scale}")

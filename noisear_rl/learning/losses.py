@@ -12,6 +12,7 @@ import torch
 from torch.distributions import Independent
 
 Advantage = Literal["none", "ema", "rloo", "grpo"]
+ROUNDING = 1e-6  # relative; what is smaller is no difference between rewards
 
 
 def nll_loss(distribution: Independent, target: torch.Tensor, noise_scale: float | torch.Tensor = 0.0) -> torch.Tensor:
@@ -109,6 +110,8 @@ def group_advantages(
     count = rewards.new_zeros(int(index.max()) + 1).index_add_(0, index, torch.ones_like(rewards))
     if (count < 2).any():
         raise ValueError(f"{kind} needs at least two episodes of every prompt")
+    least = torch.zeros_like(count).scatter_reduce(0, index, rewards, "amin", include_self=False)
+    rewards = rewards - least[index]  # exactly 0 where the rewards of a prompt are equal, so that no rounding is left
     total = torch.zeros_like(count).index_add_(0, index, rewards)
     if kind == "rloo":
         return rewards - (total[index] - rewards) / (count[index] - 1)
@@ -120,14 +123,15 @@ def group_advantages(
 def standardized(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     """Advantages in units of their standard deviation, or zeros where the rewards do not differ.
 
-    Equal rewards leave rounding errors as advantages; dividing these by their own spread would make full-size steps of
-    them.
+    Equal rewards, of all episodes or of those of each prompt, leave rounding errors as advantages; dividing these by
+    their own spread would make full-size steps of them.
 
     Args:
         advantages: ``(B,)`` or ``(B, N)``.
         rewards: ``(B,)``, from which they were computed.
     """
-    differ = rewards.max() - rewards.min() > 1e-6 * rewards.abs().max()
+    rounding = ROUNDING * rewards.abs().max()
+    differ = rewards.max() - rewards.min() > rounding and advantages.abs().max() > rounding
     if not differ or advantages.numel() < 2:
         return torch.zeros_like(advantages)
     return advantages / advantages.std()

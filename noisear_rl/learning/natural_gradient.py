@@ -13,6 +13,7 @@ Shapes: ``B`` episodes of this process, ``N`` patches, ``A`` elements per patch,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -25,6 +26,7 @@ from torch.nn.utils import parameters_to_vector
 
 from noisear_rl.distributed import Part, all_sum, among, shard
 from noisear_rl.gaussian import rows_of
+from noisear_rl.learning.guards import finite_gradients
 from noisear_rl.policy import NoiseARPolicy
 
 Optimizer = Literal["natural", "adam", "adaptive_adam"]
@@ -186,7 +188,7 @@ def natural_step(
 
     Returns:
         The KL of the step as measured after it, at most ``1.5 · target_kl`` (the step is halved until it is), and the
-        new distribution on these episodes.
+        new distribution on these episodes. NaN if the direction is not finite; the policy has not moved then.
 
     Raises:
         ValueError: If the gradient is not finite.
@@ -203,6 +205,8 @@ def natural_step(
     direction = conjugate_gradient(product, gradient, iterations)
     step = direction.mul_((2 * target_kl / (direction @ product(direction))).sqrt())
     del gradient, product
+    if not step.isfinite().all():
+        return math.nan, before
     with torch.no_grad():
         start = parameters_to_vector(parameters)
         for _ in range(MAX_HALVINGS):
@@ -287,11 +291,11 @@ class PolicyOptimizer:
             part: Which of the episodes of all processes these are; ``None`` for all of them, in a single process.
 
         Returns:
-            ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes of all processes.
-
-        Raises:
-            ValueError: If the gradient is not finite.
+            ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes of all processes; NaN
+            if the gradient is not finite (the policy has not moved then) or the new density is not.
         """
+        if not finite_gradients(self.policy):
+            return math.nan
         part = part or shard(len(patches))
         measured = among(_some_rows(part.total, self.fisher_episodes), part.places)
         rows, weight = measured.rows, measured.weight
@@ -311,9 +315,7 @@ class PolicyOptimizer:
             )
             return kl if old is None else _kl(rows_of(old, rows), after, weight)
         before = rows_of(old, rows) if old is not None else self.policy.exact_distribution(patches, text, text_mask)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if not norm.isfinite():
-            raise ValueError("the gradient holds NaN or infinite values")
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         rate, target_kl = self.learning_rate, share * self.target_kl
         self._set_learning_rate(rate * share**0.5)
         self.adam.step()
@@ -325,6 +327,11 @@ class PolicyOptimizer:
             rate = min(max(rate, ADAPT_RANGE[0]), ADAPT_RANGE[1])
         self._set_learning_rate(rate)
         return kl
+
+    def slow_down(self) -> None:
+        """Lowers the rate of ``adaptive_adam`` after a step that was undone."""
+        if self.kind == "adaptive_adam":
+            self._set_learning_rate(max(self.learning_rate / ADAPT_FACTOR, ADAPT_RANGE[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments and learning rate."""

@@ -10,8 +10,7 @@ one without any saved generator. Of several processes, the main one writes; all 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from accelerate.utils import ProjectConfiguration
 
 from noisear_rl.checkpoints import (
     Network,
+    check_finite,
     list_checkpoints,
     load_state,
     recover,
@@ -34,10 +34,11 @@ from noisear_rl.checkpoints import (
 from noisear_rl.command import Stop, stop
 from noisear_rl.config import check_config, to_mapping
 from noisear_rl.distributed import all_sum, barrier, is_main, process, same_for_all
-from noisear_rl.files import write_atomically
+from noisear_rl.files import read_entries, write_atomically, write_entries
 from noisear_rl.integrity import lock_folder
 from noisear_rl.learning.interruption import Interruption
 from noisear_rl.learning.records import RECORDS, append_record, forget_after, scores_of
+from noisear_rl.learning.resumption import check_same_run, inputs_of
 from noisear_rl.provenance import command_line, provenance
 from noisear_rl.seeds import Stream, stream_rng
 
@@ -86,6 +87,8 @@ class Counters:
         reward_ema: Running mean of rewards, for algorithms that keep one.
         best: Best held-out figure so far, for algorithms that stop early.
         stale: Evaluations since then.
+        skipped: Updates that were skipped or undone (:mod:`noisear_rl.learning.guards`).
+        skipped_in_a_row: Those since the last update that was not.
     """
 
     step: int = 0
@@ -94,6 +97,8 @@ class Counters:
     reward_ema: float | None = None
     best: float | None = None
     stale: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def average_reward(self, reward: float, decay: float) -> None:
         """Moves the running mean towards an update's mean reward."""
@@ -109,6 +114,8 @@ class Run:
         config: The resolved configuration, a dataclass.
         resume: Resume from the newest checkpoint. Otherwise a folder that holds one is refused.
         wandb: Also log to Weights & Biases.
+        may_change: Options that may differ when the run is resumed, besides those that only concern its length, logs
+            and memory (:data:`noisear_rl.learning.resumption.MAY_CHANGE`).
 
     SIGTERM and SIGINT end it as :mod:`~noisear_rl.learning.interruption` says, until :meth:`close`.
 
@@ -116,10 +123,19 @@ class Run:
         FileExistsError: If the folder holds a run and ``resume`` is false.
         InUseError: If another process trains in the folder.
         DamagedError: If there are checkpoints to resume from, but none is whole.
-        ValueError: If an option is out of range, or several processes do not see the same folder.
+        ValueError: If an option is out of range, a resumed run has another algorithm or other options than before, or
+            several processes do not see the same folder.
     """
 
-    def __init__(self, folder: Path, config: Any, *, resume: bool = False, wandb: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        resume: bool = False,
+        wandb: bool = False,
+        may_change: Collection[str] = (),
+    ):
         check_config(config)
         self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
@@ -135,6 +151,9 @@ class Run:
         self.accelerator = Accelerator(log_with=log_with, project_config=project)
         self._checkpoint = list_checkpoints(self.folder)[-1:]
         same_for_all(str(self._checkpoint), f"{folder}: the newest checkpoint")
+        if self._checkpoint:
+            check_same_run(self._checkpoint[0], config, may_change)
+        self._inputs = inputs_of(config)  # now: the files may be edited meanwhile
         self._start: dict[str, Any] | None = {"step": 0, **provenance(), "command": command_line()}
         self._tracked = self._stopping = False
         if is_main():
@@ -163,14 +182,20 @@ class Run:
             network: The policy, or another network.
             counters: The run's progress.
             **parts: Objects with ``state_dict``: optimiser, schedule.
+
+        Raises:
+            ValueError: If a network holds NaN or infinite values; the checkpoints so far are kept.
         """
+        for name, part in {"the network": network, **parts}.items():
+            if isinstance(part, torch.nn.Module):
+                check_finite(part, f"update {counters.step} is not saved: {name}")
         if not is_main():
             self._stop_if_asked(counters)
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         counts = {"counters": dataclasses.asdict(counters)}
         options, records = to_mapping(self.config), self.folder / RECORDS
-        save_checkpoint(self.folder, counters.step, network, counts | state, options, records)
+        save_checkpoint(self.folder, counters.step, network, counts | state, options, records, self._inputs)
         if keep := getattr(self.config, "keep_checkpoints", 0):
             remove_old(self.folder, keep, scores_of(self.folder))
         self._stop_if_asked(counters)
@@ -222,11 +247,12 @@ class Run:
         if self._start is None:
             return
         path, step = self.folder / "provenance.json", self._start["step"]
-        known = json.loads(path.read_text()) if path.exists() else []
-        starts = [start for start in known if start["step"] < step]  # the updates of later ones are repeated
+        starts = [
+            start for start in read_entries(path) if start["step"] < step
+        ]  # the updates of later ones are repeated
         if not starts or starts[-1] | {"step": step} != self._start:
             starts.append(self._start)
-        write_atomically(path, json.dumps(starts, indent=1) + "\n")
+        write_entries(path, starts)
         self._start = None
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from noisear_rl.checkpoints import find_checkpoint, read_tensors
+from noisear_rl.checkpoints import check_finite, find_checkpoint, read_tensors
 from noisear_rl.config import to_mapping
 from noisear_rl.policy.config import NoiseARConfig
 from noisear_rl.policy.model import NoiseARPolicy
@@ -87,6 +87,7 @@ def load_released(path: str | Path, *, n_heads: int = 1) -> NoiseARPolicy:
         policy.network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path}: not the authors' network: {error}") from error
+    check_finite(policy, str(path))
     return policy.eval()
 
 

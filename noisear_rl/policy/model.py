@@ -116,14 +116,13 @@ class NoiseARPolicy(
             ``Independent(Normal)`` with batch shape ``(B, N)`` and event shape ``(A,)``, float32.
 
         Raises:
-            ValueError: If a shape is wrong or a patch is not finite.
+            ValueError: If a shape is wrong, a patch or the text is complex or not finite, or all text is masked.
         """
         self._check_text(text, text_mask)
         expected = (len(text), self.n_patches, self.patch_dim)
         if tuple(patches.shape) != expected:
             raise ValueError(f"expected patches {expected}, got {tuple(patches.shape)}")
-        if not patches.isfinite().all():
-            raise ValueError("patches hold NaN or infinite values")
+        _check_numbers("patches", patches)
         return self._gaussian(self.features(patches, text, text_mask))
 
     @torch.no_grad()
@@ -276,9 +275,12 @@ class NoiseARPolicy(
             differentiable: Let gradients flow from the patches to the parameters, through every prefix.
 
         Raises:
-            ValueError: If shapes or the number of seeds are wrong.
+            ValueError: If shapes or the number of seeds are wrong, both seeds and a generator are given, the text is
+                not finite or wholly masked, or the density is not finite.
         """
         self._check_text(text, text_mask)
+        if seeds is not None and generator is not None:
+            raise ValueError("seeds and generator are both given: choose one source of noise")
         b, device = len(text), text.device
         if seeds is None:
             on = generator.device if generator is not None else device
@@ -304,10 +306,13 @@ class NoiseARPolicy(
                     gaussian = self.distribution(filled, text, text_mask).base_dist
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])
-                log_prob.append(Normal(mean, std).log_prob(patches[-1]).sum(-1))
+                log_prob.append(Normal(mean, std, validate_args=False).log_prob(patches[-1]).sum(-1))
                 if i == 0:
                     layout = self._choose(patches[0], prepared)
-            return PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
+            sample = PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
+        if not sample.patches.isfinite().all():
+            raise ValueError("the policy's density is not finite: are its weights, or the text, extremely large?")
+        return sample
 
     def noise(self, sample: PolicySample) -> torch.Tensor:
         """The latents ``(B, C, *spatial)`` of a sample."""
@@ -320,8 +325,13 @@ class NoiseARPolicy(
                 f"expected {kind} (B, {config.text_length or 'L'}, {config.text_dim}), got {tuple(text.shape)}; "
                 f"was the policy made for another denoiser? It reads text_encoder={config.text_encoder!r}"
             )
-        if text_mask is not None and text_mask.shape != text.shape[:2]:
+        _check_numbers("text", text)
+        if text_mask is None:
+            return
+        if text_mask.shape != text.shape[:2]:
             raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
+        if not text_mask.bool().any(1).all():
+            raise ValueError("text_mask is false for every token of a row: a policy needs a token to read")
 
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]
@@ -329,3 +339,10 @@ class NoiseARPolicy(
     ) -> Self:
         load_weights(model, model_file, map_location, f"a policy with {dataclasses.asdict(model.config)}")
         return model
+
+
+def _check_numbers(name: str, values: torch.Tensor) -> None:
+    if values.is_complex():
+        raise ValueError(f"{name} must be real numbers, not {values.dtype}")
+    if not values.isfinite().all():
+        raise ValueError(f"{name} hold{'' if name.endswith('s') else 's'} NaN or infinite values")

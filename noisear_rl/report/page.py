@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 import shlex
@@ -31,7 +30,7 @@ from noisear_rl.command import run_script
 from noisear_rl.config import NonNegativeInt, PositiveInt, check_config, parse_config
 from noisear_rl.evaluation.results import Results
 from noisear_rl.evaluation.tables import load
-from noisear_rl.files import write_atomically
+from noisear_rl.files import read_entries, write_atomically
 from noisear_rl.integrity import verify_parts
 from noisear_rl.learning.records import read_records
 from noisear_rl.report import charts as figures
@@ -104,7 +103,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
             results = load(str(folder))
             verify_parts(folder, "noise-", "remove it and run the same `noisear evaluate` command again")
         elif (folder / "metrics.jsonl").is_file():
-            config, starts = folder / "config.yaml", folder / "provenance.json"
+            config = folder / "config.yaml"
             try:
                 records = read_records(folder)
             except ValueError as error:
@@ -116,7 +115,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[Results | None, list[Training]]:
                     folder.name,
                     records,
                     config.read_text() if config.is_file() else "",
-                    json.loads(starts.read_text()) if starts.is_file() else [],
+                    read_entries(folder / "provenance.json"),
                 )
             )
         else:

@@ -26,6 +26,7 @@ from noisear_rl.command import run_script
 from noisear_rl.config import check_config, parse_config
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.files import read_manifest, sha256
+from noisear_rl.integrity import verify
 from noisear_rl.policy import NoiseARPolicy, load_policy, loading
 from noisear_rl.provenance import provenance
 from noisear_rl.samplers import as_sampler
@@ -178,6 +179,9 @@ def _evaluation(folder: Path, digest: str) -> str:
     names = [manifest["method"] for manifest in manifests if manifest["is"][:1] == [digest]]
     if not names:
         raise ValueError(f"{folder} is not an evaluation of this checkpoint ({digest})")
+    advice = "run the same `noisear evaluate` command again"
+    verify(folder, ["results.json"], part="results", advice=advice)
+    verify(folder, ["table.md"], part="table", advice=advice)
     origin = json.loads((folder / "results.json").read_text())["provenance"]
     table = (folder / "table.md").read_text().strip()
     return f"\n## Evaluation\nThis policy is {', '.join(names)}. {_listed(origin)}.\n\n{table}\n"

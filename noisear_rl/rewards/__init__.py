@@ -8,6 +8,7 @@ from noisear_rl.rewards.registry import (
     check_reward,
     load_reward,
     reward_config,
+    reward_sha256,
 )
 from noisear_rl.rewards.weighted import Reward, WeightedReward
 
@@ -21,4 +22,5 @@ __all__ = [
     "check_reward",
     "load_reward",
     "reward_config",
+    "reward_sha256",
 ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -16,7 +19,8 @@ from pydantic import AfterValidator
 
 from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
 from noisear_rl.denoisers.placement import resolve_device
-from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward
+from noisear_rl.files import sha256
+from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward, checked_scores
 from noisear_rl.trust import check_code
 
 Backend = Literal["native", "package"]
@@ -48,7 +52,8 @@ class RewardConfig:
         normalize: ``none``, ``running`` or ``fixed``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
         statistics: Mean and standard deviation by scorer, as written by ``noisear reward-statistics``.
         options: Keyword arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package``
-            runs the scorer's own package (:mod:`noisear_rl.rewards.package`).
+            runs the scorer's own package (:mod:`noisear_rl.rewards.package`), and ``{mine.py: {timeout: 60}}`` gives a
+            function of one's own 60 seconds per batch.
         measured: How the statistics were measured.
     """
 
@@ -71,28 +76,75 @@ class RewardConfig:
 
 
 class FunctionReward:
-    """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` numbers."""
+    """A scorer that calls a function ``(images (B, 3, H, W) in [0, 1], prompts) → (B,)`` real numbers.
+
+    Args:
+        name: Name in records.
+        function: Gets its own copy of the images.
+        file: Where it is defined, for messages.
+        timeout: Seconds that a call may take; ``None`` for no limit.
+
+    Raises:
+        ValueError: If ``timeout`` is no positive number.
+    """
 
     def __init__(
-        self, name: str, function: Callable[[torch.Tensor, Sequence[str]], Any], file: Path | None = None
+        self,
+        name: str,
+        function: Callable[[torch.Tensor, Sequence[str]], Any],
+        file: Path | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self.name, self.function, self.file = name, function, file
+        if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < float("inf")):
+            raise ValueError(f"{file or name}: timeout must be a positive number of seconds, not {timeout!r}")
+        self.name, self.function, self.file, self.timeout = name, function, file, timeout
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores ``(B, 3, H, W)`` images: ``(B,)`` float32.
 
         Raises:
-            ValueError: If the function raises an error, exits, or returns anything but numbers; names file and cause.
+            ValueError: If the function raises an error, exits, takes too long, changes its images in place, or returns
+                anything but real numbers; names file and cause.
         """
+        who, given = f"{self.file or self.name}: scorer {self.name!r}", images.clone()
         with _blamed(self.file or self.name, f"scorer {self.name!r} failed"):
-            found = self.function(images, prompts)
+            found = within(self.timeout, lambda: self.function(given, list(prompts)))
+        if not torch.allclose(given.detach(), images.detach(), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"{who} changes its images in place; let it work on a copy: images.clone()")
+        if not isinstance(found, torch.Tensor):
+            try:
+                found = torch.as_tensor(found)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{who} returned {found!r:.60}, expected ({len(prompts)},) numbers") from error
+        return checked_scores(found, len(prompts), who).to(images.device)
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """The result of a call that may take so long.
+
+    With a limit it runs in a thread, which goes on by itself when the time is over, until the process ends.
+
+    Raises:
+        TimeoutError: If it takes longer.
+    """
+    if seconds is None:
+        return call()
+    context, gradients, result = contextvars.copy_context(), torch.is_grad_enabled(), Future[Any]()
+
+    def run() -> None:
         try:
-            return torch.as_tensor(found, dtype=torch.float32, device=images.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            expected = f"expected ({len(prompts)},) numbers"
-            raise ValueError(
-                f"{self.file or self.name}: scorer {self.name!r} returned {found!r:.80}, {expected}"
-            ) from error
+            with torch.set_grad_enabled(gradients):
+                result.set_result(context.run(call))
+        except BaseException as error:  # raised again below
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError as error:
+        if result.done():
+            raise
+        raise TimeoutError(f"no result after {seconds:g} seconds (its timeout)") from error
 
 
 @contextlib.contextmanager
@@ -152,12 +204,18 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
         return spec
     if not isinstance(spec, str):
         return RewardConfig({name: float(weight) for name, weight in spec.items()})
-    if spec.endswith((".yaml", ".yml")):
-        path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"{spec}: no such reward file")
-        return load_yaml(RewardConfig, path)
-    return RewardConfig({spec: 1.0})
+    path = _yaml_of(spec)
+    return RewardConfig({spec: 1.0}) if path is None else load_yaml(RewardConfig, path)
+
+
+def _yaml_of(spec: str) -> Path | None:
+    """The reward file that ``spec`` names, if it names one."""
+    if not spec.endswith((".yaml", ".yml")):
+        return None
+    path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{spec}: no such reward file")
+    return path
 
 
 def make_reward(name: str, backend: Backend = "native", **options: Any) -> Reward:
@@ -195,17 +253,23 @@ def _from_file(name: str, options: Mapping[str, Any]) -> Reward:
         specification.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{path} has no function {function!r}: define {function}(images, prompts)")
-    if options:
-        raise ValueError(f"reward {name!r} takes no options")
-    return FunctionReward(path.stem if function == "score" else function, getattr(module, function), path)
+    timeout = _timeout_of(name, options)
+    return FunctionReward(path.stem if function == "score" else function, getattr(module, function), path, timeout)
 
 
 def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
     """A function that an installed package registers in the entry-point group ``noisear_rl.rewards``."""
     check_reward(name)
-    if options:
-        raise ValueError(f"reward {name!r} takes no options")
-    return FunctionReward(name, _installed()[name].load())
+    timeout = _timeout_of(name, options)
+    with _blamed(name, "cannot be loaded"):
+        function = _installed()[name].load()
+    return FunctionReward(name, function, timeout=timeout)
+
+
+def _timeout_of(name: str, options: Mapping[str, Any]) -> Any:
+    if unknown := sorted(options.keys() - {"timeout"}):
+        raise ValueError(f"reward {name!r} takes no option {unknown[0]!r}; expected `timeout`, in seconds")
+    return options.get("timeout")
 
 
 def _installed() -> dict[str, EntryPoint]:
@@ -228,6 +292,16 @@ def check_reward(spec: str) -> str:
             hint = nearest(name, known) or "."
             raise ValueError(f"unknown reward {name!r:.80}{hint} Expected FILE.py or one of {known}")
     return spec
+
+
+def reward_sha256(*specs: str) -> str | None:
+    """Fingerprint of the files that make up rewards, ``FILE.py`` and ``FILE.yaml``; ``None`` if there is none."""
+    files = []
+    for spec in specs:
+        if (path := _yaml_of(spec)) is not None:
+            files.append(path)
+        files += [_file_of(name)[0] for name in reward_config(spec).weights if ".py" in name]
+    return sha256([sha256(file) for file in files]) if files else None
 
 
 RewardSpec = Annotated[str, AfterValidator(check_reward)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 
@@ -31,8 +31,29 @@ class Reward(Protocol):
         ...
 
 
+def checked_scores(found: Any, count: int, who: str) -> torch.Tensor:
+    """What a scorer returned, as float32.
+
+    Args:
+        found: Any object.
+        count: ``B``.
+        who: The scorer, or its file, for the message.
+
+    Raises:
+        ValueError: If it is no tensor of ``B`` real numbers.
+    """
+    if not isinstance(found, torch.Tensor) or found.is_complex():
+        kind = f"{found.dtype} numbers" if isinstance(found, torch.Tensor) else f"{found!r:.60}"
+        raise ValueError(f"{who} returned {kind}, expected a tensor ({count},) of real numbers")
+    if found.shape != (count,):
+        raise ValueError(f"{who} returned scores {tuple(found.shape)}, expected ({count},): one number per image")
+    return found.float()
+
+
 class WeightedReward:
     """``R = Σ_k w_k · z_k``, where ``z_k`` is the score of a scorer, optionally standardised.
+
+    ``copy.deepcopy`` returns the same object, so that environments made with it share its scorers and their statistics.
 
     Args:
         rewards: Scorers and their weights.
@@ -68,6 +89,9 @@ class WeightedReward:
             self.statistics = {reward.name: _fixed(reward, statistics or {}) for reward, _ in rewards}
         self.moments = {name: [0.0, 0.0, 0.0] for name in names}  # count, mean, sum of squared deviations
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Asks the scorers that read only some prompts (those of the shapes world) whether they read these.
 
@@ -81,15 +105,19 @@ class WeightedReward:
     def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The score of every scorer, ``(B,)`` each, not standardised; NaN where a scorer fails on an image.
 
+        Scorers do not see images that hold NaN or infinity: these get black ones in their place, and the score NaN.
+
         Raises:
             ValueError: If images and prompts do not match, or a scorer does not return one number per image.
         """
         if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(f"expected images ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
-        scores = {reward.name: reward.score(images, prompts).float() for reward, _ in self.rewards}
-        for name, values in scores.items():
-            if values.shape != (len(prompts),):
-                raise ValueError(f"scorer {name!r} returned scores {tuple(values.shape)}, expected ({len(prompts)},)")
+        whole = images.detach().flatten(1).isfinite().all(1)  # (B,)
+        seen = images if whole.all() else torch.where(whole[:, None, None, None], images, 0.0)
+        scores = {}
+        for reward, _ in self.rewards:
+            values = checked_scores(reward.score(seen, prompts), len(prompts), f"scorer {reward.name!r}")
+            scores[reward.name] = torch.where(whole.to(values.device), values, torch.nan)
         return scores
 
     def total(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from noisear_rl.denoisers import Denoiser
 from noisear_rl.files import sha256
 from noisear_rl.policy import load_policy
 from noisear_rl.policy.loading import find_policy
-from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.rewards import WeightedReward, load_reward, reward_sha256
 from noisear_rl.samplers.base import Sampler
 from noisear_rl.samplers.best_of import BestOf
 from noisear_rl.samplers.npnet import NPNetSampler, holds_npnet, load_npnet
@@ -191,7 +191,10 @@ def _searching(
         return Reno(first, denoiser, reward, iterations=count - 1, **rates)  # the start's image is one of them
 
     name = group + start.name.removeprefix(start.group)  # with the training seed
-    return Method(name, group, make, [start.identity, kind, count, choose_by, to_mapping(search)], start.trained)
+    identity = [start.identity, kind, count, choose_by, to_mapping(search)]
+    if choose_by and (checksum := reward_sha256(choose_by)):
+        identity.append(checksum)
+    return Method(name, group, make, identity, start.trained)
 
 
 def _digest(path: str) -> str:

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.files import atomic
+from noisear_rl.integrity import verify, write_checksums
 from noisear_rl.policy.layers import Whitening
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.samplers.base import Samples, check_seeds, resolve_denoising_seeds
 
 RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
-FILE = "choice.safetensors"
+FILE, PART = "choice.safetensors", "choice"
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,16 @@ class SharedNoises:
         facts = {"tried": json.dumps(self.tried), "text_encoder": self.text_encoder, "denoiser": self.denoiser}
         with atomic(folder / FILE) as temporary:
             save_file({"noises": self.noises, "weights": self.weights}, temporary, facts)
+            write_checksums(folder, {folder / FILE: temporary}, PART)
 
     @classmethod
     def load(cls, folder: str | Path) -> SharedNoises:
-        """Reads a folder that ``noisear shared-noise`` wrote."""
+        """Reads a folder that ``noisear shared-noise`` wrote.
+
+        Raises:
+            DamagedError: If the file is not what was written.
+        """
+        verify(Path(folder), [FILE], part=PART, advice="run the same `noisear shared-noise` command again")
         with safe_open(Path(folder) / FILE, "pt") as file:
             facts = file.metadata()
             noises, weights = file.get_tensor("noises"), file.get_tensor("weights")

@@ -15,11 +15,13 @@ from noisear_rl.data.pairs import PAIR_FEATURES, load_pairs
 from noisear_rl.data.rollouts import load_rollouts, rollout_features
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.evaluation.results import load_results, to_record
-from noisear_rl.files import check_manifest, read_manifest
+from noisear_rl.files import check_manifest, read_entries, read_manifest
 from noisear_rl.integrity import DamagedError
 from noisear_rl.learning.records import read_records
 from noisear_rl.learning.run import Counters, Run
 from noisear_rl.policy import load_policy
+from noisear_rl.report.publishing import _evaluation
+from noisear_rl.samplers.shared_noise import SharedNoises
 from tests.conftest import random_policy
 from tests.learning.test_run import Options
 
@@ -81,6 +83,23 @@ def make_rollouts(folder):
     return folder
 
 
+def make_choice(folder):
+    rng = torch.Generator().manual_seed(0)
+    noises, weights = torch.randn(2, 1, 4, 4, generator=rng), torch.randn(3, 2, generator=rng)
+    SharedNoises(noises, weights, ["a", "b", "c"], "denoiser", "shapes").save(folder)
+    return folder
+
+
+def read_choice(folder):
+    found = SharedNoises.load(folder)
+    return found.noises.tolist(), found.weights.tolist(), found.tried, found.text_encoder, found.denoiser
+
+
+def make_provenance(folder):
+    write_run(folder, (1,))
+    return folder
+
+
 def make_evaluation(folder):
     options = ["--denoiser", "shapes-turbo", "--samples", "2", "--num-prompts", "6", "--batch-size", "6"]
     cli.main(["evaluate", *options, "--scorers", "shapes-match", "brightness", "--output-dir", str(folder)])
@@ -101,6 +120,8 @@ KINDS = {
     "checkpoint": (make_checkpoint, read_checkpoint),
     "pairs": (make_pairs, lambda folder: (load_pairs(folder).to_dict(), read_manifest(folder))),
     "rollouts": (make_rollouts, read_rollouts),
+    "choice": (make_choice, read_choice),
+    "provenance": (make_provenance, lambda folder: read_entries(folder / "provenance.json")),
     "records": (lambda folder: write_run(folder) and folder, read_records),
     "evaluation": (make_evaluation, lambda folder: to_record(load_results(folder))),
 }
@@ -120,6 +141,8 @@ def files_of(kind, folder):
     """What is read of a folder."""
     if kind == "records":
         return [folder / "metrics.jsonl"]
+    if kind == "provenance":
+        return [folder / "provenance.json"]
     if kind == "evaluation":
         return [folder / "results.json", folder / "timing.json", folder / "checksums/results.json"]
     skipped = {".lock"}
@@ -243,6 +266,17 @@ def test_shards_without_a_manifest_are_not_adopted(tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"shard-0000\d\.parquet has no manifest.*choose another output_dir"):
         check_manifest(folder, {"seed": 1})
+
+
+@pytest.mark.parametrize("name", ["table.md", "results.json"])
+def test_a_damaged_table_is_not_published(name, originals, tmp_path):
+    folder = tmp_path / "it"
+    shutil.copytree(originals["evaluation"][0], folder)
+    digest = read_manifest(folder / "noise/gaussian")["is"][0]
+    assert _evaluation(folder, digest).strip().endswith((folder / "table.md").read_text().strip())
+    flip(folder / name)
+    with pytest.raises(DamagedError, match=rf"{folder}/{name}: damaged: its SHA-256.*run the same `noisear evaluate`"):
+        _evaluation(folder, digest)
 
 
 def test_damaged_images_are_not_scored(originals, tmp_path):

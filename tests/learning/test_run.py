@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.config import ConfigError, check_config, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
+from noisear_rl.files import read_entries
 from noisear_rl.learning import run as run_module
 from noisear_rl.learning.run import Counters, Run, next_prompts, split_by_prompt
 from noisear_rl.policy import NoiseARConfig
@@ -202,7 +202,7 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_provenance_of_a_run_and_of_its_resumptions(tmp_path, monkeypatch):
-    starts = lambda: json.loads((tmp_path / "provenance.json").read_text())
+    starts = lambda: read_entries(tmp_path / "provenance.json")
     commit = lambda name: monkeypatch.setattr(run_module, "provenance", lambda: {"commit": name, "torch": "2"})
     monkeypatch.setattr(run_module, "command_line", lambda: "noisear ppo")
     policy = random_policy(n_layers=1)
