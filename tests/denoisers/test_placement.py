@@ -173,13 +173,12 @@ def test_nothing_moves_a_pipeline_that_is_spread_over_devices():
 
 @pytest.mark.slow
 def test_a_compiled_denoiser_gives_the_same_images():
-    eager, compiled = denoiser_of("sdxl"), denoiser_of("sdxl", compile=True)
-    expected, found = images_of(eager), images_of(compiled)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    eager, compiled = denoiser_of("pixart-sigma"), denoiser_of("pixart-sigma", compile=True)
     latents = standard_noise(range(3), eager.latent_shape)
     predicted = [d.predict_noise(latents, 500.0, d.encode(PROMPTS), 3.0) for d in (eager, compiled)]
     torch.testing.assert_close(*predicted, rtol=1e-3, atol=1e-4)
     assert not torch.equal(*predicted)  # it did compile: rounding differs
+    torch.testing.assert_close(images_of(compiled), images_of(eager), rtol=0, atol=1e-4)
 
 
 def test_small_policy_trains_without_text_encoders(tmp_path):
