@@ -120,7 +120,8 @@ class NoiseTask:
             ValueError: If the given prompt is no text, or none that the scorers can judge.
         """
         if prompt is not None and (not isinstance(prompt, str) or not prompt.strip()):
-            raise ValueError(f"a prompt must be text, not {prompt!r:.80}")
+            given = "an empty prompt" if isinstance(prompt, str) else f"{prompt!r:.80}"
+            raise ValueError(f"a prompt must be text, not {given}")
         if prompt is not None and prompt not in self._known:
             self.reward.check_prompts([prompt])
         index, seed = np_random.integers(len(self.prompts)), np_random.integers(2**31)

@@ -168,8 +168,6 @@ class NoiseVectorEnv(VectorEnv):
             raise ValueError(
                 f"reset_mask must be ({self.num_envs},) and all true: the copies act in lockstep and end together"
             )
-        if "prompt" in options and "prompts" in options:
-            raise ValueError("options hold both prompt and prompts: give one prompt for all copies, or one per copy")
         prompts = options.get("prompts", [options.get("prompt")] * self.num_envs)
         if isinstance(prompts, str) or len(prompts) != self.num_envs:
             given = "one text" if isinstance(prompts, str) else len(prompts)

@@ -55,6 +55,8 @@ Seed = Annotated[_Int, Ge(0), Lt(2**62)]
 Float = _Float
 PositiveFloat = Annotated[_Float, Gt(0)]
 NonNegativeFloat = Annotated[_Float, Ge(0)]
+Guidance = Annotated[_Float, Ge(1), Le(1000)]
+"""Of a denoiser; 1 is none."""
 Fraction = Annotated[_Float, Ge(0), Le(1)]
 """From 0 to 1."""
 Decay = Annotated[_Float, Ge(0), Lt(1)]

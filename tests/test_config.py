@@ -93,6 +93,8 @@ WRONG = [
     (EvaluateConfig, "scorers: [shapes-exact, shapes-mach]", "did you mean 'shapes-match'"),
     (EvaluateConfig, "search: {step_size: 2}", "search: step_size must be at most 1, not 2"),
     (PairsConfig, "strong_guidance: .inf", "strong_guidance must be a finite number"),
+    (PairsConfig, "strong_guidance: 1e30", "strong_guidance must be at most 1000"),
+    (PairsConfig, "weak_guidance: 0.5", "weak_guidance must be at least 1"),
     (PairsConfig, "batch_size: -1", "batch_size must be at least 1, not -1"),
     (PriorConfig, "ppo: {updates: 0}", "ppo: updates must be at least 1, not 0"),
     (RewardConfig, "normalize: none", "'weights' is missing"),

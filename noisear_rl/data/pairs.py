@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from noisear_rl.command import run_script
 from noisear_rl.config import (
     Float,
-    NonNegativeFloat,
+    Guidance,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -80,9 +80,9 @@ class PairsConfig:
     """Signal leak: factor on the layout's share; 1 is the share that the denoiser saw in training."""
     noise_scale: PositiveFloat = 0.8
     """Signal leak: standard deviation of the added noise, drawn anew whenever a pair is used."""
-    strong_guidance: NonNegativeFloat = 5.5
+    strong_guidance: Guidance = 5.5
     """Guidance of the step down."""
-    weak_guidance: NonNegativeFloat = 1.0
+    weak_guidance: Guidance = 1.0
     """Guidance of the step up."""
     num_inference_steps: PositiveInt = 50
     """Length of the DDIM schedule; fewer steps mean larger ones."""

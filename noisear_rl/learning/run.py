@@ -247,9 +247,8 @@ class Run:
         if self._start is None:
             return
         path, step = self.folder / "provenance.json", self._start["step"]
-        starts = [
-            start for start in read_entries(path) if start["step"] < step
-        ]  # the updates of later ones are repeated
+        known = read_entries(path)
+        starts = [start for start in known if start["step"] < step]  # the updates of later ones are repeated
         if not starts or starts[-1] | {"step": step} != self._start:
             starts.append(self._start)
         write_entries(path, starts)

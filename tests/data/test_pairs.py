@@ -189,6 +189,17 @@ def test_a_policys_leaks_have_the_layouts_that_it_chose(tmp_path, turbo):
     assert made["layout"][:] == chosen.tolist() and len(set(made["layout"][:])) > 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("batch_size", -1), ("strong_guidance", 1e30), ("pairs", 0)])
+def test_a_refused_option_leaves_the_folder_usable(name, value, tmp_path, random_denoiser):
+    right = config(tmp_path / "pairs")
+    wrong = config(tmp_path / "pairs")
+    setattr(wrong, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be at"):
+        build_pairs(wrong, random_denoiser)
+    assert not (tmp_path / "pairs").exists()
+    assert len(build_pairs(right, random_denoiser)) == right.pairs
+
+
 def test_bad_input(tmp_path, random_denoiser):
     with pytest.raises(FileNotFoundError, match="holds no pairs"):
         load_pairs(tmp_path)

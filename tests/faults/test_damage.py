@@ -272,7 +272,9 @@ def test_shards_without_a_manifest_are_not_adopted(tmp_path):
 def test_a_damaged_table_is_not_published(name, originals, tmp_path):
     folder = tmp_path / "it"
     shutil.copytree(originals["evaluation"][0], folder)
-    digest = read_manifest(folder / "noise/gaussian")["is"][0]
+    digest, manifest = "0123", folder / "noise/gaussian/manifest.json"
+    manifest.unlink()
+    check_manifest(manifest.parent, {"method": "Gaussian", "is": [digest]})  # as if it were a policy
     assert _evaluation(folder, digest).strip().endswith((folder / "table.md").read_text().strip())
     flip(folder / name)
     with pytest.raises(DamagedError, match=rf"{folder}/{name}: damaged: its SHA-256.*run the same `noisear evaluate`"):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from noisear_rl.config import ConfigError, load_yaml
+from noisear_rl.rewards import RewardConfig
 from tests.test_config import CONFIGS
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -24,6 +25,12 @@ WRONG = {
     dict: [5, "text", [1], True, {1: "a"}, {"a": [1]}],
 }
 NOTHING = {"options", "measured"}  # hold anything
+# Of a reward: what a mapping must not hold.
+WRONG_REWARDS: dict[str, list[typing.Any]] = {
+    "weights": [{"brightness": value} for value in ("much", None, NAN, INFINITE, [1.0], True)] + [{1: 1.0}, {}],
+    "statistics": [{"brightness": value} for value in (3, "a", [NAN], ["a"], None, {"a": 1.0})] + [{1: [0.0, 1.0]}],
+    "options": [{"brightness": value} for value in (3, "a", [1], None)] + [{1: {"a": 2}}],
+}
 
 
 def kind_of(hint):
@@ -39,8 +46,9 @@ def kind_of(hint):
 
 def cases():
     """A configuration, an option, and a wrong value, many times."""
-    found = []
-    for cls in CONFIGS:
+    found: list[tuple[type, str, typing.Any]]
+    found = [(RewardConfig, name, value) for name, values in WRONG_REWARDS.items() for value in values]
+    for cls in (*CONFIGS, RewardConfig):
         for name, hint in typing.get_type_hints(cls).items():
             kind, optional = kind_of(hint)
             if dataclasses.is_dataclass(kind):
@@ -48,7 +56,7 @@ def cases():
             elif kind == "choice":
                 values = ["choose-me", 5, [1], {"a": 1}, "", True]
             else:
-                values = WRONG[kind]
+                values = [value for value in WRONG[kind] if cls is not RewardConfig or value != {"a": [1]}]
             if name not in NOTHING:
                 found += [(cls, name, value) for value in (values if optional else [*values, None])]
     return found
@@ -58,7 +66,8 @@ def check(cases, folder):
     """Reads a file with each wrong value; returns how many were refused."""
     path = folder / "preset.yaml"
     for cls, name, value in cases:
-        path.write_text(yaml.safe_dump({name: value}))
+        base = {"weights": {"brightness": 1.0}} if cls is RewardConfig else {}
+        path.write_text(yaml.safe_dump(base | {name: value}))
         with pytest.raises((ConfigError, OSError)) as caught:
             load_yaml(cls, path)
             pytest.fail(f"{cls.__name__}: {name}: {value!r} was accepted")
@@ -69,6 +78,10 @@ def check(cases, folder):
 
 def test_some_wrong_values(tmp_path):
     check(random.Random(0).sample(cases(), 120), tmp_path)
+
+
+def test_rewards(tmp_path):
+    assert check([case for case in cases() if case[0] is RewardConfig], tmp_path) >= 30
 
 
 @pytest.mark.faults

@@ -285,4 +285,6 @@ def test_counters_are_plain():
         "reward_ema": None,
         "best": None,
         "stale": 0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
     }
