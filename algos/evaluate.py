@@ -94,6 +94,8 @@ class EvaluateConfig:
     """Settings of `search-N` and `reno-N`."""
     temperature: PositiveFloat | None = None
     """Factor on the standard deviation of policies; unset for their own."""
+    layout_temperature: PositiveFloat | None = None
+    """Of policies with layouts: above their own, layouts differ more and more images are wrong; unset for their own."""
     resample: Resample = "prompts"
     """Intervals for new `prompts` like these, or for new `noise` on the same prompts."""
     seed: Seed = 1_000_000
@@ -290,7 +292,15 @@ def run(config: EvaluateConfig) -> str:
     load_scorers().check_prompts(chosen.prompts)  # fails early; loaded again once the denoiser is gone
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
     embed_all(denoiser, chosen.prompts)
-    methods = plan_methods(config.methods, denoiser, choose_by, config.search, config.temperature, config.reward_device)
+    methods = plan_methods(
+        config.methods,
+        denoiser,
+        choose_by,
+        config.search,
+        config.temperature,
+        config.reward_device,
+        config.layout_temperature,
+    )
 
     # The folder belongs to these prompts, seeds and scorers; methods may be added.
     manifest = {

@@ -7,7 +7,7 @@
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
 validation captions. With three of the training seeds, the other algorithms improve the same pretrained policy with as
-many images as PPO does. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which
+many images as PPO does. PPO's policies are also evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which
 no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
 them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the images.
 """
@@ -48,6 +48,7 @@ OTHERS = {
     "reward gradient from there": "reward_gradient",
 }
 OTHER_SEEDS = (0, 1, 2)
+WARMER = (1.0, 2.0)  # layout temperatures of PPO's policies beside their own
 IMAGES = 16_384  # of PPO and of each of the others
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
@@ -136,13 +137,33 @@ def evaluation() -> EvaluateConfig:
     )
 
 
+def warmer(temperature: float) -> EvaluateConfig:
+    """Returns the configuration of the evaluation of PPO's policies at another layout temperature."""
+    return replace(
+        evaluation(),
+        methods=(f"PPO, layout temperature {temperature:g}={paths('ppo')}",),
+        layout_temperature=temperature,
+        output_dir=RUNS / f"evaluation-{temperature:g}",
+    )
+
+
+def load_all() -> Results:
+    """Returns the results of all evaluations as one."""
+    found = load_results(RUNS / "evaluation")
+    for temperature in WARMER:
+        more = load_results(warmer(temperature).output_dir)
+        found = replace(found, methods=found.methods | more.methods, groups=found.groups | more.groups)
+    return found
+
+
 def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
     tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
     ppo = int(read_records(folder / "ppo")[-1]["charts/images"])
     images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
-    return images | dict.fromkeys(OTHERS, tried + leaked + IMAGES)
+    same = [*OTHERS, *(f"PPO, layout temperature {temperature:g}" for temperature in WARMER)]
+    return images | dict.fromkeys(same, tried + leaked + IMAGES)
 
 
 def curves() -> list[list[tuple[int, float]]]:
@@ -261,10 +282,13 @@ def main() -> None:
     if not arguments.render:
         for seed in () if arguments.evaluate else SEEDS if arguments.train is None else [arguments.train]:
             train(seed)
-        if arguments.train is not None or not evaluate.run(evaluation()):
-            return  # or not the main process
-        facts = {"images": training_images(), "curves": curves()}
-        record = to_record(replace(load_results(RUNS / "evaluation"), facts=facts))
+        if arguments.train is not None:
+            return
+        for config in (evaluation(), *(warmer(temperature) for temperature in WARMER)):
+            done = evaluate.run(config)
+        if not done:
+            return  # not the main process
+        record = to_record(replace(load_all(), facts={"images": training_images(), "curves": curves()}))
     print(write_page(PAGE, table, record))
     chart(PAGE.with_suffix(".png"), from_record(read_record(PAGE.with_suffix(".json")), RUNS))
 

@@ -11,7 +11,7 @@ image, and ``noise.safetensors`` with the noises ``(P·S, C, h, w)`` of each met
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,6 +47,8 @@ class SampleConfig:
     """Seeds of the noise: one image per seed, prompt and method."""
     temperature: PositiveFloat | None = None
     """Factor on the policy's standard deviation; unset for its own."""
+    layout_temperature: PositiveFloat | None = None
+    """Of a policy with layouts: above its own, layouts differ more, and more images are wrong; unset for its own."""
     output_dir: Path = Path("runs/sample")
     """Folder for the images and the noise."""
     denoiser_options: DenoiserOptions = field(default_factory=dict)
@@ -93,8 +95,7 @@ def sample(config: SampleConfig) -> Path:
     if name := policy_of(config):
         policy = load_policy(name)
         as_sampler(denoiser, policy)  # fails early on a mismatched checkpoint
-        if config.temperature is not None:
-            policy.config = replace(policy.config, temperature=config.temperature)
+        policy.set_temperatures(config.temperature, config.layout_temperature)
         methods["policy"] = policy
     drawn = {name: draw(denoiser, policy, config.prompts, config.seeds) for name, policy in methods.items()}
 

@@ -21,7 +21,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from noisear_rl.checkpoints import load_weights
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
-from noisear_rl.policy.config import TOKENS, NoiseARConfig, Precision
+from noisear_rl.policy.checks import check_numbers, check_text
+from noisear_rl.policy.config import NoiseARConfig, Precision
 from noisear_rl.policy.decoder import Decoder, PaperDecoder, Text
 from noisear_rl.policy.layers import Whitening
 from noisear_rl.policy.layouts import choose_layout
@@ -118,11 +119,11 @@ class NoiseARPolicy(
         Raises:
             ValueError: If a shape is wrong, a patch or the text is complex or not finite, or all text is masked.
         """
-        self._check_text(text, text_mask)
+        check_text(self.config, text, text_mask)
         expected = (len(text), self.n_patches, self.patch_dim)
         if tuple(patches.shape) != expected:
             raise ValueError(f"expected patches {expected}, got {tuple(patches.shape)}")
-        _check_numbers("patches", patches)
+        check_numbers("patches", patches)
         return self._gaussian(self.features(patches, text, text_mask))
 
     @torch.no_grad()
@@ -202,7 +203,7 @@ class NoiseARPolicy(
         Raises:
             ValueError: If the policy has no such statistics, or they are fitted already.
         """
-        self._check_text(text, text_mask)
+        check_text(self.config, text, text_mask)
         layers, device = self._unfitted(), next(self.parameters()).device
         if not layers:
             raise ValueError("this policy needs no text statistics, or has them already")
@@ -214,6 +215,26 @@ class NoiseARPolicy(
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def set_temperatures(self, temperature: float | None = None, layout_temperature: float | None = None) -> None:
+        """Changes the temperatures of the density; ``None`` leaves one as it is.
+
+        Args:
+            temperature: Factor on the standard deviation.
+            layout_temperature: Divides the logits of the layouts.
+
+        Raises:
+            ValueError: If a temperature is not positive, or the policy has no layouts.
+        """
+        if any(value is not None and not value > 0 for value in (temperature, layout_temperature)):
+            raise ValueError(f"temperatures must be positive, got {temperature} and {layout_temperature}")
+        if layout_temperature is not None and not self.config.layouts:
+            raise ValueError("layout_temperature is for policies with layouts, and this one has none")
+        self.config = dataclasses.replace(
+            self.config,
+            temperature=temperature or self.config.temperature,
+            layout_temperature=layout_temperature or self.config.layout_temperature,
+        )
 
     @property
     def needs_text_statistics(self) -> bool:
@@ -278,7 +299,7 @@ class NoiseARPolicy(
             ValueError: If shapes or the number of seeds are wrong, both seeds and a generator are given, the text is
                 not finite or wholly masked, or the density is not finite.
         """
-        self._check_text(text, text_mask)
+        check_text(self.config, text, text_mask)
         if seeds is not None and generator is not None:
             raise ValueError("seeds and generator are both given: choose one source of noise")
         b, device = len(text), text.device
@@ -318,31 +339,9 @@ class NoiseARPolicy(
         """The latents ``(B, C, *spatial)`` of a sample."""
         return unpatchify(sample.patches, self.config.latent_shape, self.config.patch_size)
 
-    def _check_text(self, text: torch.Tensor, text_mask: torch.Tensor | None) -> None:
-        config, kind = self.config, "token ids" if self.config.text_encoder == TOKENS else "a text embedding"
-        if text.dim() != 3 or text.shape[-1] != config.text_dim or 0 < config.text_length < text.shape[1]:
-            raise ValueError(
-                f"expected {kind} (B, {config.text_length or 'L'}, {config.text_dim}), got {tuple(text.shape)}; "
-                f"was the policy made for another denoiser? It reads text_encoder={config.text_encoder!r}"
-            )
-        _check_numbers("text", text)
-        if text_mask is None:
-            return
-        if text_mask.shape != text.shape[:2]:
-            raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
-        if not text_mask.bool().any(1).all():
-            raise ValueError("text_mask is false for every token of a row: a policy needs a token to read")
-
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
         load_weights(model, model_file, map_location, f"a policy with {dataclasses.asdict(model.config)}")
         return model
-
-
-def _check_numbers(name: str, values: torch.Tensor) -> None:
-    if values.is_complex():
-        raise ValueError(f"{name} must be real numbers, not {values.dtype}")
-    if not values.isfinite().all():
-        raise ValueError(f"{name} hold{'' if name.endswith('s') else 's'} NaN or infinite values")

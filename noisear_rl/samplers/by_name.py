@@ -8,7 +8,6 @@ denoise per result.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +91,7 @@ def plan_methods(
     search: SearchConfig | None = None,
     temperature: float | None = None,
     reward_device: str | None = None,
+    layout_temperature: float | None = None,
 ) -> list[Method]:
     """Reads names of methods; see the module docstring. Gaussian noise always comes first.
 
@@ -102,6 +102,7 @@ def plan_methods(
         search: Settings of searches.
         temperature: Factor on the standard deviation of policies; ``None`` for their own.
         reward_device: Device of the scorers of ``choose_by``; see :func:`~noisear_rl.rewards.load_reward`.
+        layout_temperature: Of policies with layouts; ``None`` for their own.
 
     Raises:
         ValueError: If an item is malformed, a name is repeated or used before it is defined, or a search has no
@@ -130,7 +131,7 @@ def plan_methods(
         if not name or name in methods:
             raise ValueError(f"methods must be distinct NAME=PATH items or searches, got {item!r}")
         if asked is None:
-            methods[name] = _trained(name, paths.split(","), denoiser, temperature)
+            methods[name] = _trained(name, paths.split(","), denoiser, temperature, layout_temperature)
         else:
             assert choose_by is not None
             given, judge = search or SearchConfig(), partial(load_reward, choose_by, device=reward_device)
@@ -143,7 +144,9 @@ def plan_methods(
     return found
 
 
-def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: float | None) -> list[Method]:
+def _trained(
+    name: str, paths: Sequence[str], denoiser: Denoiser, temperature: float | None, layout_temperature: float | None
+) -> list[Method]:
     """One method per training seed, each with its own path."""
 
     def make(path: str) -> Sampler:
@@ -152,8 +155,7 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
         if holds_shared_noises(path):
             return SharedNoiseSampler(denoiser, SharedNoises.load(path))
         policy = load_policy(path)
-        if temperature is not None:
-            policy.config = dataclasses.replace(policy.config, temperature=temperature)
+        policy.set_temperatures(temperature, layout_temperature)
         return as_sampler(denoiser, policy)
 
     paths = [find_policy(path) for path in paths]
@@ -162,8 +164,9 @@ def _trained(name: str, paths: Sequence[str], denoiser: Denoiser, temperature: f
     for path in paths:
         make(path)  # fails early on a missing or mismatched checkpoint
     names = [name] if len(paths) == 1 else [f"{name} {seed}" for seed in range(len(paths))]
+    temperatures = [temperature] if layout_temperature is None else [temperature, layout_temperature]
     return [
-        Method(own, name, partial(make, path), [_digest(path), temperature], True)
+        Method(own, name, partial(make, path), [_digest(path), *temperatures], True)
         for own, path in zip(names, paths, strict=True)
     ]
 

@@ -80,7 +80,7 @@ def test_the_layout_of_the_first_patch_is_what_the_density_uses(tmp_path):
 
 def test_a_low_layout_temperature_takes_the_likeliest_layout():
     policy = decided_policy()
-    policy.config.layout_temperature = 1e-3
+    policy.set_temperatures(layout_temperature=1e-3)
     likeliest = policy.network.read(TEXT, MASK).layout_logits.argmax(1)
     for start in range(0, 60, 6):
         patches = policy.sample(TEXT, MASK, seeds=range(start, start + 6)).patches
@@ -89,6 +89,13 @@ def test_a_low_layout_temperature_takes_the_likeliest_layout():
     _, cold = policy.given_layout(patches, TEXT, MASK, layout)
     _, log_prob = decided_policy().given_layout(patches, TEXT, MASK, layout)
     torch.testing.assert_close(cold, log_prob)  # what pretraining fits
+
+
+def test_temperatures_that_are_refused():
+    with pytest.raises(ValueError, match="temperatures must be positive, got 0 and None"):
+        decided_policy().set_temperatures(0)
+    with pytest.raises(ValueError, match="this one has none"):
+        random_policy().set_temperatures(layout_temperature=2.0)
 
 
 def test_rejects():
