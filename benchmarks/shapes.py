@@ -7,8 +7,9 @@
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
 validation captions. With three of the training seeds, the other algorithms improve the same pretrained policy with as
-many images as PPO does. PPO's policies are also evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the judge, which
-no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
+many images as PPO does. PPO's policies are also evaluated at higher layout temperatures. Searches choose by
+``shapes-match``, the training reward; ``shapes-exact`` is the judge, which no training and no choice has used.
+Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
 them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the images.
 """
 
@@ -151,8 +152,7 @@ def load_all() -> Results:
     """Returns the results of all evaluations as one."""
     found = load_results(RUNS / "evaluation")
     for temperature in WARMER:
-        more = load_results(warmer(temperature).output_dir)
-        found = replace(found, methods=found.methods | more.methods, groups=found.groups | more.groups)
+        found = replace(found, methods=found.methods | load_results(warmer(temperature).output_dir).methods)
     return found
 
 
