@@ -245,7 +245,8 @@ def chart(path: Path, results: Results) -> None:
         spread = np.mean([m.diversity["layout"].mean() for m in members]) / baseline.diversity["layout"].mean()
         for axes, x in zip(panels, (members[0].nfe, spread), strict=True):
             bars = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-            axes.errorbar([x], [estimate.mean], bars, fmt="o", capsize=3, color=f"C{i}", label=group)
+            marker = "o^"[i >= 10]
+            axes.errorbar([x], [estimate.mean], bars, fmt=marker, capsize=3, color=f"C{i % 10}", label=group)
     panels[0].set(xscale="log", xlabel="network evaluations per image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     panels[0].minorticks_off()
@@ -263,7 +264,7 @@ def chart(path: Path, results: Results) -> None:
     last.set(xlabel="thousands of images denoised for training", ylabel="PPO: reward on training captions")
     for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0.02, 0.0))
     figure.suptitle(
         "Left and centre: test captions, held-out judge, 95 % intervals over captions and training seeds", fontsize=10
     )
