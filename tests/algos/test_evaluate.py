@@ -151,10 +151,10 @@ def test_the_denoiser_is_gone_when_scorers_are_loaded(tmp_path, policies, monkey
         seen.append(weakref.ref(denoiser))
         return denoiser
 
-    def scoring(*names):
+    def scoring(*names, **options):
         assert all(denoiser() is None for denoiser in seen)
         scored_after.append(len(seen))
-        return score(*names)
+        return score(*names, **options)
 
     monkeypatch.setattr(evaluate, "load_denoiser", loaded)
     monkeypatch.setattr(evaluate, "load_reward", scoring)
