@@ -29,17 +29,17 @@ def check_text(config: NoiseARConfig, text: torch.Tensor, text_mask: torch.Tenso
         return
     if text_mask.shape != text.shape[:2]:
         raise ValueError(f"expected a text mask {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
-    if not text_mask.bool().any(1).all():
+    if not text_mask.is_meta and not text_mask.bool().any(1).all():
         raise ValueError("text_mask is false for every token of a row: a policy needs a token to read")
 
 
 def check_numbers(name: str, values: torch.Tensor) -> None:
-    """Refuses values that are complex or not finite.
+    """Refuses values that are complex or not finite. Tensors without data (``meta``), which only count FLOPs, pass.
 
     Raises:
         ValueError: If there are any; names them.
     """
     if values.is_complex():
         raise ValueError(f"{name} must be real numbers, not {values.dtype}")
-    if not values.isfinite().all():
+    if not values.is_meta and not values.isfinite().all():
         raise ValueError(f"{name} hold{'' if name.endswith('s') else 's'} NaN or infinite values")

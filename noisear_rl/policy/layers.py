@@ -38,7 +38,7 @@ def distinct_rows(
         The first row of each text ``(U,)`` and which of them every row equals ``(B,)``, or nothing if fewer than half
         of the rows are copies: gathering would cost more than it saves.
     """
-    if torch.compiler.is_compiling() or len(text) < 2:
+    if torch.compiler.is_compiling() or text.is_meta or len(text) < 2:
         return None, None
     flat = text.flatten(1)
     weights = torch.linspace(0.5, 1.5, flat.shape[1], device=flat.device)
