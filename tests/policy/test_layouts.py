@@ -32,6 +32,8 @@ def decided_policy():
 def test_codes_are_orthogonal_unit_vectors():
     codes = layout_codes(5, 16)
     torch.testing.assert_close(codes @ codes.T, torch.eye(5, dtype=torch.float64))
+    first, last = layout_codes(12, 16)[[0, -1], [1, 13]].tolist()  # trained policies depend on them
+    assert (first, last) == (pytest.approx(0.5011018104), pytest.approx(0.2359294760))
 
 
 def test_standard_normal_first_patches_choose_by_the_softmax_of_the_logits():
