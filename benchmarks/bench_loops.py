@@ -79,7 +79,7 @@ class TimedEnv(NoiseVectorEnv):
 
     Attributes:
         goal: How far returns must rise to end the training; ``None`` for never.
-        spent: CPU seconds in ``reset`` and ``step``.
+        spent: CPU seconds in the environments.
         returns: Mean return of each batch of episodes.
         ended: CPU seconds outside the environments at each batch's end.
     """
@@ -89,14 +89,16 @@ class TimedEnv(NoiseVectorEnv):
 
     def __init__(self, num_envs: int = 1, **options: Any):
         super().__init__(num_envs, "shapes-turbo", **options)
-        self.spent, self.began = 0.0, time.process_time()
+        self.spent, self.began, self.inside = 0.0, time.process_time(), False
         self.returns, self.ended = list[float](), list[float]()
         self.made.append(self)
 
     def timed(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        began = time.process_time()
+        if self.inside:  # one method calls another
+            return call(*args, **options)
+        self.inside, began = True, time.process_time()
         result = call(*args, **options)
-        self.spent += time.process_time() - began
+        self.inside, self.spent = False, self.spent + time.process_time() - began
         return result
 
     @property
@@ -107,14 +109,26 @@ class TimedEnv(NoiseVectorEnv):
     def reset(self, **options: Any) -> Any:
         return self.timed(super().reset, **options)
 
+    def begin(self, *args: Any, **options: Any) -> Any:
+        return self.timed(super().begin, *args, **options)
+
     def step(self, actions: np.ndarray) -> Any:
         result = self.timed(super().step, actions)
         if result[2][0]:
-            self.returns.append(float(result[1].mean()))
-            self.ended.append(self.outside)
-            if self.goal is not None and self.returns[-1] >= self.returns[0] + self.goal:
-                raise Reached
+            self.note(result[1])
         return result
+
+    def play(self, actions: torch.Tensor) -> Any:
+        outcome = self.timed(super().play, actions)
+        self.note(outcome.rewards)
+        return outcome
+
+    def note(self, rewards: Any) -> None:
+        """Remembers the end of a batch of episodes."""
+        self.returns.append(float(rewards.mean()))
+        self.ended.append(self.outside)
+        if self.goal is not None and self.returns[-1] >= self.returns[0] + self.goal:
+            raise Reached
 
 
 def ours(updates: int, goal: float | None = None, **options: Any) -> TimedEnv:

@@ -27,7 +27,7 @@ from noisear_rl.denoisers import Conditioning
 from noisear_rl.envs import NoiseVectorEnv
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
-from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision
 
 BATCHES, NLL_BATCH, PRODUCT = (1, 8, 32), 40, 4096
 EPISODES, MICRO_BATCHES, ENV_ID = 128, 64, "NoiseAR-Published-v0"
@@ -86,11 +86,9 @@ def nll_step(repeats: int) -> dict[str, Any]:
     patches, text, mask = batch_of(policy, 77, NLL_BATCH)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5)
 
-    def step(dtype: torch.dtype | None = None) -> None:
+    def step(precision: Precision = "float32") -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nll_of(policy, patches, text, mask)
-        loss.backward()
+        nll_of(policy.compute_in(precision), patches, text, mask).backward()
         optimizer.step()
 
     with torch.device("meta"):
@@ -99,7 +97,7 @@ def nll_step(repeats: int) -> dict[str, Any]:
     left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
     halves = left.bfloat16(), right.bfloat16()
     calls = {FULL: step, f"product, {FULL}": lambda: left @ right}
-    calls |= {HALF: lambda: step(torch.bfloat16), f"product, {HALF}": lambda: halves[0] @ halves[1]}
+    calls |= {HALF: lambda: step("bfloat16"), f"product, {HALF}": lambda: halves[0] @ halves[1]}
     seconds: Seconds = interleaved(calls, repeats, "NLL step")
     return {"seconds": seconds, "flops": count, "product": 2 * PRODUCT**3}
 

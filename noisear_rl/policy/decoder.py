@@ -23,6 +23,7 @@ from noisear_rl.policy.layers import (
     TokenEmbedding,
     Whitening,
     attend,
+    autocast,
     distinct_rows,
     feed_forward,
     prediction_head,
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
             mask = text_mask.bool()[:, None, None]  # (B, 1, 1, L)
         first, rows = (None, None) if self.training else distinct_rows(text, text_mask)
         read = mask if first is None or mask is None else mask[first]
-        with torch.autocast(text.device.type, enabled=False) if self.layout_head else contextlib.nullcontext():
+        with autocast(text.device, False) if self.layout_head else contextlib.nullcontext():
             text = self.encode(text if first is None else text[first], read)  # (U, L, d), where U is B if all differ
             logits = self.layout_head(text, read) if self.layout_head else None  # rounded, they would choose another
         keys_values = [project_keys_values(layer, text) for layer in self.cross_attn_layers]

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Autocast to bfloat16, or none; tensors without data (``meta``) count as those of a CPU."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, torch.bfloat16, enabled=enabled)
+
+
 def sinusoidal_encoding(length: int, width: int) -> torch.Tensor:
     """Sine on even and cosine on odd channels: ``(1, length, width)``."""
     position = torch.arange(length, dtype=torch.float32)[:, None]
@@ -124,7 +129,7 @@ class Whitening(nn.Module):
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         """``(…, D)`` → ``(…, D)``."""
-        with torch.autocast(text.device.type, enabled=False):
+        with autocast(text.device, False):
             return (text.to(self.mean.dtype) - self.mean) @ self.transform
 
 

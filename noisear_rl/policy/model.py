@@ -24,7 +24,7 @@ from noisear_rl.patches import patchify, sequence_shape, unpatchify
 from noisear_rl.policy.checks import check_numbers, check_text
 from noisear_rl.policy.config import NoiseARConfig, Precision
 from noisear_rl.policy.decoder import Decoder, PaperDecoder, Text
-from noisear_rl.policy.layers import Whitening
+from noisear_rl.policy.layers import Whitening, autocast
 from noisear_rl.policy.layouts import choose_layout
 from noisear_rl.policy.released import ReleasedDecoder
 
@@ -92,8 +92,7 @@ class NoiseARPolicy(
         return self
 
     def _autocast(self) -> torch.autocast:
-        where = self.network.pos_encoding.device.type
-        return torch.autocast(where, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return autocast(self.network.pos_encoding.device, self.precision == "bfloat16")
 
     def _gaussian(self, features: torch.Tensor, first: int = 0) -> Independent:
         """Features ``(B, T, d)`` of the patches from ``first`` on → their Gaussians."""
