@@ -128,6 +128,7 @@ def test_trainings_in_bfloat16(data, tmp_path, name):
     assert 0 < (half - exact).norm() < 0.15 * way and (half - parts).norm() < 0.1 * way
 
 
+@pytest.mark.slow
 def test_two_processes_train_in_bfloat16_as_one(data, tmp_path):
     names = ("ppo-natural", "dpo", "nll")
     asked = [f"{name}:precision={json.dumps('bfloat16')}" for name in names]
