@@ -122,7 +122,7 @@ def test_prediction_is_the_networks_and_guidance_is_linear(shapes):
             noise, 751, encoder_hidden_states=conditioning.inputs["prompt_embeds"], added_cond_kwargs=added
         ).sample
     torch.testing.assert_close(at[1.0], own, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="from 1 to 1000"):
         shapes.predict_noise(noise, 751, conditioning, 0.5)
 
 

@@ -121,10 +121,14 @@ def test_an_update_that_takes_too_long(whole, tmp_path, monkeypatch):
 
 def test_a_run_that_failed_keeps_no_signals(tmp_path):
     """After an error in a notebook, Ctrl-C is Ctrl-C again."""
-    Run(tmp_path, Options())  # never closed
-    gc.collect()
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    try:
+        Run(tmp_path, Options())  # never closed
+        gc.collect()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
