@@ -213,15 +213,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(measured(1)), help="what to measure; unset for everything")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record: dict[str, Any] | None = None
     if not arguments.render:
-        record = read_record(RESULTS / "bench.json") if arguments.only else {}
+        known = arguments.only and (RESULTS / "bench.json").exists()
+        record = read_record(RESULTS / "bench.json") if known else {}
         record |= {"provenance": provenance(), "repeats": arguments.repeats}
         for name, measure in measured(arguments.repeats).items():
             if not arguments.only or name in arguments.only:
                 print(name, flush=True)
                 record[name] = measure()
-    write("bench", table, record)
+                write("bench", table, record)  # what is done is not lost
+    else:
+        write("bench", table, None)
     drawn = read_record(RESULTS / "bench.json")
     if "scaling" in drawn and "processes" in drawn:
         bench_scaling.figure(RESULTS / "bench.png", drawn["scaling"], drawn["processes"])
