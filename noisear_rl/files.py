@@ -81,15 +81,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        rest = dict(list(manifest.items())[:-1])
+        manifest = _without_seal(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or make the folder again") from error
-    last = next(reversed(manifest), "")
-    sealed, whole = SEAL in manifest, last == SEAL and manifest[SEAL] == _seal(rest)
-    if (sealed and not whole) or (not sealed and rest and manifest[last] == _seal(rest)):  # also a damaged name
+    if manifest is None:
         raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or make the folder again")
-    return rest if sealed else manifest  # earlier versions wrote no checksum
+    return manifest
 
 
 def write_entries(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -106,14 +103,21 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = [dict(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        sealed = any(SEAL in entry for entry in found)  # earlier versions wrote no checksums
-        whole = all(entry.pop(SEAL) == _seal(entry) for entry in found) if sealed else True
-    except (ValueError, TypeError, KeyError) as error:
+        found = [_without_seal(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy, or remove it") from error
-    if not whole:
+    whole = [entry for entry in found if entry is not None]
+    if len(whole) < len(found):
         raise ValueError(f"{path} is damaged or was edited: restore it from a copy, or remove it")
-    return found
+    return whole
+
+
+def _without_seal(written: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was written with a checksum, or by earlier versions without one; ``None`` if it is damaged."""
+    last, rest = next(reversed(list(written.items())), ("", None)), dict(list(written.items())[:-1])
+    if SEAL in written:
+        return rest if last == (SEAL, _seal(rest)) else None
+    return None if rest and last[1] == _seal(rest) else dict(written)  # the name of the checksum is damaged
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

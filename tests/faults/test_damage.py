@@ -1,5 +1,6 @@
 """Flipped bytes, cut and missing files: what is read is what was written, or an error names the file."""
 
+import json
 import os
 import random
 import shutil
@@ -259,6 +260,18 @@ def test_a_replaced_shard_is_read_anew(tmp_path):
         shutil.copy(second / name, first / name)
     os.utime(shard_file(first, 0), ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert load_pairs(first)["seed"][:8] == list(range(8, 16))
+
+
+def test_a_checksum_whose_name_is_damaged(tmp_path):
+    make_provenance(tmp_path)
+    file = tmp_path / "provenance.json"
+    entries = read_entries(file)
+    content = file.read_text()
+    file.write_text(content.replace('"sha256"', '"sha:56"'))
+    with pytest.raises(ValueError, match=r"provenance\.json is damaged"):
+        read_entries(file)
+    file.write_text(json.dumps(entries))  # as earlier versions did
+    assert read_entries(file) == entries
 
 
 def test_shards_without_a_manifest_are_not_adopted(tmp_path):
