@@ -147,7 +147,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     if config.filter_reward and (checksum := reward_sha256(config.filter_reward)):
         manifest["reward_sha256"] = checksum
     for key in ("output_dir", "prompts", "batch_size", "denoiser_options", "reward_device"):
-        manifest.pop(key)  # it does not change the pairs
+        manifest.pop(key)  # these do not change the pairs
     _lock = lock_folder(config.output_dir) if is_main() else None
     if is_main():
         check_manifest(config.output_dir, manifest)

@@ -8,7 +8,7 @@ Gaussian policy can learn: separate good noises for each prompt have many layout
 only rewards, no reward gradients.
 
 With a ``margin``, a prompt gets all noises that are nearly as promising as the best one, and the first patch of the
-noise decides between them (:mod:`~noisear_rl.data.layouts`), so that images of one prompt stay different.
+noise decides between them (:mod:`~noisear_rl.policy.layouts`), so that images of one prompt stay different.
 
 Two kinds of targets: the chosen ``noise`` itself, or the ``leak`` of the image that it gives
 (:mod:`~noisear_rl.data.signal_leak`): the same layout for a fraction of the KL divergence, if the denoiser's schedule
