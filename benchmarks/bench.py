@@ -198,7 +198,7 @@ def table(record: dict[str, Any]) -> str:
     if record.get("scaling"):
         narrow = f"width {bench_scaling.WIDTH}, SDXL's latents"
         parts.append(
-            f"![Cost by batch, patches, text length and processes](bench.png)\\n\\nCost of a policy of {narrow}; "
+            f"![Cost by batch, patches, text length and processes](bench.png)\n\nCost of a policy of {narrow}; "
             f"by default 16 patches, 77 tokens, batches of {bench_scaling.FEW}."
         )
     if record.get("profiles"):

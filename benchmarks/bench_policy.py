@@ -19,8 +19,8 @@ from typing import Any
 import gymnasium
 import torch
 from published_networks import SDXL  # in this folder
-from resources import GIB, batch_of, flops, nll_of, peak_memory, policy_config
-from timing import Seconds, interleaved
+from resources import batch_of, flops, nll_of, peak_memory, policy_config
+from timing import CPU, GIB, Seconds, interleaved
 
 from noisear_rl.algos import ppo
 from noisear_rl.denoisers import Conditioning
@@ -56,18 +56,18 @@ def authors_loop(policy: NoiseARPolicy, text: torch.Tensor, noise: torch.Tensor)
     return patches
 
 
-def sampling(repeats: int) -> dict[str, Any]:
-    """CPU seconds by batch and way; and how far bfloat16 departs from float32 in standard deviations."""
+def sampling(repeats: int, device: torch.device = CPU) -> dict[str, Any]:
+    """Seconds by batch and way; and how far bfloat16 departs from float32 in standard deviations."""
     torch.manual_seed(0)
-    policy = NoiseARPolicy(policy_config(SDXL, "released")).eval()
+    policy = NoiseARPolicy(policy_config(SDXL, "released")).to(device).eval()
     for parameter in policy.parameters():  # the last layer of an untrained policy is 0
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.01)
     half = copy.deepcopy(policy).bfloat16()
     found: dict[str, Any] = {"seconds": {}, "difference": {}}
     for batch in BATCHES:
-        _, text, _ = batch_of(policy, 77, batch)
-        noise, seeds = patchify(standard_noise(range(batch), SDXL.latent_shape), 32), range(batch)
+        text = batch_of(policy, 77, batch)[1].to(device)
+        noise, seeds = patchify(standard_noise(range(batch), SDXL.latent_shape), 32).to(device), range(batch)
         ways: dict[str, Callable[[], Any]] = {
             LIKE_AUTHORS: functools.partial(authors_loop, policy, text, noise),
             FULL: functools.partial(policy.sample, text, seeds=seeds),
@@ -76,14 +76,14 @@ def sampling(repeats: int) -> dict[str, Any]:
         expected = ways[LIKE_AUTHORS]()
         torch.testing.assert_close(ways[FULL]().patches, expected, rtol=1e-3, atol=1e-3)
         found["difference"][batch] = (ways[HALF]().patches - expected).abs().max().item() / expected.std().item()
-        found["seconds"][batch] = interleaved(ways, repeats, f"sampling, batch {batch}", warm_up=False)
+        found["seconds"][batch] = interleaved(ways, repeats, f"sampling, batch {batch}", False, device)
     return found
 
 
-def nll_step(repeats: int) -> dict[str, Any]:
-    """CPU seconds of an NLL step and of a matrix product, and the FLOPs of both."""
-    policy = NoiseARPolicy(policy_config(SDXL, "paper")).train()
-    patches, text, mask = batch_of(policy, 77, NLL_BATCH)
+def nll_step(repeats: int, device: torch.device = CPU) -> dict[str, Any]:
+    """Seconds of an NLL step and of a matrix product, and the FLOPs of both."""
+    policy = NoiseARPolicy(policy_config(SDXL, "paper")).to(device).train()
+    patches, text, mask = (tensor.to(device) for tensor in batch_of(policy, 77, NLL_BATCH))
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5)
 
     def step(precision: Precision = "float32") -> None:
@@ -94,11 +94,11 @@ def nll_step(repeats: int) -> dict[str, Any]:
     with torch.device("meta"):
         empty = NoiseARPolicy(policy.config)
     count = sum(flops(lambda: nll_of(empty, *(x.to("meta") for x in (patches, text, mask))), gradients=True).values())
-    left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    left, right = (torch.randn(PRODUCT, PRODUCT, device=device) for _ in range(2))
     halves = left.bfloat16(), right.bfloat16()
     calls = {FULL: step, f"product, {FULL}": lambda: left @ right}
     calls |= {HALF: lambda: step("bfloat16"), f"product, {HALF}": lambda: halves[0] @ halves[1]}
-    seconds: Seconds = interleaved(calls, repeats, "NLL step")
+    seconds: Seconds = interleaved(calls, repeats, "NLL step", device=device)
     return {"seconds": seconds, "flops": count, "product": 2 * PRODUCT**3}
 
 

@@ -2,38 +2,42 @@
 
     python benchmarks/full_size.py                   # SDXL in bfloat16 on a CPU: 12 GiB of memory, about 5 minutes
     python benchmarks/full_size.py --device cuda     # all presets in half precision, compiled and not, and scorers
+    python benchmarks/full_size.py --device cuda --only presets --compile sdxl      # these rows anew
 
 On a CPU: SDXL through ``NoiseAR-SDXL-v0``, an episode of 16 patches of 4,096 elements drawn by a policy of the paper's
 size, denoised in two steps with guidance and, as SDXL-Turbo, in one without; a pair; an NLL step; an update of PPO.
 Seconds and peak memory of each stage stand beside what ``resources.py`` predicts: weights and activations in bytes,
 FLOPs over the rate of a large matrix product in the same dtype and process. Images of random weights mean nothing.
 
-On an accelerator the same stages run, then every preset's class, and every scorer: the acceptance test of a machine.
-Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; those of another kind
-of device stay.
+On an accelerator the same stages run, then the policy beside the authors' loop and a matrix product, every preset's
+class, and every scorer: the acceptance test of a machine. What fails is shown in its row, and the script ends with an
+error. Writes ``full_size.md`` and the numbers behind it, ``full_size.json``, in ``benchmarks/results``; those of
+another kind of device stay.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import multiprocessing
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import bench_policy  # in this folder
 import gymnasium
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from pages import RESULTS, markdown, page, parser_of, write  # in this folder
+from bench_policy import FULL, HALF, LIKE_AUTHORS
+from pages import RESULTS, markdown, page, parser_of, write
 from published_networks import SDXL, meta, parameters_of
 from published_pipelines import PUBLISHED, bert_tokenizer, build_pipeline, clip_tokenizer, fill, vae
-from resources import GIB, activations, denoiser_cost, flops, nll_of, policy_config, policy_cost
+from resources import activations, denoiser_cost, flops, nll_of, policy_config, policy_cost
+from timing import Meter, Seconds, ratios
 
 from noisear_rl.algos import ppo
 from noisear_rl.data.weak_to_strong import network_evaluations, weak_to_strong
@@ -52,66 +56,11 @@ from noisear_rl.rewards.aesthetic import Aesthetic
 PROMPT, ENV_ID, EPISODES, BATCH, STEPS = "a photo of a red circle left of a blue square", "FullSize-v0", 2, 2, 2
 REWARD = "jpeg-compressibility"
 SCORERS = ("clip-score", "aesthetic-v2", "image-reward", "pickscore", "hpsv2.1", "mps")
+PRESET_NAMES = ("sdxl", "sdxl-turbo", "hunyuan-dit", "pixart-sigma", "sd3")
+PARTS = ("stages", "policy", "presets", "scorers")
+POLICY = (bench_policy.sampling, bench_policy.nll_step)
 DATA = RESULTS / "full_size.json"
 HEAD = ("stage", "seconds", "predicted", "ratio", "peak memory, GiB", "predicted", "ratio")
-
-
-class Meter:
-    """Measures stages: seconds, and the largest memory that the process (or the accelerator) held meanwhile.
-
-    Attributes:
-        rows: One record per stage.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.rows = device, list[dict[str, Any]]()
-
-    def clock(self) -> float:
-        """Seconds: of the CPU, which leave out what other programs take, or on an accelerator of its finished work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
-        return time.process_time()
-
-    def matmul_rate(self, dtype: torch.dtype, size: int = 4096) -> float:
-        """FLOPs per second of a large matrix product: the median of five."""
-        left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        seconds = []
-        for _ in range(6):
-            began = self.clock()
-            left = (left @ right).clamp(-1, 1)
-            seconds.append(self.clock() - began)
-        return 2 * size**3 / float(np.median(seconds[1:]))
-
-    def memory(self, field: str) -> int:
-        """Bytes that this process holds (``VmRSS``) or held at most (``VmHWM``)."""
-        if self.device.type == "cuda":
-            at_most = torch.cuda.max_memory_allocated(self.device)
-            return at_most if field == "VmHWM" else torch.cuda.memory_allocated(self.device)
-        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 2**10
-
-    @contextlib.contextmanager
-    def __call__(self, name: str, seconds: float | None = None, memory: float | None = None) -> Iterator[None]:
-        """Measures what runs inside.
-
-        Args:
-            name: Name of the stage.
-            seconds: Predicted time.
-            memory: Predicted bytes beyond those held before.
-        """
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-        before, began = self.memory("VmRSS"), self.clock()
-        yield
-        took, peak = self.clock() - began, self.memory("VmHWM")
-        held = None if memory is None else (before + memory) / GIB
-        self.rows.append({"stage": name, "seconds": took, "seconds predicted": seconds, "GiB": peak / GIB})
-        self.rows[-1]["GiB predicted"] = held
-        print(f"{name}: {took:.1f} s, {peak / GIB:.2f} GiB", flush=True)
 
 
 def denoiser_of(name: str, dtype: torch.dtype, device: torch.device, **options: Any) -> DiffusionPipelineDenoiser:
@@ -205,35 +154,49 @@ def stages(meter: Meter, dtype: torch.dtype) -> dict[str, Any]:
     return {"TFLOPs per second": {key: value / 1e12 for key, value in rate.items()}, "UNet": held, "bytes": weights}
 
 
-def presets(meter: Meter) -> list[list[Any]]:
+def attempt(rows: list[list[Any]], name: list[Any], measure: Callable[[], list[Any]]) -> None:
+    """Appends a row of what was measured, or of why it failed."""
+    try:
+        found = measure()
+    except Exception as error:  # the rows that follow are worth having
+        traceback.print_exc()
+        found = [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
+    rows.append([*name, *found])
+    print(rows[-1], flush=True)
+
+
+def presets(meter: Meter, compiled: Sequence[str] = PRESET_NAMES) -> list[list[Any]]:
     """Times every preset's class at its own number of steps: dtype, compiled or not, seconds per image, and memory."""
+
+    def measure(name: str, dtype: torch.dtype, compile: bool, steps: int, guidance: float) -> list[Any]:
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "compile": compile}
+        denoiser = denoiser_of(name, dtype, meter.device, **options)
+        noise, conditioning = standard_noise([0], denoiser.latent_shape), denoiser.encode([PROMPT])
+        denoiser.denoise(noise, conditioning, [0])  # compiles and warms up
+        seconds = []
+        with meter(f"{name}, {dtype}, compiled: {compile}"):
+            for _ in range(3):
+                began = meter.clock()
+                image = denoiser.denoise(noise, conditioning, [0]).cpu()
+                seconds.append(meter.clock() - began)
+        return [float(np.median(seconds)), meter.rows.pop()["GiB"], bool(image.isfinite().all())]
+
     rows: list[list[Any]] = []
-    for name in ("sdxl", "sdxl-turbo", "hunyuan-dit", "pixart-sigma", "sd3"):
+    for name in PRESET_NAMES:
+        preset = PRESETS.get(name)
+        steps, guidance = (preset.num_inference_steps, preset.guidance_scale) if preset else (1, 1.0)
         for dtype in (torch.float16, torch.bfloat16):
-            for compiled in (False, True):
-                preset = PRESETS.get(name)
-                steps, guidance = (preset.num_inference_steps, preset.guidance_scale) if preset else (1, 1.0)
-                options = {"num_inference_steps": steps, "guidance_scale": guidance, "compile": compiled}
-                denoiser = denoiser_of(name, dtype, meter.device, **options)
-                noise, conditioning = standard_noise([0], denoiser.latent_shape), denoiser.encode([PROMPT])
-                denoiser.denoise(noise, conditioning, [0])  # compiles and warms up
-                seconds = []
-                with meter(f"{name}, {dtype}, compiled: {compiled}"):
-                    for _ in range(3):
-                        began = meter.clock()
-                        image = denoiser.denoise(noise, conditioning, [0]).cpu()
-                        seconds.append(meter.clock() - began)
-                found = [float(np.median(seconds)), meter.rows.pop()["GiB"], bool(image.isfinite().all())]
-                rows.append([name, str(dtype).removeprefix("torch."), compiled, steps, *found])
-                del denoiser
+            for compile in (False, True)[: 1 + (name in compiled)]:
+                what = [name, str(dtype).removeprefix("torch."), compile, steps]
+                attempt(rows, what, lambda: measure(name, dtype, compile, steps, guidance))  # noqa: B023
     return rows
 
 
 def scorers(meter: Meter, names: Sequence[str] = SCORERS) -> list[list[Any]]:
     """Times scorers at full size with random weights: seconds per image in a batch of 8, and memory."""
-    rows: list[list[Any]] = []
     images = torch.rand(8, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
-    for name in names:
+
+    def measure(name: str) -> list[Any]:
         module, cls = REWARDS[name]
         scorer = getattr(importlib.import_module(f"noisear_rl.rewards.{module}"), cls)(device=meter.device)
         with init_empty_weights(include_buffers=False):
@@ -246,8 +209,11 @@ def scorers(meter: Meter, names: Sequence[str] = SCORERS) -> list[list[Any]]:
         with meter(name):
             scorer.score(images, [PROMPT] * len(images))
         row = meter.rows.pop()
-        rows.append([name, row["seconds"] / len(images), row["GiB"], bool(scores.isfinite().all())])
-        del scorer, network
+        return [row["seconds"] / len(images), row["GiB"], bool(scores.isfinite().all())]
+
+    rows: list[list[Any]] = []
+    for name in names:
+        attempt(rows, [name], lambda: measure(name))  # noqa: B023
     return rows
 
 
@@ -263,48 +229,83 @@ def table(record: dict[str, Any]) -> str:
 
 def parts_of(record: dict[str, Any]) -> list[str]:
     """Renders what was measured on one kind of device."""
-    rate = record["TFLOPs per second"]
-    rows = []
-    for row in record["stages"]:
+    rate, rows, parts = record.get("TFLOPs per second"), [], []
+    for row in record.get("stages", ()):
         times, memory = (ratio(row[key], row[f"{key} predicted"]) for key in ("seconds", "GiB"))
         rows.append([row["stage"], f"{row['seconds']:.2f}", *times, f"{row['GiB']:.2f}", *memory])
-    parts = [
-        f"SDXL with random weights ({record['UNet'] / 1e9:.2f} G parameters in the UNet, {record['dtype']}) through "
-        f"`NoiseAR-SDXL-v0`, images of 1024 × 1024 pixels, and a float32 policy of the size of the paper. Predicted "
-        f"seconds: FLOPs over the rate of a large matrix product, {rate['half']:.2f} TFLOPs per second in "
-        f"{record['dtype']} and {rate['float32']:.2f} in float32, measured in the same process; on a CPU, all times "
-        "are those of the process and leave out other programs. Predicted memory: what "
-        "the process held before the stage, and the bytes that `resources.py` computes.",
-        markdown(HEAD, rows),
-    ]
+    if rate:
+        parts += [
+            f"SDXL with random weights ({record['UNet'] / 1e9:.2f} G parameters in the UNet, {record['dtype']}) "
+            "through `NoiseAR-SDXL-v0`, images of 1024 × 1024 pixels, and a float32 policy of the size of the paper. "
+            f"Predicted seconds: FLOPs over the rate of a large matrix product, {rate['half']:.2f} TFLOPs per second "
+            f"in {record['dtype']} and {rate['float32']:.2f} in float32, measured in the same process; on a CPU, all "
+            "times are those of the process and leave out other programs. Predicted memory: what "
+            "the process held before the stage, and the bytes that `resources.py` computes.",
+            markdown(HEAD, rows),
+        ]
+    if policy := record.get("policy"):
+        cells = [
+            [
+                f"sampling in {dtype}, batch {batch}, of the authors' loop in float32",
+                spread(seconds, LIKE_AUTHORS, dtype),
+            ]
+            for dtype in (FULL, HALF)
+            for batch, seconds in policy["sampling"]["seconds"].items()
+        ]
+        share = policy["nll_step"]["flops"] / policy["nll_step"]["product"]
+        for dtype in (FULL, HALF):
+            what = f"an NLL step in {dtype}, batch {bench_policy.NLL_BATCH}, rate over that of a matrix product"
+            cells.append([what, spread(policy["nll_step"]["seconds"], f"product, {dtype}", dtype, share)])
+        parts += ["The policy at its published size; median of 5.", markdown(("what", "ratio"), cells)]
     if record.get("presets"):
         columns = ("preset", "dtype", "compiled", "steps", "seconds per image", "peak memory, GiB", "finite")
-        cells = [[*row[:4], f"{row[4]:.3f}", f"{row[5]:.1f}", row[6]] for row in record["presets"]]
+        cells = [[*row[:4], *figures(row[4:], 3)] for row in record["presets"]]
         parts += ["Every preset, batch 1, at its own number of steps; median of 3.", markdown(columns, cells)]
     if record.get("scorers"):
-        cells = [[row[0], f"{row[1]:.4f}", f"{row[2]:.1f}", row[3]] for row in record["scorers"]]
+        cells = [[row[0], *figures(row[1:], 4)] for row in record["scorers"]]
         names = ("scorer", "seconds per image", "peak memory, GiB", "finite")
         parts += ["Scorers in float32, a batch of 8 images of 1024 × 1024 pixels.", markdown(names, cells)]
     return parts
+
+
+def spread(seconds: Seconds, over: str, under: str, factor: float = 1.0) -> str:
+    median, low, high = (factor * value for value in ratios(seconds, over, under))
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def figures(found: list[Any], digits: int) -> list[str]:
+    """Cells of seconds, GiB and whether all is finite, or of an error."""
+    return [f"{found[0]:.{digits}f}", f"{found[1]:.1f}", str(found[2])] if len(found) > 1 else [found[0], "", ""]
 
 
 def main() -> None:
     """Entry point."""
     parser = parser_of(__doc__)
     parser.add_argument("--device", default="cpu", help="`cpu` or an accelerator such as `cuda`")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="what to measure; the rest stays")
+    parser.add_argument(
+        "--compile", nargs="*", choices=PRESET_NAMES, default=PRESET_NAMES, help="presets to compile; minutes each"
+    )
     arguments = parser.parse_args()
     if arguments.render:
         write("full_size", table, None)
         return
     start, meter = provenance(), Meter(torch.device(arguments.device))
-    found = {"provenance": start, "dtype": "bfloat16"} | stages(meter, torch.bfloat16)
-    found["stages"] = list(meter.rows)
     kind = meter.device.type
-    if kind != "cpu":
+    measured: dict[str, Callable[[], Any]] = {
+        "stages": lambda: stages(meter, torch.bfloat16) | {"stages": list(meter.rows)},
+        "policy": lambda: {"policy": {f.__name__: f(5, meter.device) for f in POLICY}},
+        "presets": lambda: {"presets": presets(meter, arguments.compile)},
+        "scorers": lambda: {"scorers": scorers(meter)},
+    }
+    for part in ("stages",) if kind == "cpu" else arguments.only:
+        known = read_record(DATA) if DATA.is_file() else {}
+        found = known.get(kind, {}) | {"provenance": start, "dtype": "bfloat16"} | measured[part]()
+        write("full_size", table, known | {kind: found})  # what is done is not lost
         gc.collect()
-        found |= {"presets": presets(meter), "scorers": scorers(meter)}
-    known = read_record(DATA) if DATA.is_file() else {}
-    write("full_size", table, known | {kind: found})
+    failed = [row for part in ("presets", "scorers") for row in found.get(part, []) if isinstance(row[-1], str)]
+    if failed:
+        raise SystemExit(f"{len(failed)} rows failed: {failed}")
 
 
 if __name__ == "__main__":

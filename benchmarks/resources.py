@@ -39,6 +39,7 @@ import torch
 from on_paper import on_paper, on_paper_parts  # in this folder
 from pages import markdown, page, parser_of, write
 from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta, parameters_of
+from timing import GIB
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -60,7 +61,6 @@ from noisear_rl.policy.critic import NoiseARCritic
 from noisear_rl.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-GIB = 2**30
 REFERENCE_PARAMETERS = 113.3e6  # of the authors' network for SDXL
 PAPER_IMAGE, PAPER_NOISE = 2600e9, 23.12e9  # the paper's Table 3, which calls them FLOPs
 PAIRS, PROMPT_BYTES, BATCH, REPEATS = 100_000, 60, 2, 5
