@@ -200,7 +200,7 @@ def diversities(reward: WeightedReward, images: torch.Tensor) -> dict[str, list[
         if embed := getattr(scorer, "embed", None):
             found[scorer.name] = _rounded(torch.from_numpy(diversity(images, embed)))
         if isinstance(scorer, ShapesExact):
-            found["layout"] = [round(layout_diversity(scorer.detector.detect(part)), 6) for part in images]
+            found["layout"] = [round(layout_diversity(scorer.detect(part)), 6) for part in images]
     return found
 
 

@@ -43,7 +43,8 @@ def process() -> PartialState:
     from accelerate.utils import get_int_from_env, parse_flag_from_env
 
     launched = get_int_from_env(LAUNCHERS, 1)
-    if launched == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
+    alone = launched == 1 and "WORLD_SIZE" not in os.environ  # `torchrun` names even a single process
+    if alone and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise ValueError(
             "`accelerate launch --cpu` asks for several processes, but starts one: use `torchrun`, or `--config_file` "
             "with configs/accelerate/cpu.yaml"

@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+# Tests are the same on machines with an accelerator; `make test-accelerator` uses it.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline

@@ -69,7 +69,7 @@ class Obey:
     name, statistics, gaussian, best = "obey", (0.0, 1.0), -5.0, -1.0
 
     def score(self, images, prompts):
-        sign = torch.tensor([1.0 if prompt == "up" else -1.0 for prompt in prompts])
+        sign = torch.tensor([1.0 if prompt == "up" else -1.0 for prompt in prompts], device=images.device)
         return -((projections(images)[:, 0] - 2 * sign) ** 2)
 
 

@@ -103,13 +103,13 @@ def weak_to_strong(
         rounds: Number of repetitions, each from the last target.
 
     Returns:
-        ``(B, C, h, w)`` float32; NaN for a pair whose predictions were not finite.
+        ``(B, C, h, w)`` float32 on the denoiser's device; NaN for a pair whose predictions were not finite.
     """
     step = inversion_coefficients(denoiser.first_order_schedule(num_inference_steps), inversion)
     target, whole = noise.float(), torch.ones(len(noise), 1, 1, 1, dtype=torch.bool, device=noise.device)
     for _ in range(rounds):
         strong = denoiser.predict_noise(target, step.timestep, conditioning, strong_guidance)
-        lower = step.a * target + step.b * strong
+        lower = step.a * target.to(strong.device) + step.b * strong
         whole, lower = _finite(whole, lower)
         weak = denoiser.predict_noise(lower, step.timestep, conditioning, weak_guidance)
         whole, target = _finite(whole, step.c * lower + step.d * weak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Resolves ``auto`` to the accelerator if there is one, otherwise to the CPU.
+    """Resolves ``auto`` to the accelerator of this process if there is one, otherwise to the CPU.
+
+    As in Accelerate, processes that were launched together take an accelerator each (``LOCAL_RANK``), and all stay on
+    the CPU if ``ACCELERATE_USE_CPU`` says so.
 
     Raises:
         ValueError: If the device is unknown, or this machine has none of its kind.
     """
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if str(device) == "auto":
-        return found
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on"):
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        return found if rank is None or found.type == "cpu" else torch.device(found.type, int(rank))
     try:
         named = torch.device(device)
     except (RuntimeError, TypeError) as error:

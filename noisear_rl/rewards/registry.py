@@ -176,7 +176,7 @@ def load_reward(
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
-            accelerator if there is one. The scorers of the shapes world and functions compute where they are.
+            accelerator if there is one. Scorers without a network and functions compute where the images are.
 
     Raises:
         ValueError: If a name, an option or a key is unknown, or this machine has no such device.
@@ -195,7 +195,7 @@ def load_reward(
 
 def _has_device(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a scorer has a network whose device can be chosen."""
-    return options.get("backend") == "package" or REWARDS.get(name, ("simple",))[0] not in ("shapes", "simple")
+    return options.get("backend") == "package" or REWARDS.get(name, ("simple",))[0] != "simple"
 
 
 def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfig:

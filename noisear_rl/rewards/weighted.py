@@ -103,7 +103,7 @@ class WeightedReward:
                 check(prompts)
 
     def components(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The score of every scorer, ``(B,)`` each, not standardised; NaN where a scorer fails on an image.
+        """The score of every scorer, ``(B,)`` each, not standardised, where the images are; NaN where a scorer fails.
 
         Scorers do not see images that hold NaN or infinity: these get black ones in their place, and the score NaN.
 
@@ -117,7 +117,7 @@ class WeightedReward:
         scores = {}
         for reward, _ in self.rewards:
             values = checked_scores(reward.score(seen, prompts), len(prompts), f"scorer {reward.name!r}")
-            scores[reward.name] = torch.where(whole.to(values.device), values, torch.nan)
+            scores[reward.name] = torch.where(whole, values.to(whole.device), torch.nan)
         return scores
 
     def total(self, components: Mapping[str, torch.Tensor]) -> torch.Tensor:

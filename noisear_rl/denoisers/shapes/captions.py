@@ -307,7 +307,7 @@ class CaptionTensors:
     relation: torch.Tensor
 
     @classmethod
-    def from_captions(cls, captions: list[Caption]) -> CaptionTensors:
+    def from_captions(cls, captions: list[Caption], device: torch.device | str = "cpu") -> CaptionTensors:
         """Encodes captions."""
         shape = torch.full((len(captions), MAX_OBJECTS), -1)
         color, size, relation = shape.clone(), shape.clone(), torch.full((len(captions),), -1)
@@ -317,4 +317,4 @@ class CaptionTensors:
                 color[i, k] = COLORS.index(spec.color) if spec.color else -1
                 size[i, k] = SIZES.index(spec.size) if spec.size else -1
             relation[i] = RELATIONS.index(caption.relation) if caption.relation else -1
-        return cls(shape, color, size, relation)
+        return cls(*(values.to(device) for values in (shape, color, size, relation)))

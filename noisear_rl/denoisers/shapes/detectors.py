@@ -93,7 +93,7 @@ class Detector(nn.Module):
         """Training loss of an output grid: objectness everywhere, the rest on the cells of objects."""
         objectness, color, shape, geometry = self.split(grid)
         cell = IMAGE_SIZE / self.grid
-        axis = (torch.arange(self.grid) + 0.5) * cell
+        axis = (torch.arange(self.grid, device=grid.device) + 0.5) * cell
         dx = axis.view(1, 1, 1, -1) - scenes.center[..., 0, None, None]
         dy = axis.view(1, 1, -1, 1) - scenes.center[..., 1, None, None]
         present = (scenes.shape >= 0)[..., None, None]
@@ -204,7 +204,8 @@ class CoreDetector(Detector):
         objectness, color, shape, geometry = self.split(self(images.float()))
         core = objectness.sigmoid() > self.threshold  # (B, G, G)
         label = connected_components(core)  # (B, G, G)
-        member = label.flatten(1)[:, None] == torch.arange(1, MAX_DETECTIONS + 1).view(1, -1, 1)  # (B, M, G·G)
+        number = torch.arange(1, MAX_DETECTIONS + 1, device=label.device)
+        member = label.flatten(1)[:, None] == number.view(1, -1, 1)  # (B, M, G·G)
         cells = member.sum(-1)
         found = cells >= self.min_cells
         weight = member.float() / cells.clamp(min=1)[..., None]
@@ -220,7 +221,8 @@ class CoreDetector(Detector):
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
     """Labels the 4-connected components of ``(B, G, G)`` masks 1, 2, … by decreasing size; 0 is background."""
     b, g, _ = mask.shape
-    label = torch.arange(1, g * g + 1).view(1, g, g).expand(b, g, g) * mask
+    numbers = torch.arange(1, g * g + 2, device=mask.device)
+    label = numbers[:-1].view(1, g, g).expand(b, g, g) * mask
     while True:
         padded = F.pad(label, (1, 1, 1, 1))
         around = [padded[:, 1:-1, :-2], padded[:, 1:-1, 2:], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1]]
@@ -228,10 +230,11 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         if torch.equal(spread, label):
             break
         label = spread
-    size = torch.zeros(b, g * g + 1, dtype=torch.long).scatter_add_(1, label.flatten(1), mask.flatten(1).long())
+    size = torch.zeros(b, g * g + 1, dtype=torch.long, device=mask.device)
+    size.scatter_add_(1, label.flatten(1), mask.flatten(1).long())
     size[:, 0] = -1  # the background stays last, whatever its size
     order = size.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(1, g * g + 2).expand(b, -1).contiguous())
+    rank = torch.empty_like(order).scatter_(1, order, numbers.expand(b, -1).contiguous())
     return rank.gather(1, label.flatten(1)).view(b, g, g) * mask
 
 
