@@ -5,7 +5,7 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks
 
-.PHONY: help install demo bench test test-lowest test-slow test-faults test-originals lint format clean
+.PHONY: help install demo bench test test-lowest test-accelerator test-slow test-faults test-originals lint format clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -29,6 +29,9 @@ test: install  ## Run the test suite; PYTEST_OPTIONS=--cov prints its coverage a
 
 test-lowest:  ## Run the test suite with the lowest supported versions, in .venv-lowest (Python 3.11)
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+test-accelerator: install  ## Run what depends on the device on this machine's accelerator
+	ACCELERATE_USE_CPU=false $(RUN) -m pytest tests/test_accelerator.py
 
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow

@@ -58,6 +58,7 @@ REWARD = "jpeg-compressibility"
 SCORERS = ("clip-score", "aesthetic-v2", "image-reward", "pickscore", "hpsv2.1", "mps")
 PRESET_NAMES = ("sdxl", "sdxl-turbo", "hunyuan-dit", "pixart-sigma", "sd3")
 PARTS = ("stages", "policy", "presets", "scorers")
+DTYPE = "bfloat16"
 POLICY = (bench_policy.sampling, bench_policy.nll_step)
 DATA = RESULTS / "full_size.json"
 HEAD = ("stage", "seconds", "predicted", "ratio", "peak memory, GiB", "predicted", "ratio")
@@ -165,14 +166,16 @@ def attempt(rows: list[list[Any]], name: list[Any], measure: Callable[[], list[A
     print(rows[-1], flush=True)
 
 
-def presets(meter: Meter, compiled: Sequence[str] = PRESET_NAMES) -> list[list[Any]]:
+def presets(meter: Meter, compiled: Sequence[str], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Times every preset's class at its own number of steps: dtype, compiled or not, seconds per image, and memory."""
 
     def measure(name: str, dtype: torch.dtype, compile: bool, steps: int, guidance: float) -> list[Any]:
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "compile": compile}
         denoiser = denoiser_of(name, dtype, meter.device, **options)
         noise, conditioning = standard_noise([0], denoiser.latent_shape), denoiser.encode([PROMPT])
+        denoiser.num_inference_steps = 1
         denoiser.denoise(noise, conditioning, [0])  # compiles and warms up
+        denoiser.num_inference_steps = steps
         seconds = []
         with meter(f"{name}, {dtype}, compiled: {compile}"):
             for _ in range(3):
@@ -189,10 +192,11 @@ def presets(meter: Meter, compiled: Sequence[str] = PRESET_NAMES) -> list[list[A
             for compile in (False, True)[: 1 + (name in compiled)]:
                 what = [name, str(dtype).removeprefix("torch."), compile, steps]
                 attempt(rows, what, lambda: measure(name, dtype, compile, steps, guidance))  # noqa: B023
-    return rows
+                save({"presets": rows})
+    return {"presets": rows}
 
 
-def scorers(meter: Meter, names: Sequence[str] = SCORERS) -> list[list[Any]]:
+def scorers(meter: Meter) -> dict[str, Any]:
     """Times scorers at full size with random weights: seconds per image in a batch of 8, and memory."""
     images = torch.rand(8, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
 
@@ -212,9 +216,9 @@ def scorers(meter: Meter, names: Sequence[str] = SCORERS) -> list[list[Any]]:
         return [row["seconds"] / len(images), row["GiB"], bool(scores.isfinite().all())]
 
     rows: list[list[Any]] = []
-    for name in names:
+    for name in SCORERS:
         attempt(rows, [name], lambda: measure(name))  # noqa: B023
-    return rows
+    return {"scorers": rows}
 
 
 def ratio(value: float, expected: float | None) -> tuple[str, str]:
@@ -293,16 +297,20 @@ def main() -> None:
     start, meter = provenance(), Meter(torch.device(arguments.device))
     kind = meter.device.type
     measured: dict[str, Callable[[], Any]] = {
-        "stages": lambda: stages(meter, torch.bfloat16) | {"stages": list(meter.rows)},
+        "stages": lambda: stages(meter, getattr(torch, DTYPE)) | {"stages": list(meter.rows)},
         "policy": lambda: {"policy": {f.__name__: f(5, meter.device) for f in POLICY}},
-        "presets": lambda: {"presets": presets(meter, arguments.compile)},
-        "scorers": lambda: {"scorers": scorers(meter)},
+        "presets": lambda: presets(meter, arguments.compile, save),
+        "scorers": lambda: scorers(meter),
     }
-    for part in ("stages",) if kind == "cpu" else arguments.only:
+
+    def save(found: dict[str, Any]) -> None:  # what is done is not lost
         known = read_record(DATA) if DATA.is_file() else {}
-        found = known.get(kind, {}) | {"provenance": start, "dtype": "bfloat16"} | measured[part]()
-        write("full_size", table, known | {kind: found})  # what is done is not lost
+        write("full_size", table, known | {kind: known.get(kind, {}) | {"provenance": start, "dtype": DTYPE} | found})
+
+    for part in ("stages",) if kind == "cpu" else arguments.only:
+        save(measured[part]())
         gc.collect()
+    found = read_record(DATA)[kind]
     failed = [row for part in ("presets", "scorers") for row in found.get(part, []) if isinstance(row[-1], str)]
     if failed:
         raise SystemExit(f"{len(failed)} rows failed: {failed}")

@@ -61,7 +61,7 @@ class SecondTensor(torch.Tensor):
         tensor.held = held
         return tensor
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:
         return f"{self.held!r} on {NAME}"
 
     def tolist(self) -> Any:
@@ -85,7 +85,7 @@ class SecondTensor(torch.Tensor):
         return self.held.__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, *args, **(kwargs or {}))
 
 
@@ -126,7 +126,7 @@ class _Generator(torch.Generator):
     """Draws on the CPU, whatever its device is called."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        return super().__new__(cls, "cpu" if _is_second(device) else device)
+        return super().__new__(cls, "cpu" if _is_second(device) else device)  # type: ignore[call-arg]
 
 
 class _Autocast(torch.autocast):

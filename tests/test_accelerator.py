@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 from noisear_rl import cli
 from noisear_rl.algos import ppo
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="these are the tests that it runs")
+@pytest.mark.skipif(not hasattr(backend_registration, "_DummyBackendModule"), reason="needs a newer torch")
 def test_on_a_second_device():
     """On the CPU, but an operation on tensors of both devices is an error, as on an accelerator."""
     options = ["-p", "tests.second_device", "-n", "0", "-p", "no:cacheprovider", __file__]
@@ -68,6 +70,8 @@ def images_of(name, **options):
 def test_images(name, options, monkeypatch):
     if PLAYED and options:
         pytest.skip("accelerate and the compiler know real devices alone")
+    if name == "hunyuan-dit" and options.get("offload") == "sequential":
+        pytest.skip("refused")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # whose products have 10 bits
     images = images_of(name, **options)
     assert images.shape[:2] == (3, 3) and images.isfinite().all()

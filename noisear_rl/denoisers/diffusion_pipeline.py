@@ -93,6 +93,11 @@ class DiffusionPipelineDenoiser:
                 raise ValueError(f"{option} must be one of {get_args(allowed)}, not {value!r}")
         if compile and offload == "sequential":
             raise ValueError("compile needs the whole network on a device: set offload to 'model' or 'none'")
+        if offload == "sequential" and type(pipeline).__name__.startswith("HunyuanDiT"):
+            raise ValueError(
+                "a layer of Hunyuan-DiT reads weights of others, which sequential offloading moves away: "
+                "set offload to 'model'"
+            )
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "watermark", None) is not None:
