@@ -61,7 +61,7 @@ class SecondTensor(torch.Tensor):
         tensor.held = held
         return tensor
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"{self.held!r} on {NAME}"
 
     def tolist(self) -> Any:
