@@ -151,7 +151,7 @@ def train(config: NLLConfig) -> NoiseARPolicy:
     if layouts:
         scale[0] = 1.0
         held_out_rows = layouts.draw(held_out_rows, stream_rng(config.seed, Stream.HELD_OUT_LAYOUTS))
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, fused=True)
     updates_per_epoch = -(-len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)

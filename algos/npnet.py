@@ -143,7 +143,9 @@ def train(config: NPNetTrainingConfig, denoiser: Denoiser | None = None) -> NPNe
     train_rows, held_out_rows = np.arange(held_out, len(pairs)), np.arange(held_out)[: config.held_out_pairs]
     if not len(train_rows):
         raise ValueError(f"{len(pairs)} pairs are too few to hold some out: make more, or lower held_out_share")
-    optimizer = torch.optim.AdamW(npnet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        npnet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     updates_per_epoch = max(1, len(train_rows) // config.batch_size)
     updates = config.epochs * updates_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)

@@ -206,7 +206,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
     if task.reward.normalize == "running":  # otherwise it has no state
         parts |= {"reward": task.reward}
     if critic is not None:
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, fused=True)
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     counters = run.load(policy, **parts) if config.resume else Counters()
     guard = Guard(policy, counters, optimizer, config.kl_stop * config.target_kl)

@@ -85,7 +85,7 @@ def processes() -> dict[int, float]:
             command += [str(script), "--env-id", "NoiseAR-ShapesTurbo-v0", "--updates", str(UPDATES), "--output-dir"]
             command += [f"{folder}/run", "--prompts", *HARD, "--save-every", str(2 * UPDATES)]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            subprocess.run(command, check=True, capture_output=True, env=environment)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
             lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
             ends = [line["charts/images"] * 16 / line["charts/SPS"] for line in lines]  # seconds since the start
             seconds[count] = float(np.median(np.diff(ends)))

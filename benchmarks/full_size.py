@@ -131,7 +131,7 @@ def stages(meter: Meter, dtype: torch.dtype) -> dict[str, Any]:
     patches = patchify(target, config.patch_size).to(device).expand(BATCH, -1, -1)
     memory = 3 * policy_bytes + BATCH * saved["NLL"]
     with meter(f"an NLL step with Adam, batch {BATCH}", 3 * BATCH * cost["flops"] / rate["float32"], memory):
-        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-5, fused=True)
         nll_of(policy.train(), patches, text.expand(BATCH, -1, -1), mask.bool().expand(BATCH, -1)).backward()
         optimizer.step()
     del optimizer, policy

@@ -59,6 +59,14 @@ def test_table():
     assert "at most 0.250 of their standard deviation" in page
 
 
+def test_the_flops_of_a_training_step_are_those_of_both_passes():
+    policy = random_policy()
+    patches, text, mask = resources.batch_of(policy, 7, 3)
+    forward = sum(resources.flops(lambda: resources.nll_of(policy, patches, text, mask)).values())
+    both = resources.flops(lambda: resources.nll_of(policy, patches, text, mask).backward(), gradients=True)
+    assert 2.5 * forward < sum(both.values()) <= 3 * forward
+
+
 def test_training_beside_other_libraries_ends_as_often_as_it_says(monkeypatch):
     monkeypatch.setattr(bench_loops, "SAMPLES", 2)
     for envs in (bench_loops.ours(2), bench_loops.stable_baselines3(2), bench_loops.torch_rl(2)):

@@ -172,7 +172,7 @@ class DiffusionPipelineDenoiser:
         Args:
             noise: ``(B, C, h, w)``, unit variance, finite. Not modified.
             conditioning: Of the same ``B`` prompts.
-            seeds: One per sample, for schedulers that draw their own noise.
+            seeds: One per sample, for schedulers that draw their own noise: on the CPU, the same for all devices.
 
         Returns:
             ``(B, 3, H, W)`` float32 in [0, 1] on the pipeline's device.
@@ -194,7 +194,7 @@ class DiffusionPipelineDenoiser:
         def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             generators = None
             if seeds is not None:
-                generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in list(seeds)[rows]]
+                generators = [torch.Generator().manual_seed(int(seed)) for seed in list(seeds)[rows]]
             with last_latents(self.pipeline.scheduler) as latents:
                 images = self._call(self.pipeline, noise[rows], conditioning[rows], generator=generators)
             return images.float().clamp(0, 1), latents[0].float()

@@ -258,7 +258,7 @@ class PolicyOptimizer:
         self.policy, self.kind, self.target_kl, self.max_grad_norm = policy, kind, target_kl, max_grad_norm
         self.damping, self.cg_iterations, self.fisher_episodes = damping, cg_iterations, fisher_episodes
         self.micro_batches = micro_batches
-        self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+        self.adam = torch.optim.Adam(policy.parameters(), lr=learning_rate, fused=True)
 
     @property
     def learning_rate(self) -> float:
