@@ -281,7 +281,7 @@ def natural_beside_adam(updates: int, seeds: Sequence[int], rates: Sequence[floa
 
     Also the number of updates. Where it never did within ``updates``, all of them and their seconds, marked by a 0.
     """
-    ways: dict[str, dict[str, Any]] = {"natural": {}, "natural, 4 iterations": {"cg_iterations": 4}}
+    ways: dict[str, dict[str, Any]] = {"natural": {}, "natural, fixed steps": {"step": "fixed"}}
     ways |= {f"adam {rate:g}": {"optimizer": "adam", "step": "fixed", "learning_rate": rate} for rate in rates}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for seed in seeds:
