@@ -60,7 +60,7 @@ def authors_loop(policy: NoiseARPolicy, text: torch.Tensor, noise: torch.Tensor)
 def read_weights(policy: NoiseARPolicy) -> None:
     """Multiplies every matrix that a patch needs by a vector, as often as there are patches: no sample takes less."""
     d = policy.config.d_model
-    matrices = {name: p for name, p in policy.network.named_parameters() if p.dim() == 2}
+    matrices: dict[str, torch.Tensor] = {n: p for n, p in policy.network.named_parameters() if p.dim() == 2}
     for name, matrix in matrices.items():
         if name.startswith("cross_attn") and name.endswith("in_proj_weight"):
             matrices[name] = matrix[:d]  # queries; keys and values of the text are computed once

@@ -12,7 +12,6 @@ from noisear_rl.patches import patchify
 from tests import tiny_pipelines
 from tests.conftest import random_policy
 
-
 LIMIT = "10.7× fewer FLOPs; 8.0×: weights are read at every patch"
 
 
