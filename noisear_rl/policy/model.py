@@ -326,7 +326,8 @@ class NoiseARPolicy(
                     gaussian = self.distribution(filled, text, text_mask).base_dist
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])
-                means.append(mean), stds.append(std)
+                means.append(mean)
+                stds.append(std)
                 if i == 0:
                     layout = self._choose(patches[0], prepared)
             drawn = torch.stack(patches, 1)
