@@ -18,7 +18,7 @@ from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.training_runs import flat, parameters, prepare, trainings
 
 NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "reinforce-running", "dpo", "dpo-aot", "reward-gradient")
-SUPERVISED = ("nll", "nll-layouts", "npnet")
+SUPERVISED = ("nll", "nll-layouts", "npnet", "critic")
 QUICK = 3
 
 
