@@ -4,13 +4,14 @@ r"""Trains a critic of noises on rollouts: which noise suits a prompt, without a
 
 ``x`` is the noise of a rollout, ``r`` its reward and *pixels* its image in coarse cells, if ``noisear collect
 --save-images`` kept it: a reward alone is one number per image, and a network that sees nothing else learns noises by
-heart. All rollouts of some prompts are held out; what counts is the order of noises *within* a prompt: the rank
-correlation, and the reward of the noise that the critic would choose of those that were collected, as a share of the
-way from their mean to their best. The weights that choose best are kept.
+heart. All rollouts of some prompts are held out; what counts is the order of a prompt's noises *within* a folder, since
+to tell a policy's noise from Gaussian noise is easy: the rank correlation, and the reward of the noise that the critic
+would choose, as a share of the way from their mean to their best. The weights that choose best are kept. Many prompts
+with few noises each teach more than the reverse.
 
 Several processes share the rollouts of a batch (:mod:`noisear_rl.distributed`); their number changes no result.
 
-    noisear collect --env-id NoiseAR-ShapesTurbo-v0 --prompts train --num-prompts 4096 --samples-per-prompt 16 \
+    noisear collect --env-id NoiseAR-ShapesTurbo-v0 --prompts train --num-prompts 9999 --samples-per-prompt 6 \
         --save-images --output-dir runs/seen
     noisear critic --rollouts runs/seen --output-dir runs/critic
     noisear evaluate --denoiser shapes-turbo --critic runs/critic --methods critic-16 best-of-16
@@ -169,11 +170,11 @@ def train(config: CriticConfig) -> NoiseCritic:
         own = shard(len(held_out_rows))
         chunks = np.array_split(held_out_rows[own.rows], -(-len(own.rows) // VALIDATION_BATCH))
         predicted = own.gather(torch.cat([predict(rows)[0] for rows in chunks])).cpu().numpy()
-        rewards, prompt = seen.rewards[held_out_rows], seen.prompt[held_out_rows]
+        rewards, group = seen.rewards[held_out_rows], seen.group[held_out_rows]
         return {
             "losses/error_held_out": float(np.abs(predicted - rewards).mean()),
-            "eval/rank_correlation": rank_correlation(predicted, rewards, prompt),
-            "eval/choice_gain": choice_gain(predicted, rewards, prompt),
+            "eval/rank_correlation": rank_correlation(predicted, rewards, group),
+            "eval/choice_gain": choice_gain(predicted, rewards, group),
         }
 
     left = range(counters.step, updates)

@@ -96,6 +96,7 @@ class Seen:
         denoiser: Name of the denoiser of all.
         prompts: The distinct prompts.
         prompt: ``(R,)`` number of each rollout's prompt.
+        group: ``(R,)`` number of each rollout's prompt and folder: noises of one policy for one prompt.
         noise: ``(R, C, *spatial)`` float16.
         rewards: ``(R,)`` float32.
         folders: The folders.
@@ -104,6 +105,7 @@ class Seen:
     denoiser: str
     prompts: list[str]
     prompt: np.ndarray
+    group: np.ndarray
     noise: np.ndarray
     rewards: np.ndarray
     folders: list[Rollouts]
@@ -141,11 +143,14 @@ def load_seen(folders: Sequence[Path]) -> Seen:
     names = [prompt for rollouts in loaded for prompt in rollouts.prompts]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     shape = loaded[0].manifest["latent_shape"]
+    prompt = np.array([number[name] for name in names])
+    source = np.repeat(np.arange(len(loaded)), [len(rollouts.dataset) for rollouts in loaded])
     noise = [np.stack(r.dataset.with_format("numpy")["noise"][:]).astype(np.float16) for r in loaded]
     return Seen(
         loaded[0].manifest["denoiser"],
         list(number),
-        np.array([number[name] for name in names]),
+        prompt,
+        source * len(number) + prompt,
         np.concatenate(noise).reshape(-1, *shape),
         np.concatenate([rollouts.rewards for rollouts in loaded]),
         loaded,

@@ -106,7 +106,8 @@ def test_thumbnails_of_collected_images(tmp_path):
     small = seen.thumbnails(lambda images: thumbnails(images, NoiseCriticConfig(text_vocabulary=29, text_length=16)))
     assert small is not None and small.shape == (12, 12, 8, 8) and small.dtype == np.uint8
     assert 0 < small.std(0).mean() < 128  # images differ
-    assert load_seen([tmp_path, tmp_path]).noise.shape == (24, 4, 8, 8)
+    twice = load_seen([tmp_path, tmp_path])
+    assert twice.noise.shape == (24, 4, 8, 8) and len(set(twice.group)) == 2 * len(set(twice.prompt)) == 6
 
 
 def test_ranks_and_gains():
