@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -11,10 +11,10 @@ import torch
 from gymnasium.error import ResetNeeded
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask
+from noisear_rl.envs.noise_task import NoiseTask, check_reset_options
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
-from noisear_rl.rewards import WeightedReward
+from noisear_rl.rewards import Reward
 
 
 class NoiseEnv(gymnasium.Env):
@@ -65,7 +65,7 @@ class NoiseEnv(gymnasium.Env):
     def __init__(
         self,
         denoiser: str | Denoiser = "shapes",
-        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         render_mode: str | None = None,
@@ -86,6 +86,7 @@ class NoiseEnv(gymnasium.Env):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode; ``options={"prompt": text}`` sets its prompt."""
         super().reset(seed=seed)
+        check_reset_options(options, ("prompt",))
         self._prompt, self._seed = self.task.draw(self.np_random, (options or {}).get("prompt"))
         self._conditioning = self.task.denoiser.encode([self._prompt])
         text, mask = self.task.reader.read(self._conditioning)

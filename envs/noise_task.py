@@ -5,7 +5,7 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from noisear_rl.config import UnknownOptionError, nearest
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.rewards import Reward, WeightedReward, load_reward
 
 ACTION_BOUND = 10.0
 
@@ -43,12 +44,23 @@ class Outcome:
     images: torch.Tensor
 
 
+def check_reset_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> None:
+    """Refuses options of ``reset`` that nothing reads.
+
+    Raises:
+        ValueError: If there are any; names one and the nearest known name.
+    """
+    for key in (options or {}).keys() - set(known):
+        raise ValueError(f"unknown option {key!r} of reset{nearest(str(key), known)}; expected some of {list(known)}")
+
+
 class NoiseTask:
     """A denoiser, a reward and prompts, seen as an episodic task.
 
     Args:
         denoiser: Name or object.
-        reward: Name, weights by name, or object; ``None`` for the denoiser's default.
+        reward: Name, weights by name, scorer, or function ``(images, prompts) → (B,)`` numbers; ``None`` for the
+            denoiser's default.
         prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
             takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
@@ -66,7 +78,7 @@ class NoiseTask:
     def __init__(
         self,
         denoiser: str | Denoiser,
-        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         text_encoder: str = DENOISER,
@@ -76,13 +88,13 @@ class NoiseTask:
         # What is wrong is said before anything is loaded.
         name = check_denoiser(denoiser) if isinstance(denoiser, str) else denoiser.name
         if denoiser_options and not isinstance(denoiser, str):
-            raise ValueError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
+            raise UnknownOptionError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
         self.prompts = resolve_prompts(prompts, name).prompts
         if reward is None:
             if name not in EMBEDDED:
                 raise ValueError(f"denoiser {name!r} has no default reward; name one: reward=...")
             reward = "shapes-match"
-        if reward_device and isinstance(reward, WeightedReward):
+        if reward_device and not isinstance(reward, str | Mapping):
             raise ValueError("reward_device belongs to a reward given by name")
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)

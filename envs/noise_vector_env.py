@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import gymnasium
@@ -18,10 +18,10 @@ from pydantic import AfterValidator
 
 from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask, Outcome
+from noisear_rl.envs.noise_task import NoiseTask, Outcome, check_reset_options
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
-from noisear_rl.rewards import WeightedReward
+from noisear_rl.rewards import Reward
 from noisear_rl.trust import check_code
 
 
@@ -47,7 +47,7 @@ class NoiseVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         denoiser: str | Denoiser = "shapes",
-        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         render_mode: str | None = None,
@@ -164,6 +164,7 @@ class NoiseVectorEnv(VectorEnv):
 
     def _prompts_of(self, options: Mapping[str, Any]) -> Sequence[str | None]:
         """One prompt per copy, ``None`` to draw it."""
+        check_reset_options(options, ("prompt", "prompts", "reset_mask"))
         if "reset_mask" in options and not np.array_equal(options["reset_mask"], np.ones(self.num_envs, dtype=bool)):
             raise ValueError(
                 f"reset_mask must be ({self.num_envs},) and all true: the copies act in lockstep and end together"

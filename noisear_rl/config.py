@@ -257,6 +257,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+class UnknownOptionError(TypeError, ValueError):
+    """An option that nothing takes; also a ``TypeError``, which libraries that probe options expect."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` for a misspelt name, or nothing if no known one is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

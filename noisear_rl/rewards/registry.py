@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from pydantic import AfterValidator
@@ -163,7 +163,7 @@ def _blamed(file: Path | str, what: str) -> Iterator[None]:
 
 
 def load_reward(
-    spec: str | Mapping[str, float] | RewardConfig,
+    spec: str | Mapping[str, float] | RewardConfig | Reward | Callable[[torch.Tensor, Sequence[str]], Any],
     normalize: Normalization | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | None = None,
@@ -172,7 +172,8 @@ def load_reward(
 
     Args:
         spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
-            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents.
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents; or a scorer, or a
+            function ``(images, prompts) → (B,)`` numbers, with weight 1.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
@@ -182,7 +183,13 @@ def load_reward(
         ValueError: If a name, an option or a key is unknown, or this machine has no such device.
         FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
-    config = reward_config(spec)
+    if callable(spec) and not hasattr(spec, "score"):
+        spec = FunctionReward(getattr(spec, "__name__", type(spec).__name__).strip("<>"), spec)
+    if hasattr(spec, "score") and hasattr(spec, "name"):
+        if options or device is not None:
+            raise ValueError(f"options and a device belong to scorers given by name, not to {spec!r:.80}")
+        return WeightedReward([(cast("Reward", spec), 1.0)], normalize or "none")
+    config = reward_config(cast("str | Mapping[str, float] | RewardConfig", spec))
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
     if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
         raise ValueError(f"got options for {sorted(unused)}, which the reward does not use")

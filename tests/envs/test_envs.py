@@ -146,7 +146,7 @@ def test_bad_input(make, tmp_path):
     with pytest.raises(ValueError, match="expected a patch of 16 numbers"):
         env.step(np.zeros(15, np.float32))
     with pytest.raises(ValueError, match="empty prompt"):
-        env.reset(options={"prompt": " ", "prompts": [" ", " "]})
+        env.reset(options={"prompt": " "})
     for options, error, message in (
         ({"prompts": []}, ValueError, "non-empty list"),
         ({"prompts": [""]}, ValueError, "non-empty strings"),
