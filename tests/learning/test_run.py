@@ -139,6 +139,7 @@ PRESETS = {
     "shapes/nll_signal_leak": NLLConfig,
     "shapes/reinforce": ReinforceConfig,
     "shapes/ppo": PPOConfig,
+    "shapes/grpo": PPOConfig,
     "shapes/reinforce_transfer": ReinforceConfig,
     "shapes/dpo": DPOConfig,
     "shapes/collect": CollectConfig,
