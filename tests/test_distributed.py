@@ -18,8 +18,10 @@ from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.training_runs import flat, parameters, prepare, trainings
 
 NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "reinforce-running", "dpo", "dpo-aot", "reward-gradient")
+NAMES += ("trajectory-balance", "trajectory-balance-rollouts")
 SUPERVISED = ("nll", "nll-layouts", "npnet")
 QUICK = 3
+KILLED = ("ppo-natural", "reinforce-running", "trajectory-balance", "dpo", "reward-gradient", "nll", "npnet")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_micro_batches_train_as_one_batch(data, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo-natural", "reinforce-running", "dpo", "reward-gradient", "nll", "npnet"])
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_and_resumed_by_two_or_one(data, tmp_path, name):
     """The main process is killed at its first checkpoint, which ends the other one; then two go on, or one."""
     train_together(2, data, tmp_path / "whole", 8, name)
