@@ -147,6 +147,7 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
     """
     if config.samples_per_prompt < 2:
         raise ValueError("samples_per_prompt must be at least 2, not 1: log Z of a prompt is a mean over its episodes")
+    rollouts = None if config.rollouts is None else load_rollouts(config.rollouts)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 
     # Environment: this process's episodes of an update in one batch.
@@ -160,9 +161,8 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
     if task.reward.normalize == "running":
         raise ValueError("running statistics would move the optimum of trajectory balance: use normalize: fixed")
     on_disk = None
-    if config.rollouts is not None:
-        rollouts = load_rollouts(config.rollouts)
-        check_same_task(rollouts, task, config.rollouts)
+    if rollouts is not None:
+        check_same_task(rollouts, task, str(config.rollouts))
         on_disk = Episodes(rollouts.prompts, rollouts.patches(), torch.from_numpy(rollouts.rewards))
     n_prompts = min(config.prompts_per_update, len(task.prompts))
     groups = torch.arange(batch, device=run.device) % n_prompts  # (B,) of all processes
@@ -216,28 +216,28 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
         names = [chosen[i] for i in group.tolist()]  # (K,)
         again = replay.draw(rng, config.replayed_prompts, config.samples_per_prompt)
         replay.add(names, own.gather(patches), reward)
-        part, everything, rewards = own.local(), [patches, text, mask], reward
+        part, inputs, rewards = own.local(), [patches, text, mask], reward
         if again is not None:
             more = shard(len(again.prompts))
             read = task.reader.read_prompts([again.prompts[row] for row in more.rows])
             added = (again.patches[more.rows].float(), *read)
             part, rewards = part.followed_by(more), torch.cat([reward, again.rewards.to(reward)])
-            everything = [torch.cat([x, y.to(x)])[part.rows] for x, y in zip(everything, added, strict=True)]
+            inputs = [torch.cat([x, y.to(x)])[part.rows] for x, y in zip(inputs, added, strict=True)]
             names, part = names + again.prompts, part.local()
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(names))}
         prompt = part.take(torch.tensor([numbers[name] for name in names], device=run.device))  # (m,)
         scaled = part.take(rewards) / config.beta  # (m,) in nats
 
         # The policy that sampled, and the prior.
-        old, start = (p.exact_distribution(*everything) for p in (policy, reference))
-        noise = everything[0]  # (m, N, A)
+        old, start = (p.exact_distribution(*inputs) for p in (policy, reference))
+        noise = inputs[0]  # (m, N, A)
         prior = gaussian_log_prob(noise) if config.prior == "gaussian" else start.log_prob(noise)  # (m, N)
         gain = scaled - (old.log_prob(noise) - prior).sum(1)  # (m,) rewards, less what they cost, in nats
         log_z = mean_by_prompt(gain, prompt, part)
 
         # How far this update may go: do the gains of fresh episodes rise on the way so far?
         fresh = np.arange(len(own.rows))
-        patches, text, mask = (x[fresh] for x in everything)  # (k, …)
+        patches, text, mask = (x[fresh] for x in inputs)  # (k, …)
         old, start = (rows_of(distribution, fresh) for distribution in (old, start))
         advantages = own.gather(gain - log_z)  # (K,)
         agreed = agreement(old, start, patches, own.take(advantages))
@@ -246,13 +246,13 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
         # Policy: steps on the whole batch, until the update is as long as it may be.
         guard.remember()
         losses, approx_kl, longest = [], 0.0, config.kl_stop * update_kl
-        measure = partial(balance, policy, everything, prior, scaled, prompt, part, config.micro_batches)
+        measure = partial(balance, policy, inputs, prior, scaled, prompt, part, config.micro_batches)
         for _ in range(config.steps):
             log_z, _ = measure()
             policy.zero_grad(set_to_none=True)
             total = torch.zeros((), device=run.device)
             for piece in part.split(config.micro_batches):
-                log_prob = policy.log_prob(*(x[piece.rows] for x in everything))  # (b, N)
+                log_prob = policy.log_prob(*(x[piece.rows] for x in inputs))  # (b, N)
                 log_ratio = log_prob - prior[piece.rows]
                 loss = piece.weight * trajectory_balance_loss(log_ratio, scaled[piece.rows], log_z[piece.rows])
                 loss.backward()

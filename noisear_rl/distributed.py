@@ -120,7 +120,7 @@ class Part:
 
     def followed_by(self, other: Part) -> Part:
         """This part and one of further rows, of tensors that hold this part's rows and then the other's."""
-        rows = np.r_[self.local().rows[: len(self.places)], len(self.rows) + np.arange(len(other.places))]
+        rows = np.r_[np.arange(len(self.places)), len(self.rows) + np.arange(len(other.places))]
         places = np.r_[self.places, self.total + other.places]
         return Part(rows if len(rows) else np.zeros(1, dtype=np.int64), places, self.total + other.total)
 

@@ -203,6 +203,20 @@ def test_a_process_without_rows_takes_a_stand_in_of_no_weight():
     assert Part(np.arange(1), np.arange(0), 4).mean(torch.tensor(7.0)) == 0
 
 
+def test_rows_that_follow_others():
+    """Tensors hold the first part's rows or its stand-in, then the second's; stand-ins are left out."""
+    first, none = Part(np.array([5, 6]), np.array([0, 2]), 3), Part(np.array([5]), np.arange(0), 3)
+    second, nothing = Part(np.array([8, 9]), np.array([1, 2]), 4), Part(np.array([8]), np.arange(0), 4)
+    for one, other, rows, places in (
+        (first, second, [0, 1, 2, 3], [0, 2, 4, 5]),
+        (none, second, [1, 2], [4, 5]),
+        (first, nothing, [0, 1], [0, 2]),
+        (none, nothing, [0], []),
+    ):
+        both = one.followed_by(other)
+        assert (both.rows.tolist(), both.places.tolist(), both.total) == (rows, places, 7)
+
+
 def test_fewer_rows_than_processes(monkeypatch):
     monkeypatch.setattr("noisear_rl.distributed.num_processes", lambda: 3)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)

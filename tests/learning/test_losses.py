@@ -102,9 +102,8 @@ def test_advantages_do_not_broadcast():
 
 def tilted(mean, std, actions, log_z=None):
     """Trajectory balance of one Gaussian patch towards ``N(0, 1) · exp(x)``, which is N(1, 1) with ``log Z = ½``."""
-    log_ratio = gaussian(mean, std).log_prob(actions) - gaussian(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)).log_prob(
-        actions
-    )
+    prior = gaussian(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    log_ratio = gaussian(mean, std).log_prob(actions) - prior.log_prob(actions)
     rewards = actions[:, 0, 0]
     log_z = (rewards - log_ratio[:, 0]).mean().expand(len(actions)) if log_z is None else log_z
     return trajectory_balance_loss(log_ratio, rewards, log_z)
@@ -124,9 +123,8 @@ def test_trajectory_balance_is_half_the_variance_and_its_gradient_that_of_a_kl()
     mean, std = (torch.full((1, 1, 1), x, dtype=torch.float64, requires_grad=True) for x in (0.4, 0.8))
     actions = (mean + std * noise).detach()
     loss = tilted(mean, std, actions)
-    residual = gaussian(mean, std).log_prob(actions) - gaussian(torch.ones(1, 1, 1), torch.ones(1, 1, 1)).log_prob(
-        actions
-    )
+    best = gaussian(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    residual = gaussian(mean, std).log_prob(actions) - best.log_prob(actions)
     assert loss.item() == pytest.approx(0.5 * residual.var(correction=0).item(), rel=1e-9)
     loss.backward()
     assert mean.grad.item() == pytest.approx(0.4 - 1, abs=0.01)
