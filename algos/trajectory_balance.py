@@ -8,6 +8,9 @@ those of earlier updates, and rollouts on disk. ``log Z`` of a prompt is the mea
 makes the loss a variance and needs no network (VarGrad, Richter et al. 2020, arXiv 2010.10436). Natural steps are the
 Gauss-Newton steps of this loss, as long as the batch confirms them: they shrink near its minimum.
 
+A policy with layouts changes its density by tens of nats where a noise chooses another layout than before. Such noises
+dominate the loss if they are replayed or ``p`` is the policy at the start: use N(0, I) and fresh episodes there.
+
     python algos/trajectory_balance.py --config configs/shapes/trajectory_balance.yaml --init-from shapes/nll
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
@@ -147,6 +150,8 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
     """
     if config.samples_per_prompt < 2:
         raise ValueError("samples_per_prompt must be at least 2, not 1: log Z of a prompt is a mean over its episodes")
+    if config.rollouts is not None and not config.replayed_prompts:
+        raise ValueError(f"rollouts {config.rollouts} are given, but replayed_prompts is 0: set it to replay them")
     rollouts = None if config.rollouts is None else load_rollouts(config.rollouts)
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
 

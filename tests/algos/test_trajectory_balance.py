@@ -110,6 +110,8 @@ def test_bad_input(tmp_path, monkeypatch):
         trajectory_balance.train(config(tmp_path / "run", samples_per_prompt=1))
     with pytest.raises(FileNotFoundError, match="holds no rollouts"):
         trajectory_balance.train(config(tmp_path / "run", rollouts=tmp_path))
+    with pytest.raises(ValueError, match="are given, but replayed_prompts is 0"):
+        trajectory_balance.train(config(tmp_path / "run", rollouts=tmp_path, replayed_prompts=0))
     with pytest.raises(ValueError, match="beta must be positive"):
         config(tmp_path / "run", beta=0.0)
     collecting = {"num_prompts": 2, "samples_per_prompt": 2, "prompts_per_shard": 2}
