@@ -251,9 +251,9 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
         # Policy: steps on the whole batch, until the update is as long as it may be.
         guard.remember()
         losses, approx_kl, longest = [], 0.0, config.kl_stop * update_kl
-        measure = partial(balance, policy, inputs, prior, scaled, prompt, part, config.micro_batches)
+        data = (inputs, prior, scaled, prompt, part, config.micro_batches)
         for _ in range(config.steps):
-            log_z, _ = measure()
+            log_z, _ = balance(policy, *data)
             policy.zero_grad(set_to_none=True)
             total = torch.zeros((), device=run.device)
             for piece in part.split(config.micro_batches):
@@ -264,7 +264,7 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
                 total += loss.detach()
             sum_gradients(policy)
             size = update_kl / config.target_kl
-            approx_kl = optimizer.step(patches, text, mask, old, size, own, lambda measure=measure: measure()[1])
+            approx_kl = optimizer.step(patches, text, mask, old, size, own, partial(loss_of, policy, *data))
             losses.append(all_sum(total).item())
             if not approx_kl <= longest:
                 break
@@ -321,19 +321,24 @@ def mean_by_prompt(values: torch.Tensor, prompt: torch.Tensor, part: Part) -> to
 @torch.no_grad()
 def balance(
     policy: NoiseARPolicy,
-    batch: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
     prior: torch.Tensor,
     scaled: torch.Tensor,
     prompt: torch.Tensor,
     part: Part,
     micro_batches: int,
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``log Z`` of every episode's prompt ``(m,)``, and the loss over all processes, both in float32."""
-    pieces = [[x[piece.rows] for x in batch] for piece in part.split(micro_batches)]
+    pieces = [[x[piece.rows] for x in inputs] for piece in part.split(micro_batches)]
     log_prob = torch.cat([policy.exact_distribution(*piece).log_prob(piece[0]) for piece in pieces])
     log_ratio = log_prob[: len(prior)] - prior  # (m, N), without stand-ins
     log_z = mean_by_prompt(scaled - log_ratio.sum(1), prompt, part)
-    return log_z, part.mean(trajectory_balance_loss(log_ratio, scaled, log_z)).item()
+    return log_z, part.mean(trajectory_balance_loss(log_ratio, scaled, log_z))
+
+
+def loss_of(policy: NoiseARPolicy, *data: Any) -> float:
+    """The loss alone, for the length of a natural step."""
+    return balance(policy, *data)[1].item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
