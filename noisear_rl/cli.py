@@ -17,6 +17,10 @@ COMMANDS = {
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),
     "reinforce": ("noisear_rl.algos.reinforce", "improve a policy with REINFORCE"),
     "ppo": ("noisear_rl.algos.ppo", "improve a policy with PPO"),
+    "trajectory-balance": (
+        "noisear_rl.algos.trajectory_balance",
+        "train a policy towards a prior tilted by rewards, also on earlier rollouts",
+    ),
     "train-prior": ("noisear_rl.algos.prior", "train a noise prior: try shared noises, choose, pretrain, PPO"),
     "collect": ("noisear_rl.algos.collect", "collect rollouts to disk"),
     "dpo": ("noisear_rl.algos.dpo", "improve a policy on collected rollouts, with trl's preference losses"),
@@ -41,7 +45,7 @@ COMMANDS = {
 
 # Commands whose work several processes share.
 SHARED = {"pairs", "shared-noise", "nll", "reinforce", "ppo", "train-prior", "collect", "dpo", "reward-gradient"}
-SHARED |= {"npnet", "critic", "evaluate"}
+SHARED |= {"npnet", "critic", "evaluate", "trajectory-balance"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

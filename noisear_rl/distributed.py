@@ -118,6 +118,12 @@ class Part:
         """The rows of this part ``(b, …)`` of values ``(n, …)``; a stand-in's are 0."""
         return values[self.places] if len(self.places) else torch.zeros_like(values[:1])
 
+    def followed_by(self, other: Part) -> Part:
+        """This part and one of further rows, of tensors that hold this part's rows and then the other's."""
+        rows = np.r_[np.arange(len(self.places)), len(self.rows) + np.arange(len(other.places))]
+        places = np.r_[self.places, self.total + other.places]
+        return Part(rows if len(rows) else np.zeros(1, dtype=np.int64), places, self.total + other.total)
+
     def split(self, count: int) -> Iterator[Part]:
         """Micro-batches, equally many in every process; their ``rows`` are those of this part."""
         count = max(1, min(count, -(-self.total // num_processes())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,11 @@ def kl_to_gaussian(distribution: Independent) -> torch.Tensor:
     """Closed-form KL to N(0, I) in nats, over the event: batch shape of the distribution."""
     mean, std = distribution.base_dist.mean, distribution.base_dist.stddev
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+
+
+def gaussian_log_prob(patches: torch.Tensor) -> torch.Tensor:
+    """Log-density of patches ``(…, A)`` under N(0, I), in nats, summed over their elements: ``(…)``."""
+    return -0.5 * (patches.square() + math.log(2 * math.pi)).sum(-1)
 
 
 def rows_of(distribution: Independent, rows: torch.Tensor | np.ndarray) -> Independent:

@@ -15,6 +15,7 @@ from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.prior import PriorConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
+from noisear_rl.algos.trajectory_balance import TrajectoryBalanceConfig
 from noisear_rl.config import ConfigError, check_config, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
@@ -31,7 +32,7 @@ from noisear_rl.samplers.npnet import NPNetConfig
 CONFIGS = [
     CollectConfig, DemoConfig, DPOConfig, EvaluateConfig, NLLConfig, NoiseARConfig, NPNetConfig, NPNetTrainingConfig,
     PairsConfig, PPOConfig, PriorConfig, ReinforceConfig, ReportConfig, RewardGradientConfig, SampleConfig,
-    SearchConfig, SharedNoiseConfig, StatisticsConfig, TableConfig,
+    SearchConfig, SharedNoiseConfig, StatisticsConfig, TableConfig, TrajectoryBalanceConfig,
 ]  # fmt: skip
 
 # An entry of a file, and what the message must say of it.

@@ -18,8 +18,10 @@ from tests.launching import ENVIRONMENT, ROOT, launch
 from tests.training_runs import flat, parameters, prepare, trainings
 
 NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "reinforce-running", "dpo", "dpo-aot", "reward-gradient")
+NAMES += ("trajectory-balance", "trajectory-balance-rollouts")
 SUPERVISED = ("nll", "nll-layouts", "npnet", "critic")
 QUICK = 3
+KILLED = ("ppo-natural", "reinforce-running", "trajectory-balance", "dpo", "reward-gradient", "nll", "npnet")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_micro_batches_train_as_one_batch(data, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo-natural", "reinforce-running", "dpo", "reward-gradient", "nll", "npnet"])
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_and_resumed_by_two_or_one(data, tmp_path, name):
     """The main process is killed at its first checkpoint, which ends the other one; then two go on, or one."""
     train_together(2, data, tmp_path / "whole", 8, name)
@@ -200,6 +202,20 @@ def test_a_process_without_rows_takes_a_stand_in_of_no_weight():
     assert part.gather(torch.ones(1, 3)).shape == (0, 3)
     assert [p.weight for p in part.split(2)] == [0.0, 0.0]
     assert Part(np.arange(1), np.arange(0), 4).mean(torch.tensor(7.0)) == 0
+
+
+def test_rows_that_follow_others():
+    """Tensors hold the first part's rows or its stand-in, then the second's; stand-ins are left out."""
+    first, none = Part(np.array([5, 6]), np.array([0, 2]), 3), Part(np.array([5]), np.arange(0), 3)
+    second, nothing = Part(np.array([8, 9]), np.array([1, 2]), 4), Part(np.array([8]), np.arange(0), 4)
+    for one, other, rows, places in (
+        (first, second, [0, 1, 2, 3], [0, 2, 4, 5]),
+        (none, second, [1, 2], [4, 5]),
+        (first, nothing, [0, 1], [0, 2]),
+        (none, nothing, [0], []),
+    ):
+        both = one.followed_by(other)
+        assert (both.rows.tolist(), both.places.tolist(), both.total) == (rows, places, 7)
 
 
 def test_fewer_rows_than_processes(monkeypatch):

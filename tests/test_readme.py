@@ -34,6 +34,7 @@ TINY = {
     "nll": "--epochs 1 --batch-size 8",
     "reinforce": "--updates 1 --prompts-per-update 1 --samples-per-prompt 4",
     "ppo": "--updates 1 --prompts-per-update 2 --samples-per-prompt 4",
+    "trajectory-balance": "--updates 1 --prompts-per-update 2 --samples-per-prompt 4",
     "collect": "--num-prompts 8 --samples-per-prompt 4",
     "train-prior": "--collect.num-prompts 8 --collect.samples-per-prompt 4 --shared-noise.noises 2 "
     "--shared-noise.min-reward -1 --shared-noise.prompts 'a photo of a red circle' 'a photo of two squares' "

@@ -16,8 +16,9 @@ import gymnasium
 import torch
 from safetensors.torch import save_file
 
-from noisear_rl.algos import critic, dpo, nll, npnet, ppo, reinforce, reward_gradient
+from noisear_rl.algos import critic, dpo, nll, npnet, ppo, reinforce, reward_gradient, trajectory_balance
 from noisear_rl.algos.collect import CollectConfig, collect
+from noisear_rl.algos.trajectory_balance import TrajectoryBalanceConfig
 from noisear_rl.data.pairs import LAYOUT_FEATURES, PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
 from noisear_rl.distributed import is_main, num_processes
@@ -94,12 +95,19 @@ def trainings(data: Path, updates: int):
     images |= {"reward": TOP_LEFT, "denoiser_options": TURBO, "policy": SMALL, "save_every": 3}
     judged = {"critic": CRITIC, "denoiser_options": TURBO, "batch_size": 13, "held_out_share": 0.2, "save_every": 3}
     judged |= {"epochs": -(-updates // 2), "evaluate_every": 3, "learning_rate": 1e-3}
+    replayed = {"env_id": "NoiseAR-ShapesTurbo-v0", "rollouts": data / "rollouts"} | images | adam | {"reward": None}
     return {
         "ppo-natural": on_ppo(**natural, epochs=2, minibatches=2, fisher_episodes=6),
         "ppo-adam": on_ppo(Gaps(), **adam, minibatches=16, kl_coef=0.1, entropy_coef=0.01, policy=LEARNED),
         "ppo-gae": on_ppo(**adam, advantage="gae", critic_batch_size=8),
         "reinforce": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, **natural, advantage="ema"),
         "reinforce-running": episodes(reinforce, reinforce.ReinforceConfig, Gaps(), updates, "running", **adam),
+        "trajectory-balance": episodes(
+            trajectory_balance, TrajectoryBalanceConfig, Gaps(), updates, **natural, replay_updates=2, policy=LEARNED
+        ),
+        "trajectory-balance-rollouts": lambda folder, **more: trajectory_balance.train(
+            TrajectoryBalanceConfig(output_dir=folder, **(replayed | more))
+        ),
         "dpo": lambda folder, **more: dpo.train(dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | more))),
         "dpo-aot": lambda folder, **more: dpo.train(
             dpo.DPOConfig(data / "rollouts", output_dir=folder, **(chosen | {"loss_type": ("aot", "sft")} | more))

@@ -157,6 +157,26 @@ def load_seen(folders: Sequence[Path]) -> Seen:
     )
 
 
+def check_same_task(rollouts: Rollouts, task: NoiseTask, folder: str | Path) -> None:
+    """Refuses rollouts of another denoiser or reward than a training's.
+
+    Args:
+        rollouts: What to check.
+        task: The training's.
+        folder: Where the rollouts are, for the message.
+
+    Raises:
+        ValueError: If something differs; names all of it.
+    """
+    known, asked = rollouts.manifest, rollout_manifest(task)
+    differ = [f"{key} {known.get(key)!r}, not {asked[key]!r}" for key in asked if known.get(key) != asked[key]]
+    if differ:
+        raise ValueError(
+            f"{folder} holds rollouts of another denoiser or reward ({'; '.join(differ)}): collect them with this "
+            "training's options"
+        )
+
+
 def load_rollouts(folder: str | Path) -> Rollouts:
     """Loads what ``algos/collect.py`` wrote.
 

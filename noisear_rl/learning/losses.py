@@ -190,6 +190,31 @@ def ppo_loss(
     return -torch.minimum(ratio * advantages, clipped * advantages).sum(1).mean()
 
 
+def trajectory_balance_loss(log_ratio: torch.Tensor, scaled_rewards: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
+    """Trajectory balance ``½ E[(log π(x) - log p(x) - r/β + log Z)²]`` (Malkin et al. 2022; arXiv 2502.06999).
+
+    It is 0 for ``π = p·exp(r/β)/Z`` alone, whatever distribution the episodes come from. If they come from ``π``, its
+    gradient is that of ``KL(π ‖ p·exp(r/β)/Z)``, and its curvature at the minimum is the Fisher matrix.
+
+    Args:
+        log_ratio: ``(B, N)``, ``log π - log p`` of every patch.
+        scaled_rewards: ``(B,)``, ``r/β`` in nats.
+        log_z: ``(B,)`` of the episodes' prompts. The mean of ``r/β - Σ log_ratio`` over a prompt's episodes makes the
+            loss half their variance: VarGrad (Richter et al. 2020, arXiv 2010.10436). It may count as a constant, for
+            its own gradient is multiplied by the mean residual, which is 0.
+
+    Returns:
+        A scalar, averaged over episodes.
+
+    Raises:
+        ValueError: If there is not one reward and one ``log_z`` per episode.
+    """
+    if not scaled_rewards.shape == log_z.shape == log_ratio.shape[:1]:
+        shapes = [tuple(x.shape) for x in (log_ratio, scaled_rewards, log_z)]
+        raise ValueError(f"expected (B, N), (B,) and (B,), got {shapes}")
+    return 0.5 * (log_ratio.sum(1) - scaled_rewards.detach() + log_z.detach()).square().mean()
+
+
 def generalized_advantages(
     rewards: torch.Tensor, values: torch.Tensor, gae_lambda: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -172,6 +172,7 @@ def natural_step(
     iterations: int = 8,
     weight: float = 1.0,
     micro_batches: int = 1,
+    loss: Callable[[], float] | None = None,
 ) -> tuple[float, Independent]:
     """Moves the policy along ``-F⁻¹ g``, scaled to ``target_kl``; ``g`` is what ``.grad`` holds, the same everywhere.
 
@@ -185,6 +186,9 @@ def natural_step(
         iterations: Conjugate-gradient iterations.
         weight: Share of these episodes in those of all processes.
         micro_batches: Parts that Fisher products are computed in; see :func:`fisher_product`.
+        loss: Measures a loss whose minimum is to be reached, and whose curvature there is ``F``, such as trajectory
+            balance. The step is ``-F⁻¹ g`` then, not lengthened to ``target_kl``, and shortened to the minimum along it
+            where the curvature on these episodes is larger.
 
     Returns:
         The KL of the step as measured after it, at most ``1.5 · target_kl`` (the step is halved until it is), and the
@@ -203,12 +207,19 @@ def natural_step(
         return 0.0, before
     product = fisher_product(policy, patches, text, text_mask, damping, weight, micro_batches)
     direction = conjugate_gradient(product, gradient, iterations)
-    step = direction.mul_((2 * target_kl / (direction @ product(direction))).sqrt())
+    scale = (2 * target_kl / (direction @ product(direction))).sqrt()
+    step = direction.mul_(scale if loss is None else scale.clamp(max=1.0))
+    slope = (gradient @ step).item()
     del gradient, product
     if not step.isfinite().all():
         return math.nan, before
     with torch.no_grad():
         start = parameters_to_vector(parameters)
+        if loss is not None:
+            before_it = loss()
+            assign_parameters(parameters, start - step)
+            curvature = 2 * (loss() - before_it + slope)
+            step = step * (slope / curvature if curvature > slope else 1.0)
         for _ in range(MAX_HALVINGS):
             assign_parameters(parameters, start - step)
             after = policy.exact_distribution(patches, text, text_mask)
@@ -277,6 +288,7 @@ class PolicyOptimizer:
         old: Independent | None = None,
         share: float = 1.0,
         part: Part | None = None,
+        loss: Callable[[], float] | None = None,
     ) -> float:
         """Moves the policy, the same way in every process.
 
@@ -289,6 +301,7 @@ class PolicyOptimizer:
             share: Of ``target_kl`` to move by. Adam's learning rate is multiplied by its square root: KL grows with the
                 squared rate.
             part: Which of the episodes of all processes these are; ``None`` for all of them, in a single process.
+            loss: Measures the loss over all processes, for natural steps towards its minimum; see :func:`natural_step`.
 
         Returns:
             ``KL(old ‖ new)`` in nats per noise, measured on ``fisher_episodes`` of the episodes of all processes; NaN
@@ -312,6 +325,7 @@ class PolicyOptimizer:
                 iterations=self.cg_iterations,
                 weight=weight,
                 micro_batches=self.micro_batches,
+                loss=loss,
             )
             return kl if old is None else _kl(rows_of(old, rows), after, weight)
         before = rows_of(old, rows) if old is not None else self.policy.exact_distribution(patches, text, text_mask)

@@ -48,6 +48,7 @@ RUINOUS = {
     "ppo-adam": {"learning_rate": 1e3, "minibatches": 1},
     "ppo-gae": {"learning_rate": 1e25},
     "reinforce-running": {"learning_rate": 1e3},
+    "trajectory-balance": {"learning_rate": 1e3, "optimizer": "adam"},
     "reward-gradient": {"learning_rate": 1e3, "optimizer": "adam"},
 }
 
@@ -65,7 +66,7 @@ def test_a_training_that_blows_up_ends(name, data, tmp_path):
         if name != "npnet":  # every update was undone
             assert not (network.sample(torch.zeros(1, 2, network.config.text_dim), seeds=[0]).patches.abs() > 10).any()
     records = read_records(tmp_path) if (tmp_path / "metrics.jsonl").exists() else []
-    if name.startswith(("ppo", "reinforce", "reward")):
+    if name.startswith(("ppo", "reinforce", "trajectory", "reward")):
         assert [record["charts/skipped_updates"] for record in records] == list(range(1, IN_A_ROW))
         assert {record["losses/approx_kl"] for record in records} == {0.0}
 

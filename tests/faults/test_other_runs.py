@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from noisear_rl import cli
-from noisear_rl.algos import dpo, nll, npnet, ppo, reinforce, reward_gradient
+from noisear_rl.algos import dpo, nll, npnet, ppo, reinforce, reward_gradient, trajectory_balance
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.config import to_mapping
@@ -33,6 +33,7 @@ CONFIGS = (
     npnet.NPNetTrainingConfig,
     dpo.DPOConfig,
     reward_gradient.RewardGradientConfig,
+    trajectory_balance.TrajectoryBalanceConfig,
 )
 
 

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from noisear_rl.learning.losses import group_advantages, nll_loss, reconstruction_loss, reinforce_loss, standardized
+from noisear_rl.learning.losses import (
+    group_advantages,
+    nll_loss,
+    reconstruction_loss,
+    reinforce_loss,
+    standardized,
+    trajectory_balance_loss,
+)
 
 
 def gaussian(mean, std):
@@ -91,3 +98,40 @@ def test_reinforce_is_unbiased():
 def test_advantages_do_not_broadcast():
     with pytest.raises(ValueError, match="expected advantages"):
         reinforce_loss(torch.zeros(4, 3), torch.zeros(4, 1))
+
+
+def tilted(mean, std, actions, log_z=None):
+    """Trajectory balance of one Gaussian patch towards ``N(0, 1) · exp(x)``, which is N(1, 1) with ``log Z = ½``."""
+    prior = gaussian(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    log_ratio = gaussian(mean, std).log_prob(actions) - prior.log_prob(actions)
+    rewards = actions[:, 0, 0]
+    log_z = (rewards - log_ratio[:, 0]).mean().expand(len(actions)) if log_z is None else log_z
+    return trajectory_balance_loss(log_ratio, rewards, log_z)
+
+
+def test_trajectory_balance_is_0_at_the_tilted_gaussian_wherever_episodes_come_from():
+    actions = 3 * torch.randn(50, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 2
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    assert tilted(one, one, actions).item() == pytest.approx(0, abs=1e-12)
+    assert tilted(one, one, actions, torch.full((50,), 0.5)).item() == pytest.approx(0, abs=1e-12)
+    assert tilted(0.9 * one, one, actions) > 1e-3 and tilted(one, 0.9 * one, actions) > 1e-3
+
+
+def test_trajectory_balance_is_half_the_variance_and_its_gradient_that_of_a_kl():
+    """For N(μ, σ²) against N(1, 1) the KL is ``½ (σ² + (μ - 1)² - 1) - log σ``."""
+    noise = torch.randn(400_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, std = (torch.full((1, 1, 1), x, dtype=torch.float64, requires_grad=True) for x in (0.4, 0.8))
+    actions = (mean + std * noise).detach()
+    loss = tilted(mean, std, actions)
+    best = gaussian(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    residual = gaussian(mean, std).log_prob(actions) - best.log_prob(actions)
+    assert loss.item() == pytest.approx(0.5 * residual.var(correction=0).item(), rel=1e-9)
+    loss.backward()
+    assert mean.grad.item() == pytest.approx(0.4 - 1, abs=0.01)
+    assert std.grad.item() == pytest.approx(0.8 - 1 / 0.8, abs=0.01)
+
+
+def test_trajectory_balance_refuses_shapes_that_would_broadcast():
+    for rewards, log_z in ((torch.zeros(4, 1), torch.zeros(4)), (torch.zeros(4), torch.zeros(1))):
+        with pytest.raises(ValueError, match=r"expected \(B, N\), \(B,\) and \(B,\)"):
+            trajectory_balance_loss(torch.zeros(4, 3), rewards, log_z)

@@ -88,6 +88,19 @@ def test_step_has_the_kl_it_was_asked_for_and_points_downhill(log_variance):
     assert reinforce_loss(policy.log_prob(patches, text), advantages) < loss
 
 
+@pytest.mark.parametrize(("curvature", "expected"), [(1.0, 1.0), (4.0, 1.0), (0.5, 0.5)])
+def test_a_step_towards_a_minimum_is_neither_lengthened_nor_too_long(curvature, expected):
+    """On ``½ κ (μ - 1)²`` of every mean the step is ``-F⁻¹ g``, that is κ, or ends at the minimum."""
+    policy = NoiseARPolicy(NoiseARConfig(log_variance="fixed", **SMALL)).eval()
+    text, patches = torch.randn(5, 3, 4), torch.zeros(5, 4, 1)
+    measure = lambda: 0.5 * curvature * (policy.distribution(patches, text).mean - 1).square().sum((1, 2)).mean()
+    measure().backward()
+    options = {"target_kl": 100.0, "damping": 1e-6, "iterations": 60}
+    kl, after = natural_step(policy, patches, text, None, **options, loss=lambda: measure().item())
+    assert after.mean.mean().item() == pytest.approx(expected, abs=0.05)
+    assert kl == pytest.approx(2 * expected**2, rel=0.1)  # of four patches
+
+
 def test_no_gradient_no_step_and_nan_is_refused():
     policy = random_policy(**SMALL)
     text, patches = torch.randn(5, 3, 4), torch.randn(5, 4, 1)

@@ -112,8 +112,9 @@ def data(tmp_path_factory):
     return folder
 
 
-NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "dpo", "reward-gradient", "nll", "npnet")
-STILL = {"ppo-natural": {"target_kl": 1e-12}, "reinforce": {"target_kl": 1e-12}}
+NAMES = ("ppo-natural", "ppo-adam", "ppo-gae", "reinforce", "trajectory-balance", "dpo", "reward-gradient", "nll")
+NAMES += ("npnet",)
+STILL = {name: {"target_kl": 1e-12} for name in ("ppo-natural", "reinforce", "trajectory-balance")}
 UPDATES, BFLOAT16 = 3, {"precision": "bfloat16"}
 
 

@@ -35,6 +35,9 @@ def folders(tmp_path_factory):
     return root
 
 
+STAGES = ("nll", "reinforce", "ppo", "dpo", "trajectory-balance", "reward-gradient")
+
+
 @pytest.mark.parametrize(
     ("name", "reading"),
     [("sdxl", "tokens"), ("sd3", "tokens"), ("sdxl", "whitened"), ("sdxl", "layouts"), ("sd3", "t5")],
@@ -60,14 +63,15 @@ def test_all_commands(name, reading, folders, tmp_path):
     preferences = ["--rollouts", out["collect"], "--threshold", "0", "--epochs", "1"]
     command("dpo", *preferences, *policy)
     command("dpo", *preferences, "--init-from", out["ppo"], folder="dpo-from-ppo")
+    command("trajectory-balance", *small, "--rollouts", out["collect"], *policy)
     gradient = ["--updates", "1", "--prompts-per-update", "3", *prompts, *free, *denoiser]
     command("reward-gradient", *gradient, *policy)
-    methods = [f"{stage}={tmp_path / stage}" for stage in ("nll", "reinforce", "ppo", "dpo", "reward-gradient")]
+    methods = [f"{stage}={tmp_path / stage}" for stage in STAGES]
     scorers = ["--scorers", "jpeg-compressibility", "brightness"]
     command("evaluate", "--methods", *methods, *scorers, "--samples", "2", *denoiser, *prompts)
     command("sample", *PROMPTS[:2], "--policy", out["ppo"], "--seeds", "0", "1", *denoiser)
 
-    trained = [load_policy(tmp_path / stage) for stage in ("nll", "reinforce", "ppo", "dpo", "reward-gradient")]
+    trained = [load_policy(tmp_path / stage) for stage in STAGES]
     expected = {"whitened": "denoiser", "t5": str(folders / "t5")}.get(reading, "tokens")
     assert {(p.config.text_encoder, p.config.text_layers) for p in trained} == {(expected, 1)}
     assert not any(p.needs_text_statistics for p in trained)

@@ -107,7 +107,7 @@ def rollouts(tmp_path_factory):
 
 def test_every_command_but_evaluate_refuses_the_test_split(tmp_path, rollouts):
     commands = commands_with_prompts()
-    assert {"pairs", "shared-noise", "collect", "reinforce", "ppo", "reward-gradient", "evaluate"} < set(commands)
+    assert {"pairs", "shared-noise", "collect", "reinforce", "ppo", "trajectory-balance", "evaluate"} < set(commands)
     for command in commands:
         if command == "evaluate":
             continue
