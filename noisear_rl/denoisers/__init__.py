@@ -152,11 +152,13 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
 
     Args:
         name: ``shapes`` and its one-step student ``shapes-turbo`` (embedded), ``sdxl``, ``dreamshaper``,
-            ``hunyuan-dit``, ``pixart-sigma``, ``sd3``; a folder with a pipeline of one of these classes; or
-            ``module:Class`` or an entry point of group ``noisear_rl.denoisers``, which is called with the options as
-            they are.
-        **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``
-            or ``own``), ``num_inference_steps``, ``guidance_scale``, ``patch_size``, ``device``, ``dtype``,
+            ``hunyuan-dit``, ``pixart-sigma``, ``sd3`` and those in ``noisear_rl/denoisers/README.md``; a folder with a
+            pipeline of one of their classes; or ``module:Class`` or an entry point of group ``noisear_rl.denoisers``,
+            which is called with the options as they are.
+        **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``,
+            ``euler`` or ``own``), ``unet`` (a safetensors file with other weights of the UNet), ``height``, ``width``,
+            ``num_frames``, ``max_sequence_length``, ``num_inference_steps``, ``guidance_scale``, ``patch_size``,
+            ``device``, ``dtype``,
             ``micro_batch_size``, ``cache_dir``, ``embedding_dtype``, ``drop_text_encoders``, ``offload`` (``none``,
             ``model`` or ``sequential``), ``device_map`` (``balanced`` spreads the components over all accelerators),
             ``vae_slicing``, ``vae_tiling``, ``attention_slicing``, ``compile``; see
