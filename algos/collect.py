@@ -13,10 +13,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 import noisear_rl  # noqa: F401  (registers the environments)
@@ -24,11 +24,11 @@ from noisear_rl.command import run_script
 from noisear_rl.config import PositiveInt, Seed, check_config, parse_config
 from noisear_rl.data.rollouts import load_rollouts, rollout_features, rollout_manifest
 from noisear_rl.data.shards import shard_file, write_shard
-from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.files import check_manifest, sha256
-from noisear_rl.images import to_uint8
+from noisear_rl.images import save_png
 from noisear_rl.integrity import lock_folder
 from noisear_rl.policy import NoiseARConfig, initial_policy, policy_sha256, text_encoder_of
 from noisear_rl.rewards import RewardSpec, reward_sha256
@@ -41,6 +41,8 @@ class CollectConfig:
 
     env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
+    denoiser: DenoiserName | None = None
+    """Name, pipeline folder or `module:Class` of a denoiser to use instead of the environment's; unset for its own."""
     denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
@@ -82,8 +84,8 @@ def collect(config: CollectConfig) -> None:
     _lock = lock_folder(config.output_dir) if is_main() else None
     batch = config.prompts_per_shard * k
     gaussian = NoiseARConfig(log_variance="fixed")  # an untrained policy draws Gaussian noise
-    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
-    options |= config.denoiser_options
+    options: dict[str, Any] = {"denoiser": config.denoiser} | config.denoiser_options
+    options |= {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
     options["text_encoder"] = text_encoder_of(config.policy, gaussian)
     envs = make_vector_env(config.env_id, batch, **options)
     task = envs.task
@@ -108,6 +110,8 @@ def collect(config: CollectConfig) -> None:
         "same_noise": config.same_noise,
         "save_images": config.save_images,
     }
+    if config.denoiser:  # instead of the environment's own; later rounds must use it, too
+        manifest["env_denoiser"] = config.denoiser
     if config.reward:  # later rounds must use the same reward
         manifest["reward_spec"] = config.reward
         if checksum := reward_sha256(config.reward):
@@ -161,7 +165,7 @@ def collect(config: CollectConfig) -> None:
 
 def _png(image: torch.Tensor) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(file, format="PNG")
+    save_png(image, file)
     return file.getvalue()
 
 

@@ -46,7 +46,7 @@ from noisear_rl.config import (
 )
 from noisear_rl.data.preference_pairs import PreferencePairs, Strategy, preference_pairs
 from noisear_rl.data.rollouts import load_rollouts
-from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserOptions, check_denoiser, load_denoiser
 from noisear_rl.distributed import Part, is_main, process, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import check_env_id
 from noisear_rl.gaussian import kl_to_gaussian
@@ -181,7 +181,8 @@ def train(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolicy:
     if is_main():
         print(pairs, flush=True)
     torch.manual_seed(config.seed)
-    denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
     reader = PromptReader(text_encoder_of(config.init_from, config.policy), denoiser)
     sizes = rollouts.policy_sizes | reader.sizes
     policy = initial_policy(config.init_from, config.policy, sizes, str(config.rollouts))
@@ -336,6 +337,7 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
     manifest, prompts = first.manifest, tuple(dict.fromkeys(first.prompts))
     with values_from(config.rollouts / "manifest.json"):  # which may name code
         check_env_id(str(manifest.get("env_id")))
+        check_denoiser(str(manifest.get("env_denoiser") or "shapes"))
         check_reward(str(manifest.get("reward_spec") or "brightness"))
     policy, rollouts, start = None, config.rollouts, config.init_from
     for number in range(config.rounds):
@@ -344,6 +346,7 @@ def iterate(config: DPOConfig, denoiser: Denoiser | None = None) -> NoiseARPolic
             rollouts = folder / "rollouts"
             again = CollectConfig(
                 env_id=manifest["env_id"],
+                denoiser=manifest.get("env_denoiser"),
                 denoiser_options=config.denoiser_options,
                 reward=manifest.get("reward_spec"),
                 reward_device=config.reward_device,

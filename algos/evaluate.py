@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -46,8 +45,9 @@ from noisear_rl.evaluation.intervals import Resample
 from noisear_rl.evaluation.results import VERSION, image_file, load_results
 from noisear_rl.evaluation.tables import render, results_table
 from noisear_rl.files import atomic, check_manifest, sha256, write_atomically
-from noisear_rl.images import to_tensor, to_uint8
+from noisear_rl.images import load_png, save_png
 from noisear_rl.integrity import lock_folder, verify, write_checksums
+from noisear_rl.patches import as_frames
 from noisear_rl.prompts import PromptSet, resolve_prompts
 from noisear_rl.provenance import provenance
 from noisear_rl.rewards import (
@@ -141,12 +141,13 @@ def draw_shard(config: EvaluateConfig, prompts: Sequence[str], rows: range, meth
     for i, image in enumerate(drawn.images):
         file = image_file(config.output_dir, method.slug, rows[i // samples], i % samples)
         with atomic(file) as temporary:
-            Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
-    noise = drawn.noise.double().cpu()  # (B, C, h, w)
+            save_png(image, temporary)
+    noise = drawn.noise.double().cpu()  # (B, C, *spatial)
+    planes = torch.stack([as_frames(latent) for latent in noise])  # (B, T, C, h, w); T is 1 unless of videos
     statistics = {
         "sums": torch.stack([noise.sum(), noise.square().sum(), torch.tensor(float(noise.numel()))]).double(),
-        "map": noise.mean(1).sum(0),  # (h, w)
-        "spectrum": radial_spectrum(noise) * len(noise),
+        "map": planes.mean((1, 2)).sum(0),  # (h, w)
+        "spectrum": radial_spectrum(planes.flatten(0, 1)) * len(noise),
         "cost": torch.tensor([drawn.nfe * len(noise), seconds], dtype=torch.float64),
     }
     if drawn.kl_to_gaussian is not None:
@@ -185,10 +186,11 @@ def score_shard(
         config.output_dir, part=_part("noise", method, rows), advice=_advice(_shard_file(config, "noise", method, rows))
     )
     files = [image_file(config.output_dir, method.slug, row, j) for row in rows for j in range(samples)]
-    images = torch.cat([to_tensor(Image.open(file).convert("RGB")) for file in files])  # (B, 3, H, W)
+    images = torch.cat([load_png(file) for file in files])  # (B, 3, H, W), or (B, T, 3, H, W) of videos
+    still = images if images.dim() == 4 else images[:, images.shape[1] // 2]
     components = finite_components(reward, images, texts, method.name)
     record = {"scores": {name: _rounded(values.reshape(-1, samples)) for name, values in components.items()}}
-    record["diversity"] = diversities(reward, images.unflatten(0, (-1, samples))) if samples > 1 else {}
+    record["diversity"] = diversities(reward, still.unflatten(0, (-1, samples))) if samples > 1 else {}
     file = _shard_file(config, "scores", method, rows)
     with atomic(file) as temporary:
         temporary.write_text(json.dumps(record))

@@ -37,7 +37,7 @@ from noisear_rl.config import (
     check_config,
     parse_config,
 )
-from noisear_rl.denoisers import DenoiserName, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions, DifferentiableDenoiser, load_denoiser, require
 from noisear_rl.distributed import among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.gaussian import kl_to_gaussian
@@ -45,6 +45,7 @@ from noisear_rl.learning.guards import CollapseWatch, Guard
 from noisear_rl.learning.natural_gradient import Optimizer, PolicyOptimizer
 from noisear_rl.learning.run import Counters, Run, next_prompts
 from noisear_rl.learning.text_pathway import fit_text
+from noisear_rl.patches import per_row
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision, initial_policy, text_encoder_of
 from noisear_rl.rewards import RewardSpec
 from noisear_rl.samplers.reno import norm_regularizer
@@ -119,6 +120,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
     """Improves a policy and returns it in eval mode; see the module's docstring."""
     run = Run(config.output_dir, config, resume=config.resume, wandb=config.wandb)
     denoiser = load_denoiser(config.denoiser, **config.denoiser_options)
+    denoiser = require(denoiser, DifferentiableDenoiser, "a gradient of the reward")
     text_encoder = text_encoder_of(config.init_from, config.policy)
     task = NoiseTask(denoiser, config.reward, config.prompts, None, text_encoder, config.reward_device)
     batch = config.prompts_per_update * config.samples_per_prompt
@@ -162,7 +164,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
         gradients: list[torch.Tensor] = []
         for rows in np.array_split(np.arange(len(noise)), min(config.micro_batches, len(noise))):
             leaf = noise[rows].detach().requires_grad_()
-            images = task.denoiser.denoise_differentiably(leaf, conditioning[rows.tolist()])
+            images = denoiser.denoise_differentiably(leaf, conditioning[rows.tolist()])
             scores.append(task.reward.score(images.clamp(0, 1), [prompts[i] for i in rows]))  # (b,)
             gradients += torch.autograd.grad(scores[-1].sum(), leaf)
         reward, gradient = mine.gather(torch.cat(scores).detach()), torch.cat(gradients)  # (B,), (M, C, h, w)
@@ -177,7 +179,7 @@ def train(config: RewardGradientConfig) -> NoiseARPolicy:
             gradient = torch.zeros_like(gradient)  # of a stand-in, which may be NaN
         length = gradient[own.rows].flatten(1).norm(dim=1)  # (k,)
         scale = config.max_noise_gradient / length.clamp(min=config.max_noise_gradient)
-        gradient = gradient[own.rows] * scale[:, None, None, None]
+        gradient = gradient[own.rows] * per_row(scale, gradient)
 
         # From the noise to the parameters, through the mean, the variance and every prefix.
         norm = noise.flatten(1).norm(dim=1)

@@ -19,7 +19,7 @@ from pages import markdown, page, publish, signed  # in this folder
 from tqdm.auto import tqdm
 
 from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers import NoisePredictor, load_denoiser, require
 from noisear_rl.denoisers.shapes.captions import balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap, holm, significance_mark
 from noisear_rl.gaussian import standard_noise
@@ -40,7 +40,8 @@ CAPTIONS, SAMPLES = 240, 3
 
 def measure() -> dict[str, Any]:
     """Returns the scores of Gaussian noise and of every setting."""
-    denoiser, reward = load_denoiser("shapes"), load_reward("shapes-exact")
+    denoiser = require(load_denoiser("shapes"), NoisePredictor, "this page")
+    reward = load_reward("shapes-exact")
     captions = balanced_captions("validation", CAPTIONS)
     prompts = [caption.text for caption in captions for _ in range(SAMPLES)]
     noise = standard_noise(range(len(prompts)), denoiser.latent_shape)

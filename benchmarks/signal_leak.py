@@ -18,7 +18,7 @@ import torch
 from pages import markdown, page, publish  # in this folder
 from tqdm.auto import tqdm
 
-from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers import LatentDenoiser, load_denoiser, require
 from noisear_rl.denoisers.shapes.captions import CATEGORIES, balanced_captions
 from noisear_rl.evaluation.intervals import bootstrap, category_means
 from noisear_rl.gaussian import standard_noise
@@ -32,7 +32,8 @@ SETTINGS = ((0, 1), (0, 0.7), (1, 1), (1, 0.7), (1.5, 1), (1.5, 0.7), (1.5, 0.5)
 @torch.no_grad()
 def measure() -> dict[str, Any]:
     """Returns the captions of the accepted images, and the scores of every setting on them."""
-    denoiser, reward, judge = load_denoiser("shapes-turbo"), load_reward("shapes-match"), load_reward("shapes-exact")
+    denoiser = require(load_denoiser("shapes-turbo"), LatentDenoiser, "this page")
+    reward, judge = load_reward("shapes-match"), load_reward("shapes-exact")
     captions = [caption for caption in balanced_captions("validation", CAPTIONS) for _ in range(SAMPLES)]
     prompts = [caption.text for caption in captions]
     conditioning = denoiser.encode(prompts)

@@ -67,7 +67,7 @@ class NoiseEnv(gymnasium.Env):
         denoiser: str | Denoiser = "shapes",
         reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
-        patch_size: int | None = None,
+        patch_size: int | Sequence[int] | None = None,
         render_mode: str | None = None,
         text_encoder: str = DENOISER,
         reward_device: str | None = None,

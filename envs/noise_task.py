@@ -14,9 +14,9 @@ import torch
 from gymnasium import spaces
 
 from noisear_rl.config import UnknownOptionError, nearest
-from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes
+from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes, require
 from noisear_rl.images import to_uint8
-from noisear_rl.patches import sequence_shape, unpatchify
+from noisear_rl.patches import as_frames, own_patch_size, sequence_shape, unpatchify
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
@@ -33,8 +33,8 @@ class Outcome:
         rewards: ``(B,)`` float32; NaN where a scorer failed.
         scores: Every scorer's own ``(B,)`` score as ``reward/<name>``.
         patches: ``(B, N, A)`` float32, clipped to the bounds of actions, where they were given.
-        noise: ``(B, C, h, w)`` float32, the same in the form of latents.
-        images: ``(B, 3, H, W)`` float32 in [0, 1].
+        noise: ``(B, C, *spatial)`` float32, the same in the form of latents.
+        images: ``(B, 3, H, W)`` float32 in [0, 1], or ``(B, T, 3, H, W)`` of videos.
     """
 
     rewards: torch.Tensor
@@ -63,7 +63,7 @@ class NoiseTask:
             denoiser's default.
         prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
             takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
-        patch_size: Patch side; ``None`` for the denoiser's own.
+        patch_size: Patch side, or one per spatial axis; ``None`` for the denoiser's own.
         text_encoder: What observations give of the prompt, as in the policy's configuration
             (:class:`~noisear_rl.policy.NoiseARConfig`).
         reward_device: Device of the scorers, such as ``cuda:1``, for a reward given by name; see
@@ -80,13 +80,13 @@ class NoiseTask:
         denoiser: str | Denoiser,
         reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
-        patch_size: int | None = None,
+        patch_size: int | Sequence[int] | None = None,
         text_encoder: str = DENOISER,
         reward_device: str | None = None,
         **denoiser_options: Any,
     ):
         # What is wrong is said before anything is loaded.
-        name = check_denoiser(denoiser) if isinstance(denoiser, str) else denoiser.name
+        name = check_denoiser(denoiser) if isinstance(denoiser, str) else getattr(denoiser, "name", "")
         if denoiser_options and not isinstance(denoiser, str):
             raise UnknownOptionError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
         self.prompts = resolve_prompts(prompts, name).prompts
@@ -99,12 +99,11 @@ class NoiseTask:
         self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)
         self._known = frozenset(self.prompts)
-        self.denoiser = denoiser = (
-            load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
-        )
-        self.patch_size = patch_size or denoiser.patch_size
-        self.n_patches, self.patch_dim = n, a = sequence_shape(denoiser.latent_shape, self.patch_size)
-        self.reader = PromptReader(text_encoder, denoiser)
+        made = load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
+        self.denoiser: Denoiser = require(made, Denoiser, "an environment")
+        self.patch_size = own_patch_size(patch_size or self.denoiser.patch_size)
+        self.n_patches, self.patch_dim = n, a = sequence_shape(self.denoiser.latent_shape, self.patch_size)
+        self.reader = PromptReader(text_encoder, self.denoiser)
         self.reader.embed_all(self.prompts)
         length, width = self.reader.shape
         self.action_space = spaces.Box(-ACTION_BOUND, ACTION_BOUND, (a,), np.float32)
@@ -165,10 +164,15 @@ class NoiseTask:
         return Outcome(self.reward.total(components), scores, patches, noise, images)
 
     def noise_image(self, patches: np.ndarray) -> np.ndarray:
-        """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white."""
+        """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white.
+
+        Of a video's noise it shows the frame in the middle; of a signal's, a strip.
+        """
         size, shape = self.denoiser.image_size, self.denoiser.latent_shape
         latent = unpatchify(torch.from_numpy(patches[None]), shape, self.patch_size)[0]
-        if len(latent) < 3:
-            latent = latent[:1].expand(3, -1, -1)
-        shown = torch.nn.functional.interpolate(latent[None, :3], size=(size, size))[0]
+        latent = as_frames(latent)[:, :3]  # (T, C, h, w)
+        latent = latent[len(latent) // 2 :][:1]
+        if latent.shape[1] < 3:
+            latent = latent[:, :1].expand(-1, 3, -1, -1)
+        shown = torch.nn.functional.interpolate(latent, size=(size, size) if isinstance(size, int) else size)[0]
         return to_uint8(((shown + 3) / 6).clamp(0, 1))

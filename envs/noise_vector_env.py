@@ -49,7 +49,7 @@ class NoiseVectorEnv(VectorEnv):
         denoiser: str | Denoiser = "shapes",
         reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
         prompts: str | Sequence[str] | None = None,
-        patch_size: int | None = None,
+        patch_size: int | Sequence[int] | None = None,
         render_mode: str | None = None,
         text_encoder: str = DENOISER,
         reward_device: str | None = None,

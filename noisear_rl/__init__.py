@@ -36,6 +36,18 @@ ENVIRONMENTS = {
     "NoiseAR-HunyuanDiT-v0": "hunyuan-dit",
     "NoiseAR-PixArtSigma-v0": "pixart-sigma",
     "NoiseAR-SD3-v0": "sd3",
+    "NoiseAR-SD35Medium-v0": "sd3.5-medium",
+    "NoiseAR-SD35LargeTurbo-v0": "sd3.5-large-turbo",
+    "NoiseAR-SDXLTurbo-v0": "sdxl-turbo",
+    "NoiseAR-SDXLLightning-v0": "sdxl-lightning",
+    "NoiseAR-SanaSprint-v0": "sana-sprint",
+    "NoiseAR-SanaSprintSmall-v0": "sana-sprint-0.6b",
+    "NoiseAR-FluxDev-v0": "flux-dev",
+    "NoiseAR-FluxSchnell-v0": "flux-schnell",
+    "NoiseAR-Flux2Klein-v0": "flux2-klein",
+    "NoiseAR-ZImageTurbo-v0": "z-image-turbo",
+    "NoiseAR-QwenImage-v0": "qwen-image",
+    "NoiseAR-Wan-v0": "wan",
 }
 
 for _id, _denoiser in ENVIRONMENTS.items():

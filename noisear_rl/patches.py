@@ -13,6 +13,23 @@ from collections.abc import Sequence
 import torch
 
 
+def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``(B,)`` values as ``(B, 1, …)``, to go with the rows of a tensor ``(B, …)`` of any rank, on its device."""
+    return values.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def own_patch_size(patch_size: int | Sequence[int]) -> int | tuple[int, ...]:
+    """A patch size as policies keep it: one size, or a tuple of one per axis."""
+    return patch_size if isinstance(patch_size, int) else tuple(patch_size)
+
+
+def as_frames(latent: torch.Tensor) -> torch.Tensor:
+    """A latent ``(C, *spatial)`` as frames ``(T, C, h, w)``: those of a video, or a single one; a signal is a row."""
+    if latent.dim() < 4:
+        return latent.reshape(1, len(latent), -1, latent.shape[-1])
+    return latent.flatten(1, -3).transpose(0, 1)
+
+
 def patch_grid(latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How a latent is cut.
 

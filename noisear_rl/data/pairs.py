@@ -33,8 +33,17 @@ from noisear_rl.config import (
 )
 from noisear_rl.data.shards import load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
-from noisear_rl.data.weak_to_strong import InversionMode, weak_to_strong
-from noisear_rl.denoisers import Denoiser, DenoiserName, DenoiserOptions, dtype_of, load_denoiser
+from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
+from noisear_rl.denoisers import (
+    Denoiser,
+    DenoiserName,
+    DenoiserOptions,
+    LatentDenoiser,
+    NoisePredictor,
+    dtype_of,
+    load_denoiser,
+    require,
+)
 from noisear_rl.distributed import barrier, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.gaussian import standard_noise
@@ -129,8 +138,11 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     if reward:
         reward.check_prompts(prompts)
     denoiser = denoiser or load_denoiser(config.denoiser, **config.denoiser_options)
-    if leak and not denoiser.signal_level > 0:
+    if leak and not require(denoiser, LatentDenoiser, "signal_leak").signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise, so no signal leaks into it")
+    if not leak:  # fails before anything long
+        predictor = require(denoiser, NoisePredictor, "weak_to_strong")
+        inversion_coefficients(predictor.first_order_schedule(config.num_inference_steps), config.inversion)
     policy, layout = load_policy(config.policy) if leak and config.policy else None, None
     reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
     (reader or PromptReader(DENOISER, denoiser)).embed_all(prompts)
@@ -166,7 +178,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
             if leak:
                 assert reward is not None
                 found = signal_leak(
-                    denoiser,
+                    require(denoiser, LatentDenoiser, "signal_leak"),
                     policy,
                     reward,
                     texts,
@@ -178,7 +190,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
                     reader=reader,
                 )
             else:
-                found = _weak_to_strong(denoiser, reward, config, texts, seeds)
+                found = _weak_to_strong(predictor, reward, config, texts, seeds)
             if policy and reader and policy.config.layouts:
                 text, mask = reader.read_prompts(texts)
                 layout = policy.chosen_layout(policy.sample(text, mask, seeds=seeds).patches, text, mask)
@@ -198,7 +210,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
 
 
 def _weak_to_strong(
-    denoiser: Denoiser,
+    denoiser: NoisePredictor,
     reward: WeightedReward | None,
     config: PairsConfig,
     prompts: Sequence[str],

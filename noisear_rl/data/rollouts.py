@@ -23,7 +23,7 @@ from noisear_rl.data.shards import load_shards
 from noisear_rl.denoisers import dtype_of
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.files import read_manifest
-from noisear_rl.patches import patchify
+from noisear_rl.patches import own_patch_size, patchify
 
 IMAGES = 1024  # images decoded at a time
 
@@ -85,7 +85,7 @@ class Rollouts:
     def policy_sizes(self) -> dict[str, Any]:
         """The sizes that a policy must share with these rollouts."""
         shape, width = tuple(self.manifest["latent_shape"]), self.manifest["text_shape"][1]
-        return {"latent_shape": shape, "patch_size": self.manifest["patch_size"], "text_dim": width}
+        return {"latent_shape": shape, "patch_size": own_patch_size(self.manifest["patch_size"]), "text_dim": width}
 
 
 @dataclass

@@ -48,7 +48,7 @@ from noisear_rl.data.pairs import LAYOUT_FEATURES, PAIR_FEATURES
 from noisear_rl.data.rollouts import Rollouts, load_rollouts
 from noisear_rl.data.shards import shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
-from noisear_rl.denoisers import Denoiser, DenoiserOptions, load_denoiser
+from noisear_rl.denoisers import Denoiser, DenoiserOptions, LatentDenoiser, load_denoiser, require
 from noisear_rl.distributed import barrier, gather_objects, is_main, process
 from noisear_rl.files import check_manifest, sha256
 from noisear_rl.integrity import lock_folder
@@ -147,8 +147,9 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     process()  # joins the others
     rollouts = load_rollouts(config.rollouts)
     tried, rewards, noise, seeds = rewards_by_noise(rollouts)
-    denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
-    if leak and not denoiser.signal_level > 0:
+    with values_from(config.rollouts / "manifest.json"):  # which may name code
+        denoiser = denoiser or load_denoiser(rollouts.manifest["denoiser"], **config.denoiser_options)
+    if leak and not require(denoiser, LatentDenoiser, "target: leak").signal_level > 0:
         raise ValueError(f"the schedule of {denoiser.name!r} starts from pure noise: use target: noise")
     prompts = (
         tried[: config.num_prompts]
@@ -176,7 +177,8 @@ def build_pairs(config: SharedNoiseConfig, denoiser: Denoiser | None = None) -> 
     if shard_file(config.output_dir, 0).exists():
         return choice
     if leak:
-        found = _leaks(config, denoiser, rollouts.manifest, asked, np.array(seeds)[choice.ranking], choice.predicted)
+        leaking = require(denoiser, LatentDenoiser, "target: leak")
+        found = _leaks(config, leaking, rollouts.manifest, asked, np.array(seeds)[choice.ranking], choice.predicted)
         if not any(found):
             raise ValueError(f"no image reached min_reward {config.min_reward}: lower it, or use target: noise")
     else:
@@ -218,7 +220,7 @@ def repeats(prompts: Sequence[str], balance: float) -> dict[str, int]:
 
 def _leaks(
     config: SharedNoiseConfig,
-    denoiser: Denoiser,
+    denoiser: LatentDenoiser,
     manifest: dict[str, Any],
     prompts: list[str],
     ranking: np.ndarray,

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from noisear_rl.denoisers import Denoiser
+from noisear_rl.denoisers import LatentDenoiser
 from noisear_rl.gaussian import standard_noise
+from noisear_rl.patches import per_row
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward
@@ -24,7 +25,7 @@ from noisear_rl.samplers.base import resolve_denoising_seeds
 
 
 def signal_leak(
-    denoiser: Denoiser,
+    denoiser: LatentDenoiser,
     policy: NoiseARPolicy | None,
     reward: WeightedReward,
     prompts: Sequence[str],
@@ -67,11 +68,11 @@ def signal_leak(
         own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
         fresh = standard_noise(own, denoiser.latent_shape)
         first = fresh if policy is None else policy.noise(policy.sample(text, mask, seeds=own)).cpu()
-        noise = torch.where(good[:, None, None, None], mean + noise_scale * fresh, first)
+        noise = torch.where(per_row(good, first), mean + noise_scale * fresh, first)
         images, latents = denoiser.denoise_with_latents(noise, conditioning, resolve_denoising_seeds(seeds))
         kept = (reward.score(images, prompts) >= min_reward).cpu()
         target = level * latents.cpu()
         found.append((target, kept))
-        mean = torch.where(kept[:, None, None, None], target, mean)
+        mean = torch.where(per_row(kept, mean), target, mean)
         good |= kept
     return found

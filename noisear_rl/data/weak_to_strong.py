@@ -14,7 +14,8 @@ from typing import Literal, get_args
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from noisear_rl.denoisers import Conditioning, Denoiser
+from noisear_rl.denoisers import Conditioning, NoisePredictor
+from noisear_rl.patches import per_row
 
 InversionMode = Literal["exact", "compat"]
 
@@ -80,7 +81,7 @@ def network_evaluations(strong_guidance: float = 5.5, weak_guidance: float = 1.0
 
 
 def weak_to_strong(
-    denoiser: Denoiser,
+    denoiser: NoisePredictor,
     noise: torch.Tensor,
     conditioning: Conditioning,
     *,
@@ -93,7 +94,7 @@ def weak_to_strong(
     """Computes the target noise of a pair, with two predictions per round (:func:`network_evaluations`).
 
     Args:
-        denoiser: Any denoiser.
+        denoiser: Any denoiser that predicts noise.
         noise: ``(B, C, h, w)`` from N(0, I). Not changed.
         conditioning: Of ``B`` prompts.
         strong_guidance: Guidance of the step down.
@@ -106,17 +107,17 @@ def weak_to_strong(
         ``(B, C, h, w)`` float32 on the denoiser's device; NaN for a pair whose predictions were not finite.
     """
     step = inversion_coefficients(denoiser.first_order_schedule(num_inference_steps), inversion)
-    target, whole = noise.float(), torch.ones(len(noise), 1, 1, 1, dtype=torch.bool, device=noise.device)
+    target, whole = noise.float(), torch.ones(len(noise), dtype=torch.bool, device=noise.device)
     for _ in range(rounds):
         strong = denoiser.predict_noise(target, step.timestep, conditioning, strong_guidance)
         lower = step.a * target.to(strong.device) + step.b * strong
         whole, lower = _finite(whole, lower)
         weak = denoiser.predict_noise(lower, step.timestep, conditioning, weak_guidance)
         whole, target = _finite(whole, step.c * lower + step.d * weak)
-    return torch.where(whole, target, torch.nan)
+    return torch.where(per_row(whole, target), target, torch.nan)
 
 
 def _finite(whole: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows are still finite, and the latents with 0 in the others: the denoiser refuses them."""
-    whole = whole.to(latents.device) & latents.flatten(1).isfinite().all(1)[:, None, None, None]
-    return whole, torch.where(whole, latents, 0.0)
+    whole = whole.to(latents.device) & latents.flatten(1).isfinite().all(1)
+    return whole, torch.where(per_row(whole, latents), latents, 0.0)

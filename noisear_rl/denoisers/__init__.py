@@ -1,23 +1,32 @@
-"""Denoisers: frozen text-to-image diffusion models, and the interface that the rest of the library uses.
+"""Denoisers: frozen diffusion models, and the interface that the rest of the library uses.
 
-Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
+What a denoiser can do is in :mod:`~noisear_rl.denoisers.capabilities`; models of your own come in through
+:mod:`~noisear_rl.denoisers.plugins`.
+
+Shapes: ``B`` batch, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, PlainValidator
 
 from noisear_rl import ENVIRONMENTS
 from noisear_rl.config import nearest
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from noisear_rl.denoisers.capabilities import (
+    Denoiser,
+    DifferentiableDenoiser,
+    LatentDenoiser,
+    NoisePredictor,
+    require,
+)
+from noisear_rl.denoisers.plugins import find_plugin, load_plugin, plugin_names
+from noisear_rl.patches import own_patch_size
 
 __all__ = [
     "EMBEDDED",
@@ -25,26 +34,33 @@ __all__ = [
     "Denoiser",
     "DenoiserName",
     "DenoiserOptions",
+    "DifferentiableDenoiser",
+    "LatentDenoiser",
+    "NoisePredictor",
     "check_denoiser",
     "dtype_of",
     "embed_all",
     "load_denoiser",
     "policy_sizes",
+    "require",
 ]
 
 EMBEDDED = ("shapes", "shapes-turbo")  # need no download; their prompts are captions of the shapes world
 
 
 def check_denoiser(name: str) -> str:
-    """Returns the name of a denoiser that :func:`load_denoiser` knows, or the folder of a pipeline.
+    """Returns the name of a denoiser that :func:`load_denoiser` knows, the folder of a pipeline, or ``module:Class``.
 
     Raises:
-        ValueError: If it is neither; names the nearest one.
+        ValueError: If it is none of them; names the nearest one.
+        UntrustedCodeError: If a file that is not trusted names ``module:Class``.
     """
     known = sorted(ENVIRONMENTS.values())
-    if name not in known and not Path(name).is_dir():
+    if name not in known and not Path(name).is_dir() and find_plugin(name) is None:
+        known = sorted([*known, *plugin_names()])
         raise ValueError(
-            f"unknown denoiser {name!r:.80}; expected one of {known} or a pipeline folder{nearest(name, known)}"
+            f"unknown denoiser {name!r:.80}; expected one of {known}, a pipeline folder or module:Class"
+            f"{nearest(name, known)}"
         )
     return name
 
@@ -72,13 +88,13 @@ class Conditioning:
         prompts: ``B`` texts.
         policy_embeds: ``(B, L, D)`` float32; what the policy sees.
         policy_mask: ``(B, L)`` bool; true where a token is not padding.
-        inputs: Tensors ``(B, …)`` by argument name of the pipeline's call.
+        inputs: Tensors ``(B, …)`` that the denoiser itself needs, by name: arguments of a pipeline's call.
     """
 
     prompts: list[str]
     policy_embeds: torch.Tensor
     policy_mask: torch.Tensor
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -109,83 +125,15 @@ class Conditioning:
         )
 
 
-@runtime_checkable
-class Denoiser(Protocol):
-    """A frozen text-to-image diffusion model.
-
-    ``gym.make(id, denoiser=...)`` copies its arguments deeply. A class that is large, or cannot be copied, defines
-    ``__deepcopy__`` to return ``self``, as the library's own does.
-
-    Attributes:
-        name: Name in :func:`load_denoiser` and in records.
-        revision: Revision of its weights, for records.
-        latent_shape: ``(C, h, w)`` of its initial noise.
-        image_size: Height and width of its images in pixels.
-        text_shape: ``(L, D)`` of ``policy_embeds``.
-        patch_size: Patch side that splits its noise into the paper's 16 patches.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance scale; 1 means no guidance.
-    """
-
-    name: str
-    revision: str
-    latent_shape: tuple[int, int, int]
-    image_size: int
-    text_shape: tuple[int, int]
-    patch_size: int
-    num_inference_steps: int
-    guidance_scale: float
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per image (guidance counts twice)."""
-        ...
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeds prompts; each distinct prompt is computed once."""
-        ...
-
-    def denoise(
-        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Turns unit-variance noise ``(B, C, h, w)`` into images ``(B, 3, H, W)`` in [0, 1], float32."""
-        ...
-
-    def denoise_with_latents(
-        self, noise: torch.Tensor, conditioning: Conditioning, seeds: Sequence[int] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like :meth:`denoise`, but also returns the clean latents ``(B, C, h, w)`` of the images."""
-        ...
-
-    @property
-    def signal_level(self) -> float:
-        """``√ᾱ`` at the first timestep, in (0, 1)."""
-        ...
-
-    def denoise_differentiably(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Like :meth:`denoise`, but differentiable with respect to the noise and not clamped to [0, 1]."""
-        ...
-
-    def predict_noise(
-        self, latents: torch.Tensor, timestep: float, conditioning: Conditioning, guidance_scale: float
-    ) -> torch.Tensor:
-        """Guided prediction of ε (or of a flow-matching model's velocity) at one timestep: ``(B, C, h, w)``."""
-        ...
-
-    def first_order_schedule(self, num_inference_steps: int) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-        """A deterministic first-order scheduler on the model's own noise schedule, with its timesteps set."""
-        ...
-
-
-def policy_sizes(denoiser: Denoiser, patch_size: int | None = None) -> dict[str, Any]:
+def policy_sizes(denoiser: Denoiser, patch_size: int | Sequence[int] | None = None) -> dict[str, Any]:
     """The sizes that a policy must share with a denoiser, by field name of the policy's configuration.
 
     Args:
         denoiser: Any denoiser.
-        patch_size: Patch side to include; ``None`` leaves it out, as samplers accept policies with any patch size.
+        patch_size: Patch size to include; ``None`` leaves it out, as samplers accept policies with any patch size.
     """
     sizes: dict[str, Any] = {"latent_shape": tuple(denoiser.latent_shape), "text_dim": denoiser.text_shape[1]}
-    return sizes if patch_size is None else sizes | {"patch_size": patch_size}
+    return sizes if patch_size is None else sizes | {"patch_size": own_patch_size(patch_size)}
 
 
 def dtype_of(denoiser: Denoiser) -> str:
@@ -204,9 +152,13 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
 
     Args:
         name: ``shapes`` and its one-step student ``shapes-turbo`` (embedded), ``sdxl``, ``dreamshaper``,
-            ``hunyuan-dit``, ``pixart-sigma``, ``sd3``, or a folder with a pipeline of one of these classes.
-        **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``
-            or ``own``), ``num_inference_steps``, ``guidance_scale``, ``patch_size``, ``device``, ``dtype``,
+            ``hunyuan-dit``, ``pixart-sigma``, ``sd3`` and those in ``noisear_rl/denoisers/README.md``; a folder with a
+            pipeline of one of their classes; or ``module:Class`` or an entry point of group ``noisear_rl.denoisers``,
+            which is called with the options as they are.
+        **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``,
+            ``euler`` or ``own``), ``unet`` (a safetensors file with other weights of the UNet), ``height``, ``width``,
+            ``num_frames``, ``max_sequence_length``, ``num_inference_steps``, ``guidance_scale``, ``patch_size``,
+            ``device``, ``dtype``,
             ``micro_batch_size``, ``cache_dir``, ``embedding_dtype``, ``drop_text_encoders``, ``offload`` (``none``,
             ``model`` or ``sequential``), ``device_map`` (``balanced`` spreads the components over all accelerators),
             ``vae_slicing``, ``vae_tiling``, ``attention_slicing``, ``compile``; see
@@ -217,6 +169,8 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
         ValueError: If the name or an option is unknown, or an option does not convert.
         FileNotFoundError: If the weights are not on this machine and cannot be downloaded.
     """
+    if name not in ENVIRONMENTS.values() and not Path(name).is_dir() and (made := find_plugin(name)) is not None:
+        return load_plugin(name, made, options)
     from noisear_rl.denoisers.presets import load_pipeline_denoiser
 
     return load_pipeline_denoiser(name, **options)

@@ -1,29 +1,28 @@
-"""Wraps a diffusers text-to-image pipeline as a :class:`~noisear_rl.denoisers.Denoiser`.
+"""Wraps a diffusers pipeline as a :class:`~noisear_rl.denoisers.Denoiser`.
 
 The embedded ``shapes`` model and SDXL use the same class with different weights: the pipeline's own
 ``encode_prompt`` and ``__call__`` do the work, so that the images equal those of the bare pipeline.
 
-Shapes: ``B`` batch, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
+Shapes: ``B`` batch, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``; of videos ``(B, C, t, h, w)`` and
+``(B, T, 3, H, W)``.
 """
 
 from __future__ import annotations
 
-import gc
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self, get_args
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning
-from noisear_rl.denoisers.pipelines import ProbeScheduler, check_guidance, interface_of, last_latents, scheduled_by
+from noisear_rl.denoisers.loop import ProbeScheduler, last_latents, scheduled_by, unclamped
+from noisear_rl.denoisers.micro_batches import in_micro_batches
+from noisear_rl.denoisers.pipelines import check_guidance, interface_of, quarters
 from noisear_rl.denoisers.placement import DTYPES, Dtype, Offload, place, resolve_device, resolve_dtype
 from noisear_rl.denoisers.prompt_encoder import PromptEncoder
-
-LATENT_STATISTICS = ("latents_mean", "latents_std")
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class DiffusionPipelineDenoiser:
@@ -38,7 +37,12 @@ class DiffusionPipelineDenoiser:
         pipeline: A pipeline of a class in :data:`noisear_rl.denoisers.pipelines.INTERFACES`, or of a subclass.
         name: Name in records.
         revision: Revision of the weights in records and in the cache of prompt embeddings.
-        patch_size: Patch side for policies; ``None`` for the one that gives 16 patches.
+        patch_size: Patch side for policies; ``None`` for a quarter of the noise's height and width, which gives 16
+            patches, or 16 for every three latent frames of a video.
+        height: Height of the images in pixels; 0 for the model's own.
+        width: Width of the images in pixels; 0 for the model's own.
+        num_frames: Frames of a video; 0 for the class's own number. Ignored for images.
+        max_sequence_length: Tokens of a prompt at most, of classes that let one choose; 0 for the class's own number.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance scale; 1 means no guidance.
         device: Device to run on; ``auto`` for the accelerator if there is one.
@@ -67,7 +71,11 @@ class DiffusionPipelineDenoiser:
         *,
         name: str,
         revision: str = "unknown",
-        patch_size: int | None = None,
+        patch_size: int | tuple[int, ...] | None = None,
+        height: int = 0,
+        width: int = 0,
+        num_frames: int = 0,
+        max_sequence_length: int = 0,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.5,
         device: str | torch.device = "auto",
@@ -119,22 +127,29 @@ class DiffusionPipelineDenoiser:
         self.network = getattr(pipeline, self.interface.network)
         if compile:
             self.network.compile()
-        size = self.network.config.sample_size
-        self.name, self.revision, self.patch_size = name, revision, patch_size or max(1, size // 4)
+        self.name, self.revision = name, revision
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        self._guidance = self.interface.guidance_of(pipeline)
+        if self._guidance == "none" and guidance_scale != 1:
+            raise ValueError(f"{name} was distilled without guidance: guidance_scale must be 1, not {guidance_scale}")
         self.micro_batch_size = micro_batch_size
-        self.latent_shape = (self.network.config.in_channels, size, size)
-        self.image_size = size * pipeline.vae_scale_factor
+        self._pixels, self._frames, self.latent_shape = self.interface.sizes(pipeline, height, width, num_frames)
+        self.image_size: int | tuple[int, int] = self._pixels if len(set(self._pixels)) > 1 else self._pixels[0]
+        self.patch_size = patch_size or quarters(self.latent_shape[1:])
         self.drop_text_encoders = drop_text_encoders
         kept = None if embedding_dtype == "auto" else DTYPES[embedding_dtype]
         folder = f"{revision}-{str(self.dtype).removeprefix('torch.')}" + (f"-{embedding_dtype}" if kept else "")
-        self._encoder = PromptEncoder(pipeline, self.interface, self.device, cache_dir, folder, kept)
+        folder += f"-{max_sequence_length}" if max_sequence_length else ""
+        negative = self._guidance == "free"
+        self._encoder = PromptEncoder(
+            pipeline, self.interface, self.device, cache_dir, folder, kept, max_sequence_length, negative
+        )
         self.text_shape = (self._encoder.length, int(self.network.config[self.interface.text_width]))
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per image (guidance counts twice)."""
-        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+        """Network evaluations per image (classifier-free guidance counts twice)."""
+        return self.num_inference_steps * (2 if self._guidance == "free" and self.guidance_scale > 1 else 1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -189,7 +204,8 @@ class DiffusionPipelineDenoiser:
         """Like :meth:`denoise`, but also returns the clean latents ``(B, C, h, w)`` of the images."""
         self._check(noise, conditioning)
         if not len(noise):
-            return noise.new_zeros(0, 3, self.image_size, self.image_size), noise.new_zeros(0, *self.latent_shape)
+            frames = (self._frames,) if self._frames else ()
+            return noise.new_zeros(0, *frames, 3, *self._pixels), noise.new_zeros(0, *self.latent_shape)
 
         def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             generators = None
@@ -197,53 +213,33 @@ class DiffusionPipelineDenoiser:
                 generators = [torch.Generator().manual_seed(int(seed)) for seed in list(seeds)[rows]]
             with last_latents(self.pipeline.scheduler) as latents:
                 images = self._call(self.pipeline, noise[rows], conditioning[rows], generator=generators)
-            return images.float().clamp(0, 1), latents[0].float()
+            clean = self.interface.unpack(latents[0].float(), self.latent_shape)
+            if self.interface.latent_scale:
+                clean = clean / self.pipeline.scheduler.config[self.interface.latent_scale]
+            return images.float().clamp(0, 1), clean
 
-        images, latents = zip(*self._in_micro_batches(len(noise), run), strict=True)
+        images, latents = zip(*in_micro_batches(self, len(noise), run), strict=True)
         return torch.cat(images).clone(), torch.cat(latents).clone()
 
     def _call(
         self, call: Callable[..., Any], noise: torch.Tensor, conditioning: Conditioning, **options: Any
     ) -> torch.Tensor:
         """The pipeline's own loop, from noise to images."""
-        defaults = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "height": self.image_size,
-            "width": self.image_size,
-            "output_type": "pt",
-        }
-        latents = noise.to(self.device, self.network.dtype, copy=True)
+        interface, (height, width) = self.interface, self._pixels
+        steps = options.setdefault("num_inference_steps", self.num_inference_steps)
+        guidance = options.pop("guidance_scale", self.guidance_scale)
+        options[interface.guidance_argument] = guidance + interface.guidance_offset
+        options = {"height": height, "width": width, "output_type": "pt"} | dict(interface.options) | options
+        if interface.few_steps:
+            options |= interface.few_steps(steps)
+        if self._frames:
+            options["num_frames"] = self._frames
+        dtype = torch.float32 if interface.float32_latents else self.network.dtype
+        latents = noise.to(self.device, dtype, copy=True)
+        if interface.packs_noise:
+            latents = interface.pack(latents)
         with self._autocast():
-            return call(
-                latents=latents, **(defaults | dict(self.interface.options) | options), **conditioning.inputs
-            ).images
-
-    def _in_micro_batches(self, count: int, run: Callable[[slice], Any]) -> list[Any]:
-        """Results of ``run`` on successive slices, which shrink when memory runs out."""
-        results: list[Any] = []
-        start = 0
-        while start < count:
-            size = min(self.micro_batch_size, count - start)
-            try:
-                results.append(run(slice(start, start + size)))
-                start += size
-                continue
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and not any(s in str(error) for s in NO_MEMORY):
-                    raise
-                if size == 1:
-                    error.add_note("A single image does not fit into memory: try offload, vae_tiling or another dtype.")
-                    raise
-            # Outside the handler, so that the tensors of the failed call are freed.
-            self.micro_batch_size = size // 2
-            warnings.warn(
-                f"out of memory with {size} images per forward pass; continuing with {size // 2}", stacklevel=3
-            )
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return results
+            return call(latents=latents, **options, **interface.arguments(conditioning.inputs, guidance))[0]
 
     @property
     def signal_level(self) -> float:
@@ -252,7 +248,7 @@ class DiffusionPipelineDenoiser:
         0 for flow matching, whose schedules start from pure noise.
         """
         scheduler = self.pipeline.scheduler
-        if not hasattr(scheduler, "alphas_cumprod"):
+        if not hasattr(scheduler, "alphas_cumprod") or self._predicts() == "flow":
             return 0.0
         scheduler.set_timesteps(self.num_inference_steps)
         return float(scheduler.alphas_cumprod[int(scheduler.timesteps[0])]) ** 0.5
@@ -265,15 +261,16 @@ class DiffusionPipelineDenoiser:
         """
         self._check(noise, conditioning)
         undecorated = inspect.unwrap(type(self.pipeline).__call__).__get__(self.pipeline)  # without its no_grad
-        latents = self._call(undecorated, noise, conditioning, output_type="latent")
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        if getattr(vae.config, "latents_mean", None) is not None:
-            mean, std = (torch.tensor(getattr(vae.config, key)).view(1, -1, 1, 1) for key in LATENT_STATISTICS)
-            latents = latents * std.to(latents) + mean.to(latents)
-        with self._autocast():
-            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return images.float() / 2 + 0.5
+        with unclamped(self.pipeline):
+            return self._call(undecorated, noise, conditioning)
+
+    def _predicts(self) -> str:
+        """What the network predicts: ``epsilon``, ``v_prediction``, or ``flow`` for the velocity of flow matching."""
+        kind = self.pipeline.scheduler.config.get("prediction_type", "flow").removesuffix("_prediction")
+        kind = {"v": "v_prediction"}.get(kind, kind)
+        if kind not in ("epsilon", "v_prediction", "flow"):
+            raise ValueError(f"{self.name} predicts {kind!r}; single predictions need one of ε, v or a velocity")
+        return kind
 
     @torch.inference_mode()
     def predict_noise(
@@ -292,23 +289,23 @@ class DiffusionPipelineDenoiser:
             flow-matching model.
 
         Raises:
-            ValueError: If the latents do not match, or the network predicts neither ε nor v nor a velocity.
+            ValueError: If the latents do not match, the network predicts neither ε nor v nor a velocity, or the model
+                was distilled without guidance and ``guidance_scale`` is not 1.
         """
         self._check(latents, conditioning)
         check_guidance(guidance_scale)
-        scheduler = self.pipeline.scheduler
-        kind = scheduler.config.get("prediction_type", "flow")
-        if kind not in ("epsilon", "v_prediction", "flow"):
-            raise ValueError(f"{self.name} predicts {kind!r}; expected ε, v or a velocity")
+        scheduler, kind = self.pipeline.scheduler, self._predicts()
+        if self._guidance == "none" and guidance_scale != 1:
+            raise ValueError(f"{self.name} was distilled without guidance: a prediction's must be 1")
 
         def run(rows: slice) -> torch.Tensor:
             probe = ProbeScheduler(scheduler.config, timestep)
             options = {"guidance_scale": guidance_scale, "num_inference_steps": 1, "output_type": "latent"}
             with scheduled_by(self.pipeline, probe):
                 self._call(self.pipeline, latents[rows], conditioning[rows], **options)
-            return probe.prediction.float()
+            return self.interface.unpack(probe.prediction.float(), self.latent_shape)
 
-        predicted = torch.cat(self._in_micro_batches(len(latents), run)).clone()
+        predicted = torch.cat(in_micro_batches(self, len(latents), run)).clone()
         if kind == "v_prediction":
             alpha = float(scheduler.alphas_cumprod[int(timestep)])
             predicted = alpha**0.5 * predicted + (1 - alpha) ** 0.5 * latents.to(predicted)
@@ -320,12 +317,20 @@ class DiffusionPipelineDenoiser:
         DDIM with ε-prediction, or Euler for flow matching.
 
         Raises:
-            ValueError: If the model is a few-step student, whose timesteps allow no such schedule.
+            ValueError: If the network predicts neither ε nor v nor a velocity, or the model is a few-step student,
+                whose timesteps allow no such schedule.
         """
-        config = self.pipeline.scheduler.config
-        if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            flow = FlowMatchEulerDiscreteScheduler.from_config(config)
-            flow.set_timesteps(num_inference_steps)
+        config, steps = self.pipeline.scheduler.config, num_inference_steps
+        if self._predicts() == "flow":
+            if "flow_shift" in config:  # a multistep scheduler
+                flow = FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["flow_shift"])
+            else:
+                flow = FlowMatchEulerDiscreteScheduler.from_config(config)
+            if self.interface.shift:  # as the pipeline's own call
+                mu = self.interface.shift_of(self.pipeline, self.latent_shape, steps)
+                flow.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+            else:
+                flow.set_timesteps(steps)
             return flow
         ddim = DDIMScheduler.from_config(config, prediction_type="epsilon", clip_sample=False, thresholding=False)
         ddim.set_timesteps(num_inference_steps)

@@ -1,29 +1,39 @@
-"""Denoisers by name: settings of published pipelines, where their weights come from, and how they are loaded."""
+"""Denoisers by name: settings of published pipelines, and how they are loaded."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import inspect
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
-from huggingface_hub import HfApi, constants
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 
 from noisear_rl.config import UnknownOptionError
 from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
-from noisear_rl.denoisers.placement import DeviceMap, Offload, resolve_device, resolve_dtype
+from noisear_rl.denoisers.placement import DeviceMap, Dtype, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes.architecture import ASSETS
+from noisear_rl.denoisers.weights import (
+    file_digest,
+    hub_file,
+    load_weights,
+    local_folder,
+    read_index,
+    revision_of,
+    wants_fp16_files,
+)
 
-Scheduler = Literal["dpm", "own"]
-REACHABLE_WITHIN = 3.0  # seconds to wait for an answer from the Hub
+Scheduler = Literal["dpm", "euler", "own"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,14 @@ class Preset:
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance scale.
         revision: Commit on the Hub; ``None`` for the newest, whose commit goes into records.
-        scheduler: ``dpm`` replaces the scheduler by DPMSolverMultistep, ``own`` keeps the pipeline's.
+        scheduler: ``dpm`` replaces the scheduler by DPMSolverMultistep, ``euler`` by Euler's with trailing
+            timesteps, for students of few steps; ``own`` keeps the pipeline's.
         variant: Which weight files to fetch for half precision; ``None`` for those without a variant.
         pipeline: Pipeline class; folders with a pipeline of this class use the same settings.
         student: Folder with another UNet and scheduler for the same pipeline; ``None`` for the pipeline's own.
+        unet: Hub id and file of other weights for the pipeline's UNet.
+        half: Precision on accelerators.
+        options: Other options of the denoiser.
     """
 
     path: str
@@ -49,6 +63,9 @@ class Preset:
     variant: str | None = None
     pipeline: str | None = None
     student: str | None = None
+    unet: tuple[str, str] | None = None
+    half: Dtype = "float16"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRESETS: dict[str, Preset] = {
@@ -79,9 +96,61 @@ PRESETS: dict[str, Preset] = {
         scheduler="own",
         pipeline="StableDiffusion3Pipeline",
     ),
+    "sd3.5-medium": Preset("stabilityai/stable-diffusion-3.5-medium", 40, 4.5, scheduler="own", half="bfloat16"),
+    "sd3.5-large-turbo": Preset(
+        "stabilityai/stable-diffusion-3.5-large-turbo", 4, 1.0, scheduler="own", half="bfloat16"
+    ),
+    "sdxl-turbo": Preset("stabilityai/sdxl-turbo", 1, 1.0, scheduler="own", variant="fp16"),
+    "sdxl-lightning": Preset(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        4,
+        1.0,
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        scheduler="euler",
+        variant="fp16",
+        unet=("ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors"),
+    ),
+    "sana-sprint": Preset(
+        "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+        2,
+        4.5,
+        scheduler="own",
+        pipeline="SanaSprintPipeline",
+        half="bfloat16",
+    ),
+    "sana-sprint-0.6b": Preset(
+        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers", 2, 4.5, scheduler="own", half="bfloat16"
+    ),
+    "flux-dev": Preset(
+        "black-forest-labs/FLUX.1-dev", 50, 3.5, scheduler="own", pipeline="FluxPipeline", half="bfloat16"
+    ),
+    "flux-schnell": Preset(
+        "black-forest-labs/FLUX.1-schnell",
+        4,
+        1.0,
+        scheduler="own",
+        half="bfloat16",
+        options={"max_sequence_length": 256},
+    ),
+    "flux2-klein": Preset(
+        "black-forest-labs/FLUX.2-klein-4B",
+        4,
+        1.0,
+        scheduler="own",
+        pipeline="Flux2KleinPipeline",
+        half="bfloat16",
+    ),
+    "z-image-turbo": Preset(
+        "Tongyi-MAI/Z-Image-Turbo", 9, 1.0, scheduler="own", pipeline="ZImagePipeline", half="bfloat16"
+    ),
+    "qwen-image": Preset("Qwen/Qwen-Image", 50, 4.0, scheduler="own", pipeline="QwenImagePipeline", half="bfloat16"),
+    "wan": Preset(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 50, 5.0, scheduler="own", pipeline="WanPipeline", half="bfloat16"
+    ),
 }
-SMALLEST, LARGEST = {"guidance_scale": 0}, 100_000  # of options that are numbers; others are at least 1
-_OWN = {"path": str, "revision": str, "scheduler": str, "device_map": str}
+SMALLEST = dict.fromkeys(("guidance_scale", "height", "width", "num_frames", "max_sequence_length"), 0)
+LARGEST = 100_000  # of options that are numbers; others are at least 1
+_OWN = {"path": str, "revision": str, "scheduler": str, "unet": str, "device_map": str}
 
 
 def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenoiser:
@@ -92,8 +161,11 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     revision = options.pop("revision", preset.revision if path == preset.path else None)
     scheduler = options.pop("scheduler", preset.scheduler)
     if scheduler not in get_args(Scheduler):
-        raise ValueError(f"scheduler must be 'dpm' or 'own', not {scheduler!r}")
+        raise ValueError(f"scheduler must be one of {get_args(Scheduler)}, not {scheduler!r}")
     device = resolve_device(options.get("device", "auto"))
+    if device.type != "cpu" and options.get("dtype", "auto") == "auto":
+        options["dtype"] = preset.half
+    unet = options.pop("unet", None)
     dtype = resolve_dtype(options.get("dtype", "auto"), device)
     device_map, offload = options.pop("device_map", "none"), options.get("offload", "none")
     for option, value, allowed in (("device_map", device_map, DeviceMap), ("offload", offload, Offload)):
@@ -103,11 +175,11 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
         raise ValueError("offload and device_map spare the memory of accelerators, but the device is the CPU")
     if "none" not in (offload, device_map):
         raise ValueError(f"set offload={offload} or device_map={device_map}, not both")
-    folder = _local_folder(name, path, revision, preset.variant if path == preset.path else None)
+    folder = local_folder(name, path, revision, preset.variant if path == preset.path else None)
     parts: dict[str, Any] = {} if device.type == "cpu" else {"torch_dtype": dtype}
     if device_map != "none":
         parts["device_map"] = device_map
-    if _wants_fp16_files(folder, parts.get("torch_dtype")):
+    if wants_fp16_files(folder, parts.get("torch_dtype")):
         parts["variant"] = "fp16"
     with quietly():
         try:
@@ -120,30 +192,31 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
                 f"the weights of {name!r} in {folder} could not be loaded; are they complete, and safetensors? "
                 f"Cause: {str(error).splitlines()[0]}"
             ) from error
+    revision = revision_of(folder)
+    if unet or (preset.unet and path == preset.path):
+        file = Path(unet) if unet else hub_file(name, *(preset.unet or ("", "")))
+        load_weights(pipeline.unet, file)
+        revision += f"-{file_digest(file)}"
     if scheduler == "dpm":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    options = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale} | options
-    return DiffusionPipelineDenoiser(pipeline, name=name, revision=_revision_of(folder), **options)
+    elif scheduler == "euler":
+        config = pipeline.scheduler.config
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+    own = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
+    return DiffusionPipelineDenoiser(pipeline, name=name, revision=revision, **own | dict(preset.options) | options)
 
 
 def _preset_of(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     check_denoiser(name)
-    cls = _index(Path(name)).get("_class_name")
+    cls = read_index(Path(name)).get("_class_name")
     like = next((preset for preset in PRESETS.values() if preset.pipeline and preset.pipeline == cls), None)
     if like is None and cls in INTERFACES:
         return Preset(name, 50, 7.5)
     if like is None:
         raise ValueError(f"{name} contains a {cls}; expected one of {sorted(INTERFACES)}")
-    return Preset(name, like.num_inference_steps, like.guidance_scale, scheduler=like.scheduler)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """The contents of a pipeline folder's ``model_index.json``."""
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} contains no diffusers pipeline: it has no model_index.json")
-    return json.loads((folder / "model_index.json").read_text())
+    return Preset(name, like.num_inference_steps, like.guidance_scale, scheduler=like.scheduler, half=like.half)
 
 
 def _converted(options: dict[str, Any]) -> dict[str, Any]:
@@ -177,58 +250,3 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
             )
         converted[key] = value
     return converted
-
-
-def _local_folder(name: str, path: str, revision: str | None, variant: str | None) -> Path:
-    """The folder of a pipeline: the given one, from the Hub's cache, or downloaded if the Hub can be reached.
-
-    Raises:
-        FileNotFoundError: If there is none; the message says which command downloads it and where to put it.
-    """
-    if Path(path).is_dir():
-        _index(Path(path))
-        return Path(path)
-    if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # not a Hub id
-        raise FileNotFoundError(f"{path}: no such pipeline folder")
-    download = {"revision": revision, "variant": variant, "use_safetensors": True}
-    with quietly(), contextlib.suppress(OSError, ValueError):
-        return Path(DiffusionPipeline.download(path, local_files_only=True, **download))
-    try:
-        HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
-        with quietly(progress_bars=True):
-            return Path(DiffusionPipeline.download(path, **download))
-    except Exception as error:  # from many libraries: unreachable, gated, renamed, no disk space
-        at = f" --revision {revision}" if revision else ""
-        weights = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
-        raise FileNotFoundError(
-            f"the weights of {name!r} ({path}) are not on this machine and could not be fetched. With access to the "
-            f"Hub, run `hf download {path}{at} --include '*.json' '*.txt' '*.model' '{weights}'`, which fills "
-            f"{constants.HF_HUB_CACHE}; or copy the pipeline to any folder and pass path=FOLDER. The "
-            "embedded denoisers 'shapes' and 'shapes-turbo' need no download. "
-            f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        ) from error
-
-
-def _wants_fp16_files(folder: Path, dtype: torch.dtype | None) -> bool:
-    """Whether to load the fp16 files: in half precision if there are any, or if there are no others."""
-    files = [file.name for file in folder.glob("*/*.safetensors")]
-    half = [name for name in files if ".fp16." in name]
-    return bool(half) and (dtype in (torch.float16, torch.bfloat16) or len(half) == len(files))
-
-
-def _revision_of(folder: Path) -> str:
-    """The Hub's commit, or a digest of the folder's files (for large ones: size, beginning and end)."""
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    for file in sorted(
-        path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors")
-    ):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
-            if size > 2**20:
-                stream.seek(-(2**20), 2)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ class PromptEncoder:
         cache_dir: Folder of the disk cache, ``none``, or ``auto`` for the default one if the encoders are large.
         model: Name of the weights and their dtype in the disk cache.
         dtype: Dtype that embeddings are kept in; ``None`` for that of the text encoders.
+        longest: Tokens of a prompt at most, of classes that let one choose; 0 for the class's own number.
+        negative: Whether to embed the text without a prompt, for guidance.
 
     Attributes:
         length: ``L`` of ``prompt_embeds``.
@@ -114,10 +117,15 @@ class PromptEncoder:
         cache_dir: str,
         model: str,
         dtype: torch.dtype | None = None,
+        longest: int = 0,
+        negative: bool = True,
     ) -> None:
         self.pipeline, self.interface, self.device, self.dtype = pipeline, interface, device, dtype
         self._kept: int | None = None  # number of prompts that were embedded before the text encoders were dropped
-        self.lengths = [size or getattr(pipeline, name).model_max_length for name, size in interface.tokens]
+        self.longest = interface.longest and (longest or interface.longest)
+        self.negative = negative and interface.negative != "none"
+        own = ((size or self.longest, getattr(pipeline, name)) for name, size in interface.tokens)
+        self.lengths = [size or tokenizer.model_max_length for size, tokenizer in own]
         self.length = sum(self.lengths)
         folder = None if cache_dir == "none" else Path(cache_dir)
         if cache_dir == "auto":
@@ -140,12 +148,16 @@ class PromptEncoder:
                 self._masks[prompt] = self._mask(prompt)
         rows = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
         inputs = {key: torch.cat([rows[prompt][key] for prompt in prompts]) for key in rows[prompts[0]]}
-        empty = self._embed("", negative=True)  # the same for every prompt, so it is cached once
-        inputs |= {key: value.expand(len(prompts), *value.shape[1:]) for key, value in empty.items()}
+        if self.negative:  # the same for every prompt, so it is cached once
+            empty = self._embed(self.interface.negative_prompt, negative=True)
+            inputs |= {key: value.expand(len(prompts), *value.shape[1:]) for key, value in empty.items()}
         if self.dtype is not None:
             wanted = getattr(self.pipeline, self.interface.network).dtype
             inputs = {key: _floats_to(value, wanted) for key, value in inputs.items()}
-        mask = torch.stack([self._masks[prompt] for prompt in prompts]).to(self.device)
+        if self.interface.mask:
+            mask = inputs[self.interface.mask].bool()
+        else:
+            mask = torch.stack([self._masks[prompt] for prompt in prompts]).to(self.device)
         return Conditioning(list(prompts), inputs["prompt_embeds"].float(), mask, inputs)
 
     def keep_only(self, prompts: Sequence[str]) -> None:
@@ -157,7 +169,8 @@ class PromptEncoder:
             self.encode([prompt])
         if self.cache.folder is not None:
             self.cache.limit = limit
-        self._embed("", negative=True)
+        if self.negative:
+            self._embed(self.interface.negative_prompt, negative=True)
         self._kept = len(set(prompts))
         drop_text_encoders(self.pipeline)
 
@@ -180,6 +193,22 @@ class PromptEncoder:
             masks.append(torch.arange(length) < len(ids))
         return torch.cat(masks)
 
+    def _options(self, negative: bool) -> dict[str, Any]:
+        """Arguments of ``encode_prompt`` that are not the same for all pipelines of a class."""
+        options: dict[str, Any] = {"max_sequence_length": self.longest} if self.longest else {}
+        if self.interface.negative == "together":
+            options["do_classifier_free_guidance"] = negative
+        parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        return options | {name: parameters[name].default for name in self.interface.call_defaults}
+
+    def _padded(self, found: Mapping[str, Any]) -> Tensors:
+        """Embeddings ``(1, L, D)`` of one prompt that came without padding, and their masks ``(1, L)``."""
+        padded: Tensors = {}
+        for key, (row,) in found.items():
+            padded[key] = torch.nn.functional.pad(row, (0, 0, 0, self.length - len(row)))[None]
+            padded[f"{key}_mask"] = (torch.arange(self.length, device=row.device) < len(row))[None]
+        return padded
+
     @torch.no_grad()
     def _embed(self, prompt: str, negative: bool = False) -> Tensors:
         """The pipeline's tensors ``(1, …)`` for a prompt, or the negative ones if ``negative``."""
@@ -192,11 +221,13 @@ class PromptEncoder:
                 )
             found = {}
             for options, names in self.interface.encodings:
-                values = self.pipeline.encode_prompt(
-                    prompt, device=self.device, do_classifier_free_guidance=negative, **options
-                )
-                found |= dict(zip(names, values, strict=True))
+                values = self.pipeline.encode_prompt(prompt, device=self.device, **self._options(negative), **options)
+                found |= {key: value for key, value in zip(names, values, strict=True) if key}
+            if negative and self.interface.negative == "apart":
+                found = {f"negative_{key}": value for key, value in found.items()}
             found = {key: value for key, value in found.items() if key.startswith("negative_") == negative}
+            if self.interface.ragged:
+                found = self._padded(found)
             if self.dtype is not None:
                 found = {key: _floats_to(value, self.dtype) for key, value in found.items()}
             self.cache.put(prompt, found)

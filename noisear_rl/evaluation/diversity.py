@@ -15,13 +15,14 @@ def radial_spectrum(noise: torch.Tensor) -> torch.Tensor:
         noise: ``(B, C, h, w)``.
 
     Returns:
-        ``(R,)`` float64, ``R = min(h, w) // 2 + 1``: the mean of ``|FFT|² / (h·w)`` over samples, channels, and the
-        frequencies whose distance from zero rounds to ``r``; corners beyond the last ring are omitted.
+        ``(R,)`` float64, ``R = min(h, w) // 2 + 1`` (of the sides above 1): the mean of ``|FFT|² / (h·w)`` over
+        samples, channels, and the frequencies whose distance from zero rounds to ``r``; corners beyond the last ring
+        are omitted.
     """
     h, w = noise.shape[-2:]
     power = torch.fft.fft2(noise.double()).abs().square().mean((0, 1)) / (h * w)
     y, x = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
-    rings = min(h, w) // 2 + 1
+    rings = min((side for side in (h, w) if side > 1), default=1) // 2 + 1
     radius = (y[:, None].square() + x.square()).sqrt().round().long().to(noise.device)
     inside = radius < rings
     total = torch.zeros(rings, dtype=torch.float64, device=noise.device).index_add_(0, radius[inside], power[inside])

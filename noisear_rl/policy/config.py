@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from noisear_rl.config import Decay, NonNegativeInt, PositiveFloat, PositiveInt, check_config
+from noisear_rl.config import ConfigError, Decay, NonNegativeInt, PositiveFloat, PositiveInt, check_config
 from noisear_rl.patches import sequence_shape
 
 # What a policy and a denoiser must agree on; for "tokens" the last two are the tokenizer's.
@@ -21,7 +21,7 @@ class NoiseARConfig:
 
     Attributes:
         latent_shape: ``(C, *spatial)`` of the denoiser's initial noise.
-        patch_size: Patch side along every spatial axis.
+        patch_size: Patch side along every spatial axis, or one side per axis.
         text_encoder: What the policy reads of a prompt: ``"denoiser"`` (the denoiser's frozen text embedding),
             ``"tokens"`` (the denoiser's token ids, embedded by a table and positions that are trained with the
             policy), or the folder or Hub id of another frozen encoder that ``transformers`` loads, such as T5, a
@@ -59,7 +59,7 @@ class NoiseARConfig:
     """
 
     latent_shape: tuple[PositiveInt, ...] = (4, 8, 8)
-    patch_size: PositiveInt = 2
+    patch_size: PositiveInt | tuple[PositiveInt, ...] = 2
     text_encoder: str = DENOISER
     text_layers: NonNegativeInt = 0
     text_dim: PositiveInt = 256
@@ -82,6 +82,9 @@ class NoiseARConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
+        if not isinstance(self.patch_size, int) and len(self.patch_size) != len(self.latent_shape) - 1:
+            expected = f"one size or {len(self.latent_shape) - 1}, one per spatial axis, not {list(self.patch_size)}"
+            raise ConfigError(type(self).__name__, f"patch_size must be {expected}")
         _, patch_dim = sequence_shape(self.latent_shape, self.patch_size)  # raises where the patches do not fit
         if self.layouts > patch_dim:
             raise ValueError(f"layouts must be at most {patch_dim}, the elements of a patch, not {self.layouts}")

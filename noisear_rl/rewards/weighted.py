@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 import torch
 
 from noisear_rl.distributed import gather_rows
+from noisear_rl.patches import per_row
 
 Normalization = Literal["none", "running", "fixed"]
 
@@ -106,17 +107,25 @@ class WeightedReward:
         """The score of every scorer, ``(B,)`` each, not standardised, where the images are; NaN where a scorer fails.
 
         Scorers do not see images that hold NaN or infinity: these get black ones in their place, and the score NaN.
+        A scorer with a true attribute ``takes_frames`` gets videos ``(B, T, 3, H, W)``; others score each frame, and
+        the score is the mean.
 
         Raises:
             ValueError: If images and prompts do not match, or a scorer does not return one number per image.
         """
-        if images.dim() != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+        if images.dim() not in (4, 5) or images.shape[-3] != 3 or len(images) != len(prompts):
             raise ValueError(f"expected images ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
         whole = images.detach().flatten(1).isfinite().all(1)  # (B,)
-        seen = images if whole.all() else torch.where(whole[:, None, None, None], images, 0.0)
+        seen = images if whole.all() else torch.where(per_row(whole, images), images, 0.0)
         scores = {}
         for reward, _ in self.rewards:
-            values = checked_scores(reward.score(seen, prompts), len(prompts), f"scorer {reward.name!r}")
+            if seen.dim() == 4 or getattr(reward, "takes_frames", False):
+                scored = reward.score(seen, prompts)
+            else:
+                each = [prompt for prompt in prompts for _ in range(seen.shape[1])]
+                scored = checked_scores(reward.score(seen.flatten(0, 1), each), len(each), f"scorer {reward.name!r}")
+                scored = scored.unflatten(0, (-1, seen.shape[1])).mean(1)
+            values = checked_scores(scored, len(prompts), f"scorer {reward.name!r}")
             scores[reward.name] = torch.where(whole, values.to(whole.device), torch.nan)
         return scores
 

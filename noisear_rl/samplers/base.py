@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from noisear_rl.patches import per_row
 from noisear_rl.rewards import WeightedReward
 
 __all__ = [
@@ -100,9 +101,9 @@ class Incumbent:
 
     def challenge(self, noise: torch.Tensor, images: torch.Tensor, scores: torch.Tensor) -> None:
         """Replaces the samples whose challenger scores higher; a tie keeps the earlier one."""
-        better = (_ranked(scores) > self.scores)[:, None, None, None]
-        self.noise = torch.where(better.to(noise.device), noise, self.noise)
-        self.images = torch.where(better.to(images.device), images, self.images)
+        better = _ranked(scores) > self.scores
+        self.noise = torch.where(per_row(better, noise), noise, self.noise)
+        self.images = torch.where(per_row(better, images), images, self.images)
         self.scores = torch.maximum(_ranked(scores), self.scores)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from noisear_rl.denoisers import Conditioning, Denoiser
+from noisear_rl.denoisers import Conditioning, Denoiser, DifferentiableDenoiser, require
+from noisear_rl.patches import per_row
 from noisear_rl.rewards import WeightedReward
 from noisear_rl.samplers.base import Incumbent, Sampler, Samples, check_choice
 
@@ -58,7 +59,8 @@ class Reno:
         batch_size: Samples optimised per batch.
 
     Raises:
-        ValueError: If an argument is out of range, or the reward is standardised by running statistics.
+        ValueError: If an argument is out of range, the reward is standardised by running statistics, or the denoiser
+            has no gradients.
     """
 
     def __init__(
@@ -82,7 +84,8 @@ class Reno:
                 f"{learning_rate}, {max_grad_norm}, {regularization} and {momentum}"
             )
         check_choice(reward)
-        self.start, self.denoiser, self.reward = start, denoiser, reward
+        self.denoiser = require(denoiser, DifferentiableDenoiser, "ReNO")
+        self.start, self.reward = start, reward
         self.iterations, self.learning_rate, self.momentum = iterations, learning_rate, momentum
         self.max_grad_norm, self.regularization, self.batch_size = max_grad_norm, regularization, batch_size
 
@@ -138,9 +141,9 @@ class Reno:
                 objective = scores.sum() - self.regularization * norm_regularizer(leaf).sum()
                 (gradient,) = torch.autograd.grad(objective, leaf)
         # A sample whose scorer failed stays where it is.
-        gradient = torch.where(scores.isfinite().to(gradient.device)[:, None, None, None], gradient, 0.0)
+        gradient = torch.where(per_row(scores.isfinite(), gradient), gradient, 0.0)
         length = gradient.flatten(1).norm(dim=1)
         if not length.isfinite().all():
             raise ValueError("the reward's gradient holds NaN or infinite values: is every scorer differentiable?")
-        gradient = gradient * (self.max_grad_norm / length.clamp(min=self.max_grad_norm))[:, None, None, None]
+        gradient = gradient * per_row(self.max_grad_norm / length.clamp(min=self.max_grad_norm), gradient)
         return images.detach(), scores.detach(), gradient

@@ -8,6 +8,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
@@ -28,6 +29,12 @@ from tests import tiny_pipelines
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
 NAMES = tuple(tiny_pipelines.BUILDERS)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux-schnell", "qwen-image", "wan", "flux2-klein")]
+SHOWN = [*(name for name in NAMES if name not in [param.values[0] for param in SLOWER]), *SLOWER]
+NO_GUIDANCE = ("flux-schnell", "flux2-klein")  # distilled without it
+NO_PAIRS = {name: "distilled without guidance" for name in NO_GUIDANCE} | {"sana-sprint": "predicts 'trigflow'"}
+ONE_BY_ONE = ("sdxl-turbo", "z-image-turbo", "qwen-image", "wan", *NO_GUIDANCE, "flux-dev", "sana-sprint")
+FOLDERS = {"z-image-turbo": "z_image", "flux-dev": "flux"}
 IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
 SMALL = NoiseARConfig(d_model=32, d_ff=32, n_heads=4, n_layers=1, log_variance="shared")
 pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
@@ -44,8 +51,35 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=NAMES)
 def denoiser(request, folders):
-    options = {"num_inference_steps": 3, "dtype": "float32", "cache_dir": "none"}
-    return load_denoiser(request.param, path=str(folders / request.param), **options)
+    return load_denoiser(request.param, **options_of(request.param, folders), num_inference_steps=3)
+
+
+def options_of(name, folders):
+    """What a tiny pipeline of this class needs."""
+    own = tiny_pipelines.SIZES.get(name, {})
+    return {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"} | own
+
+
+def bare_arguments(denoiser, pipeline, noise):
+    """How a user passes the same noise, size and guidance to the pipeline itself."""
+    guidance, name = denoiser.guidance_scale, denoiser.name
+    height, width = np.broadcast_to(denoiser.image_size, 2).tolist()
+    found = {"latents": noise.clone(), "guidance_scale": guidance, "height": height, "width": width}
+    if name in ("hunyuan-dit", "pixart-sigma", "sana-sprint"):
+        found["use_resolution_binning"] = False
+    if name == "sana-sprint":
+        found["intermediate_timesteps"] = None  # of two steps only
+    if name == "z-image-turbo":
+        found["guidance_scale"] = guidance - 1  # its scale for no guidance is 0
+    if name == "flux-schnell":
+        found["max_sequence_length"] = 256  # its card's
+    if name == "wan":
+        found["num_frames"] = denoiser.denoise(noise[:0], denoiser.encode(["a"])[:0]).shape[1]
+    if name == "qwen-image":
+        found |= {"true_cfg_scale": found.pop("guidance_scale"), "negative_prompt": " "}
+    if name.startswith("flux-") or name == "qwen-image":
+        found["latents"] = pipeline._pack_latents(found["latents"], *noise.shape)
+    return found
 
 
 def test_images_are_the_bare_pipelines(denoiser, folders):
@@ -55,19 +89,15 @@ def test_images_are_the_bare_pipelines(denoiser, folders):
         pipeline.scheduler = type(denoiser.pipeline.scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     noise = standard_noise(range(3), denoiser.latent_shape)
-    options = {"use_resolution_binning": False} if denoiser.name in ("hunyuan-dit", "pixart-sigma") else {}
     for i, prompt in enumerate(PROMPTS):
         expected = pipeline(
-            prompt,
-            latents=noise[i : i + 1].clone(),
+            prompt=prompt,
             num_inference_steps=3,
-            guidance_scale=denoiser.guidance_scale,
-            height=denoiser.image_size,
-            width=denoiser.image_size,
+            generator=[torch.Generator().manual_seed(i)],
             output_type="pt",
-            **options,
-        ).images
-        images = denoiser.denoise(noise[i : i + 1], denoiser.encode([prompt]))
+            **bare_arguments(denoiser, pipeline, noise[i : i + 1]),
+        )[0]
+        images = denoiser.denoise(noise[i : i + 1], denoiser.encode([prompt]), [i])
         torch.testing.assert_close(images, expected.float().clamp(0, 1), rtol=0, atol=1e-5)
 
 
@@ -76,17 +106,19 @@ def test_batches_do_not_matter_and_inputs_stay(denoiser):
     untouched = noise.clone()
     whole = denoiser.denoise(noise, conditioning, [1, 2, 3])
     assert torch.equal(noise, untouched)
-    assert whole.shape == (3, 3, denoiser.image_size, denoiser.image_size) and whole.std() > 0.01
+    frames = (9,) if denoiser.name == "wan" else ()
+    assert whole.shape == (3, *frames, 3, denoiser.image_size, denoiser.image_size) and whole.std() > 0.01
     single = [denoiser.denoise(noise[i : i + 1], conditioning[[i]], [i + 1]) for i in range(3)]
     torch.testing.assert_close(torch.cat(single), whole, rtol=0, atol=1e-4)
-    swapped = denoiser.denoise(noise, denoiser.encode(PROMPTS[::-1]))
+    swapped = denoiser.denoise(noise, denoiser.encode(PROMPTS[::-1]), [1, 2, 3])
     assert not torch.allclose(swapped[0], whole[0], atol=1e-4)  # the prompt matters
 
 
 def test_running_out_of_memory_halves_the_batch(denoiser, monkeypatch):
-    """The network, like an allocator, rejects more than two images per pass (batches of four with guidance)."""
+    """The network, like an allocator, rejects more than four rows: two images where guidance doubles the batch."""
     noise, conditioning = standard_noise(range(5), denoiser.latent_shape), denoiser.encode([*PROMPTS, *PROMPTS[:2]])
-    expected = denoiser.denoise(noise, conditioning)
+    seeds = range(5)
+    expected = denoiser.denoise(noise, conditioning, seeds)
     forward, refused = denoiser.network.forward, []
 
     @torch.compiler.disable
@@ -103,8 +135,8 @@ def test_running_out_of_memory_halves_the_batch(denoiser, monkeypatch):
     monkeypatch.setattr(denoiser.network, "forward", limited_by_name)
     monkeypatch.setattr(denoiser, "micro_batch_size", 5)
     with pytest.warns(UserWarning, match="out of memory with 5 images"):
-        images = denoiser.denoise(noise, conditioning)
-    assert refused == [10] and denoiser.micro_batch_size == 2
+        images = denoiser.denoise(noise, conditioning, seeds)
+    assert refused == [5 if denoiser.name in ONE_BY_ONE else 10] and denoiser.micro_batch_size == 2
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
     def never(*arguments, **keywords):
@@ -129,13 +161,23 @@ def test_bad_noise(denoiser):
 
 
 def test_prediction_is_linear_in_the_guidance(denoiser):
-    """Predictions along the first-order schedule are linear in the guidance and depend on it."""
-    schedule = denoiser.first_order_schedule(4)
+    """Predictions along the first-order schedule are linear in classifier-free guidance and depend on any."""
     noise, conditioning = standard_noise(range(3), denoiser.latent_shape), denoiser.encode(PROMPTS)
+    if denoiser.name == "sana-sprint":
+        with pytest.raises(ValueError, match="predicts 'trigflow'"):
+            denoiser.first_order_schedule(4)
+        return
+    schedule = denoiser.first_order_schedule(4)
     time_ = float(schedule.timesteps[0])
+    if denoiser.name in NO_GUIDANCE:
+        assert denoiser.predict_noise(noise, time_, conditioning, 1.0).shape == noise.shape
+        with pytest.raises(ValueError, match="distilled without guidance"):
+            denoiser.predict_noise(noise, time_, conditioning, 3.0)
+        return
     low, high = (denoiser.predict_noise(noise, time_, conditioning, g) for g in (1.0, 3.0))
     middle = denoiser.predict_noise(noise, time_, conditioning, 2.0)
-    torch.testing.assert_close(middle, (low + high) / 2, rtol=1e-4, atol=1e-5)  # guidance is linear
+    if denoiser.name not in ("flux-dev", "qwen-image"):  # an input of the network; rescaled to the conditional norm
+        torch.testing.assert_close(middle, (low + high) / 2, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(low, high, atol=1e-4)
 
 
@@ -143,7 +185,12 @@ def test_the_complete_loop(denoiser, tmp_path):
     """Encode, sample, pairs, one NLL step, collected rollouts, one DPO step, and evaluation."""
     name, path = denoiser.name, str(denoiser.pipeline.config._name_or_path)
     options = {"path": path, "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
+    options |= tiny_pipelines.SIZES.get(name, {})
     config = PairsConfig(name, prompts=PROMPTS, pairs=6, num_inference_steps=10, output_dir=tmp_path / "pairs")
+    if name in NO_PAIRS:  # the rest of the loop needs none: the next test
+        with pytest.raises(ValueError, match=NO_PAIRS[name]):
+            build_pairs(config, denoiser)
+        return
     pairs = build_pairs(dataclasses.replace(config, batch_size=4, shard_size=4), denoiser)
     assert len(pairs) == 6
     targets = torch.tensor(pairs["target"][:]).unflatten(1, denoiser.latent_shape)
@@ -178,7 +225,7 @@ def test_the_complete_loop(denoiser, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_reinforcement_learning_through_the_environment(name, folders, tmp_path):
     """PPO, rollouts and DPO through the environment id, as with the published weights."""
-    options = {"path": str(folders / name), "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
+    options = options_of(name, folders) | {"num_inference_steps": "2"}
     shared = {"env_id": IDS[name], "denoiser_options": options, "reward": "brightness", "prompts": PROMPTS}
     sizes = {"prompts_per_update": 2, "samples_per_prompt": 4, "updates": 1, "policy": SMALL}
     policy = ppo.train(ppo.PPOConfig(output_dir=tmp_path / "ppo", **shared, **sizes))
@@ -190,6 +237,10 @@ def test_reinforcement_learning_through_the_environment(name, folders, tmp_path)
     assert len(load_rollouts(tmp_path / "rollouts").dataset) == 9
     made = {"rollouts": tmp_path / "rollouts", "init_from": str(tmp_path / "ppo"), "denoiser_options": options}
     dpo.train(dpo.DPOConfig(output_dir=tmp_path / "dpo", threshold=0.0, epochs=1, **made))
+    if name in NO_PAIRS:  # others: the test before
+        scored = {"samples": 2, "scorers": ("brightness",), "output_dir": tmp_path / "evaluation"}
+        judged = evaluate.EvaluateConfig((f"ppo={tmp_path / 'ppo'}",), name, str(write_prompts(tmp_path)), **scored)
+        assert "| ppo |" in evaluate.run(dataclasses.replace(judged, denoiser_options=options))
 
 
 def write_prompts(folder):
@@ -198,29 +249,32 @@ def write_prompts(folder):
     return file
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHOWN)
 def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
     """The shipped presets with a test model and tiny sizes: pairs, NLL, PPO, evaluation."""
-    folder = name.replace("-", "_") if (ROOT / "configs" / name.replace("-", "_")).is_dir() else "sdxl"
+    folder = FOLDERS.get(name, name.replace("-", "_"))
     where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
+    where += [str(part) for option in tiny_pipelines.SIZES.get(name, {}).items() for part in option]
     small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
-    file = folders / "prompts.txt"
-    file.write_text("\n".join(PROMPTS) + "\n")
+    written = write_prompts(folders)
 
     def command(stage, *options, prompts=True):
         kind = ["--env-id", IDS[name]] if stage == "ppo" else ["--denoiser", name]
-        text = ["--prompts", str(file)] if prompts else []
+        text = ["--prompts", str(written)] if prompts else []
         out = ["--output-dir", str(tmp_path / stage)]
-        return [stage, "--config", f"configs/{folder}/{stage}.yaml", *kind, *text, *out, *options, *where]
+        shipped = [f"configs/{own}/{stage}.yaml" for own in (folder, "sdxl")]
+        file = next(file for file in shipped if (ROOT / file).is_file())
+        return [stage, "--config", file, *kind, *text, *out, *options, *where]
 
     pretraining = ["--pairs", str(tmp_path / "pairs"), "--epochs", "1", "--batch-size", "2"]
     free = ["--reward", "jpeg-compressibility"]  # the presets' scorers need weights
+    pretrain, start = [], []
+    if name not in NO_PAIRS:
+        pretrain = [command("pairs", "--pairs", "4"), command("nll", *small, *pretraining, prompts=False)]
+        start = ["--init-from", str(tmp_path / "nll")]
     commands = [
-        command("pairs", "--pairs", "4"),
-        command("nll", *small, *pretraining, prompts=False),
-        command(
-            "ppo", *small, "--init-from", str(tmp_path / "nll"), "--updates", "1", "--samples-per-prompt", "2", *free
-        ),
+        *pretrain,
+        command("ppo", *small, *start, "--updates", "1", "--samples-per-prompt", "2", *free),
         command("evaluate", "--methods", f"ppo={tmp_path / 'ppo'}", "--scorers", "jpeg-compressibility", "brightness"),
     ]
     script = f"from noisear_rl.cli import main\nfor line in {commands!r}:\n    main(line)"

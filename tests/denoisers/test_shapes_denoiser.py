@@ -143,8 +143,8 @@ def test_bad_input(shapes, tmp_path):
         shapes.encode(["a photo of a red circle " * 4])
     with pytest.raises(ValueError, match="unknown denoiser"):
         load_denoiser("shape")
-    with pytest.raises(ValueError, match="scheduler must be 'dpm' or 'own', not 'euler'"):
-        load_denoiser("shapes", scheduler="euler")
+    with pytest.raises(ValueError, match=r"scheduler must be one of \('dpm', 'euler', 'own'\), not 'ddim'"):
+        load_denoiser("shapes", scheduler="ddim")
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         load_denoiser("shapes", dtype="int8")
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):

@@ -167,7 +167,7 @@ def test_unknown_id_and_missing_weights(monkeypatch):
         gymnasium.make("NoiseAR-Shape-v0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     needs_weights = [name for name, denoiser in noisear_rl.ENVIRONMENTS.items() if denoiser not in EMBEDDED]
-    assert len(needs_weights) == 5
+    assert len(needs_weights) == 17
     for name in needs_weights:
         with pytest.raises(FileNotFoundError, match="not on this machine and could not be fetched"):
             gymnasium.make(name, reward="brightness")
