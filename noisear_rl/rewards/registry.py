@@ -40,6 +40,7 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transfo
     "aesthetic-v1": ("aesthetic", "AestheticV1"),
     "aesthetic-v2": ("aesthetic", "AestheticV2"),
     "clip-score": ("clip", "CLIPScore"),
+    "clip-h": ("clip", "CLIPH"),
 }
 
 
