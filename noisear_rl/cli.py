@@ -28,6 +28,7 @@ COMMANDS = {
         "noisear_rl.evaluation.reward_statistics",
         "measure the mean and standard deviation of scorers on Gaussian noise",
     ),
+    "serve-reward": ("noisear_rl.rewards.server", "serve a reward to other environments and machines over HTTP"),
     "npnet": ("noisear_rl.algos.npnet", "train NPNet (golden noise) on pairs, as a baseline"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
     "table": (
