@@ -39,6 +39,7 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transfo
     "mps": ("mps", "MPS"),
     "aesthetic-v1": ("aesthetic", "AestheticV1"),
     "aesthetic-v2": ("aesthetic", "AestheticV2"),
+    "aesthetic-v2.5": ("aesthetic", "AestheticV25"),
     "clip-score": ("clip", "CLIPScore"),
     "clip-h": ("clip", "CLIPH"),
 }
