@@ -2,11 +2,20 @@
 
 import base64
 import contextlib
+import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+import urllib3
+import uvicorn
+
+from noisear_rl.rewards.http import png
+from noisear_rl.rewards.server import ServeConfig, make_app
+
+JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 
 LOOPBACK = "127.0.0.1"
 
@@ -53,3 +62,29 @@ def gray(*levels, size=8):
 
 def encoded(content):
     return base64.b64encode(content).decode()
+
+
+@contextlib.contextmanager
+def serving(reward, **options):
+    """A server in a thread; yields its address."""
+    app = make_app(reward, ServeConfig(**options))
+    listening = socket.create_server((LOOPBACK, 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{LOOPBACK}:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+
+
+def body_of(images, prompts, **changes):
+    texts = [encoded(png(image)) for image in images]
+    return json.dumps({"images": texts, "prompts": prompts} | changes).encode()
+
+
+def post(url, body, content_type=JSON, **headers):
+    response = urllib3.request("POST", url, body=body, headers={"Content-Type": content_type, **headers}, timeout=30)
+    return response.status, json.loads(response.data) if response.data[:1] == b"{" else response.data

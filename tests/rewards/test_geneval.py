@@ -1,7 +1,8 @@
 """GenEval's rules on hand-made detections, and against verdicts of the published script.
 
 ``tests/files/geneval_verdicts.json`` holds random detections with what the functions of the published script
-(djghosh13/geneval, ``evaluation/evaluate_images.py``) answered: the color of an object was "red" if the left edge of its box is even, else "orange".
+(djghosh13/geneval, ``evaluation/evaluate_images.py``) answered. The color of an object was "red" if the left edge of
+its box is even, else "orange".
 """
 
 import json
