@@ -33,6 +33,7 @@ COMMANDS = {
         "measure the mean and standard deviation of scorers on Gaussian noise",
     ),
     "critic": ("noisear_rl.algos.critic", "train a critic of noises on rollouts, which chooses without an image"),
+    "serve-reward": ("noisear_rl.rewards.server", "serve a reward to other environments and machines over HTTP"),
     "npnet": ("noisear_rl.algos.npnet", "train NPNet (golden noise) on pairs, as a baseline"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
     "table": (

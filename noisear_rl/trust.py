@@ -2,12 +2,14 @@
 
 What a user writes on the command line or in Python is trusted. A file that was read may come from a stranger, so a
 reward ``FILE.py``, an interpreter, or an environment ``module:id`` in it is shown and refused, unless ``--trust-code``
-(:mod:`noisear_rl.command`) or ``NOISEAR_TRUST_CODE=1`` allows it.
+(:mod:`noisear_rl.command`) or ``NOISEAR_TRUST_CODE=1`` allows it. So is the address of a server on another machine,
+which would be sent images and prompts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -50,10 +52,49 @@ def check_code(code: str) -> None:
     Raises:
         UntrustedCodeError: If the value under check comes from a file and files are not trusted; names both.
     """
-    source = _source.get()
-    if source is None or _trusted.get() or os.environ.get(VARIABLE, "0") not in ("", "0"):
-        return
-    raise UntrustedCodeError(
-        f"{source} names code to run, {code!r:.200}, and was not given on the command line. Read that code, and if you "
-        f"trust it, pass {OPTION}"
-    )
+    if _untrusted():
+        raise UntrustedCodeError(
+            f"{_source.get()} names code to run, {code!r:.200}, and was not given on the command line. Read that code, "
+            f"and if you trust it, pass {OPTION}"
+        )
+
+
+def check_address(url: str, host: str) -> None:
+    """Refuses a server on another machine that a file names.
+
+    Raises:
+        UntrustedCodeError: Like :func:`check_code`.
+    """
+    if _untrusted() and not is_loopback(host):
+        raise UntrustedCodeError(
+            f"{_source.get()} names a server that images and prompts would be sent to, {url!r:.200}, and was not given "
+            f"on the command line. If you trust it, pass {OPTION}"
+        )
+
+
+def check_secret(variable: str) -> None:
+    """Refuses a secret, by the name of its environment variable, that a file wants to be sent.
+
+    Raises:
+        UntrustedCodeError: Like :func:`check_code`.
+    """
+    if _untrusted():
+        raise UntrustedCodeError(
+            f"{_source.get()} wants the environment variable {variable!r:.80} to be sent to a server, and was not "
+            f"given on the command line. If you trust it, pass {OPTION}"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or number alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _untrusted() -> bool:
+    """Whether the value under check comes from a file, and files are not trusted."""
+    if _source.get() is None or _trusted.get():
+        return False
+    return os.environ.get(VARIABLE, "0") in ("", "0")

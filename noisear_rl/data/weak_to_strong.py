@@ -45,8 +45,9 @@ def inversion_coefficients(
         scheduler: Deterministic DDIM (``eta = 0``), or Euler for flow matching, where the prediction is a velocity:
             ``x1 = x0 + (σ1 - σ0)·v`` and back.
         inversion: ``exact``: the inverse of the step just taken. ``compat``: like public scripts that use
-            ``DDIMInverseScheduler``, which inverts the *next* step's interval and so scales the noise (by 1.0035 on
-            SDXL's schedule at 50 steps).
+            ``DDIMInverseScheduler``, which inverts an interval of ``T // n`` below the second timestep (``T`` training
+            steps, ``n`` steps), about the *next* step's, and so scales the noise (by 1.0035 on SDXL's schedule at 50
+            steps).
 
     Raises:
         ValueError: If the inversion is unknown or there are too few timesteps.
@@ -58,10 +59,11 @@ def inversion_coefficients(
             raise ValueError(f"{inversion!r} inversion exists only for DDIM; flow matching needs 'exact'")
         down = float(scheduler.sigmas[1] - scheduler.sigmas[0])
         return Inversion(float(scheduler.timesteps[0]), a=1.0, b=down, c=1.0, d=-down)
-    needed = 2 if inversion == "exact" else 3
-    times = [int(t) for t in scheduler.timesteps[:needed]]
-    if len(times) < needed:
+    needed, steps = 2 if inversion == "exact" else 3, len(scheduler.timesteps)
+    if steps < needed:
         raise ValueError(f"{inversion!r} inversion needs at least {needed} timesteps")
+    times = [int(t) for t in scheduler.timesteps[:2]]
+    times.append(max(times[1] - scheduler.config.num_train_timesteps // steps, 0))
     alpha = [float(scheduler.alphas_cumprod[t]) for t in times]
     high, low = (alpha[0], alpha[1]) if inversion == "exact" else (alpha[1], alpha[2])
     a = (alpha[1] / alpha[0]) ** 0.5

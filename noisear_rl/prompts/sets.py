@@ -21,8 +21,9 @@ v2 (Wu et al. 2023, arXiv 2306.09341) is the Hub dataset ymhao/HPDv2, folder ``b
 
 Your own file can be a txt with one prompt per line, or a csv, tsv, jsonl, json or parquet file with one of the
 :data:`PROMPT_COLUMNS` and optionally one of the :data:`CATEGORY_COLUMNS`, in upper or lower case. Text is UTF-8, with
-or without a byte order mark. A csv may quote line breaks; a tsv has no quoting, because quotation marks in PartiPrompts
-belong to the prompts.
+or without a byte order mark. A csv may quote line breaks, and must quote a text with commas: a row with too many
+columns, or with a space behind an unquoted comma where the header has none, is malformed. A tsv has no quoting, because
+quotation marks in PartiPrompts belong to the prompts.
 """
 
 from __future__ import annotations
@@ -215,10 +216,14 @@ def _json_or_error(text: str) -> Any:
 
 def _table_rows(text: str, path: Path) -> Iterator[_Row]:
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **(tabs if path.suffix.lower() == ".tsv" else {}))
+    lines: list[str] = []  # of the row that was read last
+    kept = (lines.append(line) or line for line in io.StringIO(text, newline=""))  # type: ignore[func-returns-value]
+    reader = csv.reader(kept, strict=True, **(tabs if path.suffix.lower() == ".tsv" else {}))
     header: list[str] = []
+    spaced = False  # whether the file sets a space behind its commas
     while True:
         place = f"line {reader.line_num + 1}"
+        lines.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -227,12 +232,14 @@ def _table_rows(text: str, path: Path) -> Iterator[_Row]:
             yield place, ValueError(f"{error}; is a quotation mark missing or not doubled?")
             continue
         if not header:
-            header = [cell.strip() for cell in cells]
+            header, spaced = [cell.strip() for cell in cells], any(cell.startswith(" ") for cell in cells[1:])
             if header and _match(header, PROMPT_COLUMNS) is None:
                 raise ValueError(f"{path}: {_no_prompt(header)}")
         elif cells and len(cells) != len(header):
             problem = f"{len(cells)} columns where the header has {len(header)}; is a text with the delimiter unquoted?"
             yield place, ValueError(problem)
+        elif not spaced and any(cell.startswith(" ") and f",{cell}" in "".join(lines) for cell in cells[1:]):
+            yield place, ValueError("a space follows a comma outside quotation marks; is a text with commas unquoted?")
         elif cells:
             yield place, dict(zip(header, cells, strict=True))
 

@@ -122,6 +122,24 @@ class CLIPScore(CLIPReward):
         return 2.5 * cosine.clamp(min=0) if self.rescale == "hessel" else cosine
 
 
+class CLIPH(CLIPReward):
+    """Agreement according to LAION's CLIP ViT-H/14: ``exp(logit_scale) · cos``, about 15 to 45.
+
+    ReNO's CLIP term (Eyring et al. 2024). Source: ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, MIT licence.
+    """
+
+    name = "clip-h"
+    architecture = VIT_H_14
+    source = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K/model.safetensors"
+    how = "Pass weights=FOLDER with model.safetensors of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."
+    default_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    preprocessing = Preprocess("transformers")
+
+    def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return self.network.logit_scale.exp() * (self.image_features(pixels) * text[0]).sum(-1)
+
+
 def clean(prompt: str) -> str:
     """Cleans a prompt like the tokenizers of OpenAI and open_clip: fixed Unicode, no HTML entities, lower case."""
     try:

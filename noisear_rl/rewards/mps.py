@@ -120,7 +120,8 @@ class MPS(CLIPReward):
     Args:
         condition: What the score looks at, in words.
         threshold: Relative similarity to the condition above which a prompt token is read, in [0, 1): 0.3 in the
-            authors' evaluation scripts, 0.01 in their network's ``forward``.
+            authors' scripts, which score one image; 0.01 in their network's ``forward``, with which their README
+            computes the probability that one of two images is preferred.
         batch_coupled: Whether to take the largest similarity over the batch, like the original.
         **options: See :class:`~noisear_rl.rewards.pretrained.PretrainedReward`; ``weights`` must be given.
     """

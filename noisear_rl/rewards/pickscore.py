@@ -8,22 +8,12 @@ Preprocessing: ``CLIPImageProcessor`` of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K
 
 from __future__ import annotations
 
-import torch
-
-from noisear_rl.rewards.clip import VIT_H_14, CLIPReward
-from noisear_rl.rewards.preprocess import Preprocess
+from noisear_rl.rewards.clip import CLIPH
 
 
-class PickScore(CLIPReward):
+class PickScore(CLIPH):
     """PickScore v1; see the module docstring and :class:`~noisear_rl.rewards.pretrained.PretrainedReward`."""
 
     name = "pickscore"
-    architecture = VIT_H_14
     source = "yuvalkirstain/PickScore_v1/model.safetensors"
     how = "Pass weights=FOLDER with model.safetensors of yuvalkirstain/PickScore_v1."
-    default_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    preprocessing = Preprocess("transformers")
-
-    def compare(self, pixels: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
-        """See the base class."""
-        return self.network.logit_scale.exp() * (self.image_features(pixels) * text[0]).sum(-1)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from noisear_rl.images import to_tensor, to_uint8
 
-Order = Literal["torchvision", "transformers", "float"]
+Order = Literal["torchvision", "transformers", "float", "squash"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Preprocess:
     * ``transformers``: the same but RGB first; an odd margin is cropped one pixel further up or left
       (``CLIPImageProcessor``: PickScore, MPS);
     * ``float``: RGB first, then the longer side to ``size`` between black bars, in floating-point values that are not
-      rounded to 8 bits (HPSv2). Only this one supports ``antialias=False``: PIL always smooths.
+      rounded to 8 bits (HPSv2). Only this one supports ``antialias=False``: PIL always smooths;
+    * ``squash``: RGB first, then both sides to ``size``, whatever the shape (``SiglipImageProcessor``).
     """
 
     order: Order
@@ -56,7 +57,7 @@ class Preprocess:
     def _one(self, image: Image.Image) -> torch.Tensor:
         if self.order == "float":
             return self.tensor(to_tensor(image.convert("RGB")))
-        if self.order == "transformers":
+        if self.order in ("transformers", "squash"):
             image = image.convert("RGB")
         width, height = self.resized(*image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -81,7 +82,9 @@ class Preprocess:
         return self.standardize(images if self.order == "float" else images.clamp(0, 1))  # PIL clips, floats overshoot
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """New width and height; the shorter side is ``size`` (for ``float``, the longer side)."""
+        """New width and height; the shorter side is ``size`` (for ``float``, the longer side, for ``squash``, both)."""
+        if self.order == "squash":
+            return self.size, self.size
         if self.order == "float":
             scale = self.size / max(width, height)
             return max(1, round(width * scale)), max(1, round(height * scale))

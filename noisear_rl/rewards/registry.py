@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,11 +17,14 @@ from pydantic import AfterValidator
 from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
 from noisear_rl.denoisers.placement import resolve_device
 from noisear_rl.files import sha256
+from noisear_rl.rewards.http import checked_address, is_address
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward, checked_scores
-from noisear_rl.trust import check_code
+from noisear_rl.rewards.within import within
+from noisear_rl.trust import check_code, check_secret
 
 Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"
+APIS = ("noisear", "openai")  # of servers
 PACKAGE = Path(__file__).parents[1]  # shipped reward files are found from any folder: configs/rewards/paper.yaml
 REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transformers
     "shapes-match": ("shapes", "ShapesMatch"),
@@ -39,7 +39,9 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transfo
     "mps": ("mps", "MPS"),
     "aesthetic-v1": ("aesthetic", "AestheticV1"),
     "aesthetic-v2": ("aesthetic", "AestheticV2"),
+    "aesthetic-v2.5": ("aesthetic", "AestheticV25"),
     "clip-score": ("clip", "CLIPScore"),
+    "clip-h": ("clip", "CLIPH"),
 }
 
 
@@ -48,12 +50,13 @@ class RewardConfig:
     """A reward as stored in a YAML file.
 
     Attributes:
-        weights: Weights by scorer: a name, ``FILE.py`` or ``FILE.py:FUNCTION``.
+        weights: Weights by scorer: a name, ``FILE.py``, ``FILE.py:FUNCTION`` or ``http://HOST:PORT``.
         normalize: ``none``, ``running`` or ``fixed``; see :class:`~noisear_rl.rewards.weighted.WeightedReward`.
         statistics: Mean and standard deviation by scorer, as written by ``noisear reward-statistics``.
         options: Keyword arguments by scorer, such as ``{mps: {weights: FILE, dtype: float16}}``; ``backend: package``
-            runs the scorer's own package (:mod:`noisear_rl.rewards.package`), and ``{mine.py: {timeout: 60}}`` gives a
-            function of one's own 60 seconds per batch.
+            runs the scorer's own package (:mod:`noisear_rl.rewards.package`), ``{mine.py: {timeout: 60}}`` gives a
+            function of one's own 60 seconds per batch, and ``{any-name: {url: http://HOST:PORT}}`` asks a server
+            (:mod:`noisear_rl.rewards.remote`, :mod:`noisear_rl.rewards.vlm` with ``api: openai``).
         measured: How the statistics were measured.
     """
 
@@ -68,11 +71,17 @@ class RewardConfig:
         if not self.weights:
             raise ConfigError("reward", "`weights` is empty: expected weights by scorer")
         for name in self.weights:
-            if ".py" in name:
+            if is_address(name):
+                checked_address(name)
+            elif ".py" in name:
                 check_code(name)
         for options in self.options.values():
             if "python" in options:
                 check_code(str(options["python"]))
+            if "url" in options:
+                checked_address(str(options["url"]))
+            if options.get("key") is not None:
+                check_secret(str(options["key"]))
 
 
 class FunctionReward:
@@ -119,34 +128,6 @@ class FunctionReward:
         return checked_scores(found, len(prompts), who).to(images.device)
 
 
-def within(seconds: float | None, call: Callable[[], Any]) -> Any:
-    """The result of a call that may take so long.
-
-    With a limit it runs in a thread, which goes on by itself when the time is over, until the process ends.
-
-    Raises:
-        TimeoutError: If it takes longer.
-    """
-    if seconds is None:
-        return call()
-    context, gradients, result = contextvars.copy_context(), torch.is_grad_enabled(), Future[Any]()
-
-    def run() -> None:
-        try:
-            with torch.set_grad_enabled(gradients):
-                result.set_result(context.run(call))
-        except BaseException as error:  # raised again below
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return result.result(seconds)
-    except TimeoutError as error:
-        if result.done():
-            raise
-        raise TimeoutError(f"no result after {seconds:g} seconds (its timeout)") from error
-
-
 @contextlib.contextmanager
 def _blamed(file: Path | str, what: str) -> Iterator[None]:
     """Turns an error of a user's file, and its attempt to exit, into one that names file, line and cause."""
@@ -171,9 +152,10 @@ def load_reward(
     """Builds a reward.
 
     Args:
-        spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
-            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents; or a scorer, or a
-            function ``(images, prompts) → (B,)`` numbers, with weight 1.
+        spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name, the address
+            of a server, ``http://HOST:PORT``), weights by scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a
+            ``.yaml`` file, or its contents; or a scorer, or a function ``(images, prompts) → (B,)`` numbers, with
+            weight 1.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
@@ -202,6 +184,8 @@ def load_reward(
 
 def _has_device(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a scorer has a network whose device can be chosen."""
+    if is_address(name) or "url" in options:
+        return False
     return options.get("backend") == "package" or REWARDS.get(name, ("simple",))[0] != "simple"
 
 
@@ -217,7 +201,7 @@ def reward_config(spec: str | Mapping[str, float] | RewardConfig) -> RewardConfi
 
 def _yaml_of(spec: str) -> Path | None:
     """The reward file that ``spec`` names, if it names one."""
-    if not spec.endswith((".yaml", ".yml")):
+    if is_address(spec) or not spec.endswith((".yaml", ".yml")):
         return None
     path = next((path for path in (Path(spec), PACKAGE / spec) if path.is_file()), None)
     if path is None:
@@ -234,6 +218,8 @@ def make_reward(name: str, backend: Backend = "native", **options: Any) -> Rewar
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; expected one of {get_args(Backend)}")
+    if is_address(name) or "url" in options:
+        return _from_server(name, options)
     if ".py" in name:
         return _from_file(name, options)
     if backend == "package":
@@ -273,6 +259,20 @@ def _from_entry_point(name: str, options: Mapping[str, Any]) -> Reward:
     return FunctionReward(name, function, timeout=timeout)
 
 
+def _from_server(name: str, options: Mapping[str, Any]) -> Reward:
+    """``http://HOST:PORT``, or any name with the option ``url``."""
+    from noisear_rl.rewards.remote import RemoteReward
+    from noisear_rl.rewards.vlm import VLMJudge
+
+    given = ({"url": name} if is_address(name) else {"name": name}) | dict(options)
+    if (api := given.pop("api", "noisear")) not in APIS:
+        raise ValueError(f"reward {name!r:.200}: unknown api {api!r:.80}; expected one of {APIS}")
+    try:
+        return RemoteReward(**given) if api == "noisear" else VLMJudge(**given)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r:.200}: {error}") from error
+
+
 def _timeout_of(name: str, options: Mapping[str, Any]) -> Any:
     if unknown := sorted(options.keys() - {"timeout"}):
         raise ValueError(f"reward {name!r} takes no option {unknown[0]!r}; expected `timeout`, in seconds")
@@ -290,8 +290,13 @@ def check_reward(spec: str) -> str:
         ValueError: If a scorer is unknown (names the nearest one), or a reward file is malformed.
         FileNotFoundError: If a file is missing.
     """
-    for name in reward_config(spec).weights:
-        if ".py" in name:
+    config = reward_config(spec)
+    for name in config.weights:
+        if is_address(name):
+            checked_address(name)
+        elif "url" in config.options.get(name, {}):
+            pass  # checked with the file
+        elif ".py" in name:
             check_code(name)
             _file_of(name)
         elif name not in REWARDS and name not in (installed := _installed()):
@@ -307,12 +312,16 @@ def reward_sha256(*specs: str) -> str | None:
     for spec in specs:
         if (path := _yaml_of(spec)) is not None:
             files.append(path)
-        files += [_file_of(name)[0] for name in reward_config(spec).weights if ".py" in name]
+        files += [_file_of(name)[0] for name in reward_config(spec).weights if _is_file(name)]
     return sha256([sha256(file) for file in files]) if files else None
 
 
 RewardSpec = Annotated[str, AfterValidator(check_reward)]
 """A configuration's scorer or reward file."""
+
+
+def _is_file(name: str) -> bool:
+    return ".py" in name and not is_address(name)
 
 
 def _file_of(name: str) -> tuple[Path, str]:

@@ -3,7 +3,8 @@
 ``NAME=PATH`` is a policy, an NPNet or a choice of shared noises, ``NAME=PATH,PATH`` the training seeds of one; a path
 may be the name of a policy that comes with the library, such as ``shapes/nll``. ``best-of-N``, ``search-N`` and
 ``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they
-denoise per result. ``critic-N`` denoises one, of the noise that a critic prefers among N.
+denoise per result, the start's included (``reno-50`` is the authors' 50 iterations). ``critic-N`` denoises one, of the
+noise that a critic prefers among N.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def _searching(
             return ZerothOrderSearch(first, denoiser, reward, iterations=count - 1, step_size=search.step_size)
         rates = to_mapping(search)
         rates.pop("step_size")
-        return Reno(first, denoiser, reward, iterations=count - 1, **rates)  # the start's image is one of them
+        return Reno(first, denoiser, reward, iterations=count, **rates)
 
     name = group + start.name.removeprefix(start.group)  # with the training seed
     identity = [start.identity, kind, count, choose_by, to_mapping(search)]

@@ -35,12 +35,14 @@ class Reno:
     this out.
 
     The defaults are the authors' for SD-Turbo, SDXL-Turbo and PixArt-α DMD (``learning_rate = 10`` for Hyper-SDXL)
-    with the reward ``1 · ImageReward + 5 · HPSv2 + 0.05 · PickScore + 0.01 · CLIPScore``. They also suit
-    ``shapes-turbo`` with ``shapes-match``, where 20 iterations at ``learning_rate = 10`` reach the same reward. A
-    reward of another scale needs another ``regularization``.
+    with the reward of ``configs/rewards/reno.yaml``: ``ImageReward + 5 · HPSv2.1 + 0.05 · PickScore + 0.01 · CLIP``,
+    where CLIP is LAION's ViT-H/14 with its logit scale (:class:`~noisear_rl.rewards.clip.CLIPH`, about 100 times a
+    cosine). They also suit ``shapes-turbo`` with ``shapes-match``, where 20 iterations at ``learning_rate = 10`` reach
+    the same reward. A reward of another scale needs another ``regularization``.
 
-    Every iteration is one forward pass: ``nfe`` is the start's plus ``iterations · denoiser.nfe``, because the start's
-    image is denoised once more, with gradients. ``nfe`` does not include backward passes;
+    Every iteration is one forward pass, and the start's image is the first one, as in the authors' code: their 50
+    iterations are 50 here. A start that only draws noise (by its ``draw``) is not denoised by itself, so that ``nfe``
+    is ``iterations · denoiser.nfe``; a search adds its own. ``nfe`` does not include backward passes;
     :attr:`gradient_evaluations` is their number. A backward pass to the noise alone costs about as much as a forward
     pass, so count each as one more network evaluation when you compare methods at equal compute. It also runs through
     the decoder and the reward.
@@ -102,14 +104,19 @@ class Reno:
         Raises:
             ValueError: If a scorer has no gradient, or one that is not finite.
         """
-        first = self.start(prompts, seeds, denoising_seeds=denoising_seeds)
+        draw = getattr(self.start, "draw", None)
+        if draw is not None:
+            nfe, (noise, _) = 0.0, draw(prompts, seeds)
+        else:
+            first = self.start(prompts, seeds, denoising_seeds=denoising_seeds)
+            nfe, noise = first.nfe, first.noise
         conditioning = self.denoiser.encode(prompts)
         climbed = []
         for begin in range(0, len(prompts), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
-            climbed.append(self._climb(first.noise[rows], conditioning[rows]))
+            climbed.append(self._climb(noise[rows], conditioning[rows]))
         noise, images = (torch.cat(parts) for parts in zip(*climbed, strict=True))
-        return Samples(noise, images, first.nfe + self.iterations * self.denoiser.nfe, None)
+        return Samples(noise, images, nfe + self.iterations * self.denoiser.nfe, None)
 
     def _climb(self, noise: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """The best noise on the way from ``noise``, and its image."""

@@ -228,9 +228,13 @@ class SharedNoiseSampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`."""
-        check_seeds(prompts, seeds)
-        predicted = similarity(self.features(prompts), self.tried) @ self.shared.weights.numpy()  # (B, K)
-        noise = self.shared.noises[predicted.argmax(1)]
+        noise, _ = self.draw(prompts, seeds)
         own = resolve_denoising_seeds(seeds, denoising_seeds)
         images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
         return Samples(noise, images, self.denoiser.nfe, None)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, None]:
+        """Noise ``(B, C, h, w)``, without denoising."""
+        check_seeds(prompts, seeds)
+        predicted = similarity(self.features(prompts), self.tried) @ self.shared.weights.numpy()  # (B, K)
+        return self.shared.noises[predicted.argmax(1)], None

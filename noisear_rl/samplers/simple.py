@@ -36,11 +36,15 @@ class GaussianSampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`Sampler`."""
-        check_seeds(prompts, seeds)
-        noise = standard_noise(seeds, self.denoiser.latent_shape)
+        noise, kl = self.draw(prompts, seeds)
         own = resolve_denoising_seeds(seeds, denoising_seeds)
         images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, torch.zeros(len(noise)))
+        return Samples(noise, images, self.denoiser.nfe, kl)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise ``(B, C, h, w)`` and its KL to N(0, I), without denoising."""
+        check_seeds(prompts, seeds)
+        return standard_noise(seeds, self.denoiser.latent_shape), torch.zeros(len(seeds))
 
 
 class PolicySampler:
@@ -67,11 +71,16 @@ class PolicySampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`Sampler`."""
+        noise, kl = self.draw(prompts, seeds)
+        own = resolve_denoising_seeds(seeds, denoising_seeds)
+        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
+        return Samples(noise, images, self.denoiser.nfe, kl)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise ``(B, C, h, w)`` and its KL to N(0, I) ``(B,)``, without denoising."""
         check_seeds(prompts, seeds)
-        conditioning = self.denoiser.encode(prompts)
-        text, mask = self.reader.read(conditioning)
+        text, mask = self.reader.read(self.denoiser.encode(prompts))
         policy = self.policy.to(text.device)
         sample = policy.sample(text, mask, seeds=seeds)
-        noise = policy.noise(sample)
-        images = self.denoiser.denoise(noise, conditioning, resolve_denoising_seeds(seeds, denoising_seeds))
-        return Samples(noise, images, self.denoiser.nfe, policy.kl_divergence(sample.patches, text, mask).sum(1))
+        return policy.noise(sample), policy.kl_divergence(sample.patches, text, mask).sum(1)

@@ -36,12 +36,16 @@ def test_compat_scales_as_public_scripts_do(steps, scale):
     assert compat.a * compat.c == pytest.approx(scale, abs=5e-4)
 
 
-def test_compat_equals_diffusers_inverse_scheduler():
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [3, 10, 30, 50])
+def test_compat_equals_diffusers_inverse_scheduler(steps, spacing):
     from diffusers import DDIMInverseScheduler
 
-    scheduler = schedule(10)
-    inverse = DDIMInverseScheduler(**{k: v for k, v in SCHEDULE.items() if k != "set_alpha_to_one"})
-    inverse.set_timesteps(10)
+    scheduler = DDIMScheduler(**SCHEDULE | {"timestep_spacing": spacing})
+    scheduler.set_timesteps(steps)
+    options = {k: v for k, v in SCHEDULE.items() if k != "set_alpha_to_one"}
+    inverse = DDIMInverseScheduler(**options | {"timestep_spacing": spacing})
+    inverse.set_timesteps(steps)
     step = inversion_coefficients(scheduler, "compat")
     x, epsilon = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     expected = inverse.step(epsilon, int(scheduler.timesteps[1]), x).prev_sample

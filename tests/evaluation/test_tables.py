@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from noisear_rl.evaluation import paper_tables
+from noisear_rl.rewards import reward_config
 
 CATEGORIES = ["colors", "colors", "counting", "counting"]
 BASE = [[1, 0], [0, 0], [1, 1], [0, 0]]  # colors 25 %, counting 50 %
@@ -232,12 +233,29 @@ def test_our_numbers_next_to_the_papers(drawbench, capsys):
     assert paper == ["31.02", "5.61", "53.58", "107.91", "86.62", "56.08", "–"]
     assert gaussian == ["28.00", "5.60", "50.00", "60.00", "84.00", "–", "50.00"]
     probability = 50 * (1 / (1 + np.exp(-1)) + 0.5)
-    assert dpo == ["38.00", "5.70", "75.00", "70.00", "94.00", "–", f"{probability:.2f}"]
+    assert dpo == ["38.00", "5.70", f"{probability:.2f}", "70.00", "94.00", "–", "75.00"]
     assert list(mine[0])[3:] == [
-        "HPSv2↑", "AES↑", "PickScore↑ (%)", "ImageReward↑ (×100)", "CLIPScore↑ (%)", "MPS↑ (%)", "PickScore prob.↑ (%)"
+        "HPSv2↑", "AES↑", "PickScore↑ (%)", "ImageReward↑ (×100)", "CLIPScore↑ (%)", "MPS↑ (%)", "PickScore wins↑ (%)"
     ]  # fmt: skip
     assert "Scorers: hpsv2.1, aesthetic-v2, pickscore, image-reward, clip-score." in text
-    assert "It is not known which of them the paper prints." in text and "250 × cosine by default" in text
+    assert "very likely what the paper prints" in text and "250 × cosine by default" in text
+
+
+def test_published_preferences_are_no_win_rates():
+    """Of 200 prompts with one image each, a win rate would be a multiple of 0.5 %, or of 0.25 % with ties."""
+    rows = [row for row in paper_tables.published("tables.csv") if row["dataset"] == "DrawBench"]
+    printed = [float(row[name]) for row in rows for name in ("pickscore_pct", "mps_pct")]
+    shares = [value for value in printed if value * 100 % 25 == 0]
+    assert len(printed) == 30 and not shares
+
+
+def test_the_six_metrics_are_those_of_the_papers_columns():
+    """HPSv2 in version 2.1, and the mask of MPS's README for pairs."""
+    metrics = reward_config("configs/rewards/metrics.yaml")
+    first = [kinds for _, kinds in paper_tables.PAPER_SCORERS.values()]
+    assert metrics.weights.keys() == {"hpsv2.1", "aesthetic-v2"} | {kinds[0] for kinds in first[2:]}
+    assert first[0][0] == "hpsv2.1" and metrics.options["mps"]["threshold"] == 0.01
+    assert max(float(row["hpsv2"]) for row in paper_tables.published("tables.csv")) > 31
 
 
 def test_published_numbers_alone(capsys):

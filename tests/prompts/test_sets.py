@@ -147,6 +147,18 @@ def test_bad_rows_of_csv(write):
     assert [re.search(r"line \d+", message)[0] for message in found.skipped] == [f"line {n}" for n in range(3, 9)]
 
 
+def test_a_text_with_unquoted_commas_is_never_cut(write):
+    """Also where as many columns are left out as commas are unquoted."""
+    path = write("own.csv", 'Prompt,Category\na hen,x\nOne fox, two hens.\n"a fox, a hen"," x"\na fox, a hen,x\n')
+    assert bad_lines(path) == [3, 5]
+    with pytest.warns(UserWarning, match=r"2 of 4 rows .*own\.csv, line 3: a space follows a comma"):
+        found = load_prompt_set(path, skip_bad_rows=True)
+    assert (found.prompts, found.categories) == (["a hen", "a fox, a hen"], ["x", "x"])
+    spaced = load_prompt_set(write("spaced.csv", "Prompt, Category\na hen, x\n"))  # this file's own style
+    assert (spaced.prompts, spaced.categories) == (["a hen"], ["x"])
+    assert load_prompt_set(write("own.tsv", "Prompt\tCategory\nOne fox, two hens.\t x\n")).prompts[0].endswith("hens.")
+
+
 def test_a_quotation_mark_that_is_never_closed_names_its_line(write):
     assert bad_lines(write("own.csv", 'Prompt,Category\na,x\n"b,x\nc,x\n')) == [3]
 

@@ -17,7 +17,7 @@ from noisear_rl.rewards.preprocess import Preprocess
 from noisear_rl.rewards.registry import make_reward
 from tests.rewards import tiny_scorers
 
-NAMES = ("clip-score", "pickscore", "aesthetic-v1", "aesthetic-v2", "mps")
+NAMES = ("clip-score", "clip-h", "pickscore", "aesthetic-v1", "aesthetic-v2", "mps")
 PROMPTS = ["a photo of a red circle", "two squares", "a photo of a blue cross above a red circle", "three crosses"]
 
 
@@ -104,7 +104,7 @@ def plain(name, networks, images, prompts):
     with torch.no_grad():
         output = network(tokens(prompts), pixels(images))
         image, text = output.image_embeds, output.text_embeds  # unit vectors
-        if name == "pickscore":
+        if name in ("pickscore", "clip-h"):
             return output.logits_per_image.diagonal()
         if name == "clip-score":
             return 2.5 * (image * text).sum(-1).clamp(min=0)

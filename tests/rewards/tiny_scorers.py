@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 from noisear_rl.denoisers.shapes.architecture import ASSETS
 from noisear_rl.denoisers.shapes.captions import vocabulary
 from noisear_rl.rewards.aesthetic import AestheticV1, AestheticV2, linear_head, mlp_head
-from noisear_rl.rewards.clip import CLIPScore
+from noisear_rl.rewards.clip import CLIPH, CLIPScore
 from noisear_rl.rewards.mps import MPS, NAMES, CrossLayer
 from noisear_rl.rewards.pickscore import PickScore
 from noisear_rl.rewards.preprocess import Preprocess
@@ -89,4 +89,7 @@ def write(folder):
     networks["mps"] = network, layers
     torch.save({"state_dict": state}, folder / "mps.pth")
     scorers["mps"] = partial(shrunk(MPS, layers=2), folder / "mps.pth")
+    network = networks[CLIPH.name] = random_clip("gelu")  # last, so that the others keep their random weights
+    save_file(network.state_dict(), folder / f"{CLIPH.name}.safetensors")
+    scorers[CLIPH.name] = partial(shrunk(CLIPH), folder / f"{CLIPH.name}.safetensors")
     return scorers, networks

@@ -173,6 +173,8 @@ def test_network_evaluations_are_counted(shapes, turbo, match):
     reno = Reno(two, turbo, match, iterations=3)
     assert counted(turbo, reno) == (5, reno.gradient_evaluations, 5)
     assert reno.gradient_evaluations == 2
+    for start in (plain, PolicySampler(turbo, random_policy(scale=0.05))):  # the first of its images is the start's
+        assert counted(turbo, Reno(start, turbo, match, iterations=3)) == (3, 2, 3)
 
 
 def test_best_of_four_beats_gaussian_noise(turbo, match, exact, captions, gaussian_samples):

@@ -54,7 +54,7 @@ def build(name, denoiser):
         "npnet": lambda: NPNetSampler(denoiser, NPNet(NPNetConfig(SHAPE, denoiser.text_shape, **SWIN)).eval()),
         "best_of": lambda: BestOf(gaussian, 3, reward),
         "search": lambda: ZerothOrderSearch(gaussian, denoiser, reward, iterations=2, neighbours=2),
-        "reno": lambda: Reno(gaussian, denoiser, reward, iterations=2),
+        "reno": lambda: Reno(BestOf(gaussian, 2, reward), denoiser, reward, iterations=2),
         "search_of_best": lambda: ZerothOrderSearch(BestOf(gaussian, 3, reward), denoiser, reward, iterations=2),
     }[name]()
 

@@ -32,9 +32,15 @@ class NPNetSampler:
         self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
     ) -> Samples:
         """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts only the denoiser's evaluations."""
-        check_seeds(prompts, seeds)
-        conditioning = self.denoiser.encode(prompts)
-        text = conditioning.policy_embeds
-        noise = self.npnet.to(text.device)(standard_noise(seeds, self.denoiser.latent_shape).to(text.device), text)
-        images = self.denoiser.denoise(noise, conditioning, resolve_denoising_seeds(seeds, denoising_seeds))
+        noise, _ = self.draw(prompts, seeds)
+        own = resolve_denoising_seeds(seeds, denoising_seeds)
+        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
         return Samples(noise, images, self.denoiser.nfe, None)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, None]:
+        """Noise ``(B, C, h, w)``, without denoising."""
+        check_seeds(prompts, seeds)
+        text = self.denoiser.encode(prompts).policy_embeds
+        noise = standard_noise(seeds, self.denoiser.latent_shape).to(text.device)
+        return self.npnet.to(text.device)(noise, text), None
