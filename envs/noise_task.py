@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from noisear_rl.config import UnknownOption
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import WeightedReward, load_reward
+from noisear_rl.rewards import RewardLike, load_reward
 
 ACTION_BOUND = 10.0
 
@@ -48,7 +49,8 @@ class NoiseTask:
 
     Args:
         denoiser: Name or object.
-        reward: Name, weights by name, or object; ``None`` for the denoiser's default.
+        reward: Name, weights by name, scorer, or function of images ``(B, 3, H, W)`` and prompts; ``None`` for the
+            denoiser's default.
         prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
             takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
         patch_size: Patch side; ``None`` for the denoiser's own.
@@ -59,14 +61,15 @@ class NoiseTask:
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
     Raises:
-        ValueError: If a name or an option is unknown, there is no prompt, or a scorer cannot judge one.
+        ValueError: If a name is unknown, there is no prompt, or a scorer cannot judge one.
+        UnknownOption: If an option is unknown, or was given to an object; a ``TypeError`` and a ``ValueError``.
         FileNotFoundError: If weights or the prompt file are missing.
     """
 
     def __init__(
         self,
         denoiser: str | Denoiser,
-        reward: str | Mapping[str, float] | WeightedReward | None = None,
+        reward: RewardLike | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | None = None,
         text_encoder: str = DENOISER,
@@ -76,15 +79,16 @@ class NoiseTask:
         # What is wrong is said before anything is loaded.
         name = check_denoiser(denoiser) if isinstance(denoiser, str) else denoiser.name
         if denoiser_options and not isinstance(denoiser, str):
-            raise ValueError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
+            first = min(denoiser_options)
+            raise UnknownOption(f"unexpected keyword argument {first!r}: options belong to a denoiser given by name")
         self.prompts = resolve_prompts(prompts, name).prompts
         if reward is None:
             if name not in EMBEDDED:
                 raise ValueError(f"denoiser {name!r} has no default reward; name one: reward=...")
             reward = "shapes-match"
-        if reward_device and isinstance(reward, WeightedReward):
+        if reward_device and not isinstance(reward, str | Mapping):
             raise ValueError("reward_device belongs to a reward given by name")
-        self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
+        self.reward = load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)
         self._known = frozenset(self.prompts)
         self.denoiser = denoiser = (
@@ -101,7 +105,7 @@ class NoiseTask:
                 "patches": spaces.Box(-ACTION_BOUND, ACTION_BOUND, (n, a), np.float32),
                 "step": spaces.Discrete(n + 1),
                 "text": spaces.Box(-np.inf, np.inf, (length, width), np.float32),
-                "text_mask": spaces.MultiBinary(length),
+                "text_mask": spaces.Box(0, 1, (length,), np.int8),  # skrl takes no MultiBinary
             }
         )
 
@@ -109,6 +113,11 @@ class NoiseTask:
     def policy_sizes(self) -> dict[str, Any]:
         """What a policy must agree on with this task."""
         return policy_sizes(self.denoiser, self.patch_size) | self.reader.sizes
+
+    @property
+    def score_names(self) -> list[str]:
+        """Keys of the scores in ``info``."""
+        return [f"reward/{reward.name}" for reward, _ in self.reward.rewards]
 
     def __str__(self) -> str:
         return f"denoiser {self.denoiser.name!r}"

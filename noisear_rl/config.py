@@ -80,6 +80,10 @@ class ConfigError(ValueError):
         self.where, self.problem = where, problem
 
 
+class UnknownOption(TypeError, ValueError):
+    """A keyword argument that does not exist: a ``TypeError``, and, as commands report it, a user's error."""
+
+
 def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str | None) -> Config:
     """Reads a dataclass from YAML (``--config FILE``) and the command line, which overrides it.
 

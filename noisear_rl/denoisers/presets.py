@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, constants
 
+from noisear_rl.config import UnknownOption
 from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
@@ -157,7 +158,9 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
     converted = {}
     for key, value in options.items():
         if key not in allowed:
-            raise ValueError(f"unknown denoiser option {key!r}; expected one of {allowed}")
+            raise UnknownOption(
+                f"unknown denoiser option {key!r} (unexpected keyword argument {key!r}); expected one of {allowed}"
+            )
         kind = int if key == "patch_size" else _OWN.get(key) or type(defaults[key])
         if isinstance(value, str) and kind is bool:
             if value.lower() not in ("true", "false"):

@@ -162,8 +162,12 @@ def _blamed(file: Path | str, what: str) -> Iterator[None]:
         raise ValueError(f"{file}{where}: {what}: {type(error).__name__}: {error}") from error
 
 
+RewardLike = str | Mapping[str, float] | RewardConfig | Reward | WeightedReward | Callable[..., Any]
+"""What :func:`load_reward` takes."""
+
+
 def load_reward(
-    spec: str | Mapping[str, float] | RewardConfig,
+    spec: RewardLike,
     normalize: Normalization | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | None = None,
@@ -172,16 +176,22 @@ def load_reward(
 
     Args:
         spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
-            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents.
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents; or, without the
+            arguments below, a scorer (:class:`Reward`), a function of images ``(B, 3, H, W)`` in [0, 1] and ``B``
+            prompts that returns ``B`` numbers (:class:`FunctionReward`), or a :class:`WeightedReward`, as it is.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
             accelerator if there is one. Scorers without a network and functions compute where the images are.
 
     Raises:
-        ValueError: If a name, an option or a key is unknown, or this machine has no such device.
+        ValueError: If a name, an option or a key is unknown, this machine has no such device, or an object is none.
         FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
+    if not isinstance(spec, str | Mapping | RewardConfig):
+        if normalize or options or device:
+            raise ValueError("normalize, options and device belong to a reward given by name")
+        return _of_object(spec)
     config = reward_config(spec)
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
     if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
@@ -191,6 +201,20 @@ def load_reward(
         given = {name: ({"device": where} if _has_device(name, own) else {}) | own for name, own in given.items()}
     rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
     return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+
+
+def _of_object(reward: Any) -> WeightedReward:
+    if isinstance(reward, WeightedReward):
+        return reward
+    if isinstance(reward, Reward) and not isinstance(reward, type):
+        return WeightedReward([(reward, 1.0)])
+    if isinstance(reward, type) or not callable(reward):
+        raise ValueError(
+            f"reward: expected a name, a function of images and prompts, or a scorer with a `name` and `score(images, "
+            f"prompts)`, not {reward!r:.80}"
+        )
+    name = getattr(reward, "__name__", type(reward).__name__).strip("<>")  # of a lambda, too
+    return WeightedReward([(FunctionReward(name, reward), 1.0)])
 
 
 def _has_device(name: str, options: Mapping[str, Any]) -> bool:
