@@ -20,7 +20,7 @@ from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.placement import DeviceMap, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
-from noisear_rl.denoisers.shapes.architecture import ASSETS
+from noisear_rl.denoisers.shapes import ASSETS
 
 Scheduler = Literal["dpm", "own"]
 REACHABLE_WITHIN = 3.0  # seconds to wait for an answer from the Hub
@@ -190,9 +190,9 @@ def _local_folder(name: str, path: str, revision: str | None, variant: str | Non
         return Path(path)
     if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # not a Hub id
         raise FileNotFoundError(f"{path}: no such pipeline folder")
+    if (found := _cached(path, revision, variant)) is not None:
+        return found
     download = {"revision": revision, "variant": variant, "use_safetensors": True}
-    with quietly(), contextlib.suppress(OSError, ValueError):
-        return Path(DiffusionPipeline.download(path, local_files_only=True, **download))
     try:
         HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
         with quietly(progress_bars=True):
@@ -207,6 +207,19 @@ def _local_folder(name: str, path: str, revision: str | None, variant: str | Non
             "embedded denoisers 'shapes' and 'shapes-turbo' need no download. "
             f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
+
+
+def _cached(path: str, revision: str | None, variant: str | None) -> Path | None:
+    with quietly(), contextlib.suppress(OSError, ValueError):
+        options = {"revision": revision, "variant": variant, "use_safetensors": True}
+        return Path(DiffusionPipeline.download(path, local_files_only=True, **options))
+    return None
+
+
+def cached_folder(name: str) -> Path | None:
+    """The folder of a preset's weights in the Hub's cache, if they are on this machine."""
+    preset = PRESETS[name]
+    return _cached(preset.path, preset.revision, preset.variant)
 
 
 def _wants_fp16_files(folder: Path, dtype: torch.dtype | None) -> bool:

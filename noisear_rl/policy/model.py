@@ -343,4 +343,4 @@ class NoiseARPolicy(
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
         load_weights(model, model_file, map_location, f"a policy with {dataclasses.asdict(model.config)}")
-        return model
+        return model.eval()  # as of every hub mixin: the same seed gives the same noise
