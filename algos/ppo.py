@@ -7,7 +7,7 @@ future work). The reward comes after the last patch and γ = 1. A patch's log-ra
 ``√(2·KL)`` whatever its size, so the KL of a step, not the number of elements, decides how much is clipped.
 Updates are as long as rewards confirm them (``learning/step_size.py``), so that pure noise moves next to nothing.
 
-    python algos/ppo.py --config configs/shapes/ppo.yaml
+    noisear ppo --config shapes/ppo
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import gymnasium
@@ -233,6 +236,16 @@ def _with_masks(num_envs: int, **values: Any) -> dict[str, Any]:
     return values | {f"_{key}": np.ones(num_envs, dtype=bool) for key in values}
 
 
+@contextlib.contextmanager
+def _folder_on_path() -> Iterator[None]:
+    """Also imports modules of the current folder, as ``python -m`` does and an installed command does not."""
+    sys.path.insert(0, folder := os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def check_env_id(env_id: str) -> str:
     """Returns the id of a noise environment; loads no weights. ``module:id`` imports the module first.
 
@@ -243,7 +256,8 @@ def check_env_id(env_id: str) -> str:
     if module:
         check_code(env_id)
         try:
-            importlib.import_module(module)
+            with _folder_on_path():
+                importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
     known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))

@@ -93,7 +93,7 @@ def load_rollouts(folder: str | Path) -> Rollouts:
         FileNotFoundError: If the folder contains no rollouts.
         ValueError: If no reward is finite, or the collection was interrupted.
     """
-    dataset = load_shards(folder, "rollouts", "python algos/collect.py")
+    dataset = load_shards(folder, "rollouts", "noisear collect")
     manifest = read_manifest(folder)
     missing = {"denoiser", "latent_shape", "patch_size", "rollouts"} - manifest.keys()
     if missing or "reward" not in dataset.column_names:
