@@ -88,6 +88,8 @@ class EvaluateConfig:
     """Scorers, or a reward file. The first one is the judge: neither training nor searches may use it."""
     choose_by: RewardSpec | None = None
     """Reward that searches choose by, not the judge; unset for `shapes-match` with the embedded denoisers."""
+    critic: str | None = None
+    """Checkpoint, run folder or Hub id of the critic that `critic-N` chooses by."""
     reward_device: str | None = None
     """Device of the scorers, such as `cuda:1` or `cpu`; unset for the accelerator if there is one."""
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -300,6 +302,7 @@ def run(config: EvaluateConfig) -> str:
         config.temperature,
         config.reward_device,
         config.layout_temperature,
+        config.critic,
     )
 
     # The folder belongs to these prompts, seeds and scorers; methods may be added.

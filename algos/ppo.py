@@ -7,6 +7,9 @@ future work). The reward comes after the last patch and γ = 1. A patch's log-ra
 ``√(2·KL)`` whatever its size, so the KL of a step, not the number of elements, decides how much is clipped.
 Updates are as long as rewards confirm them (``learning/step_size.py``), so that pure noise moves next to nothing.
 
+``--advantage grpo`` makes it GRPO (Shao et al. 2024), ``--clip-high`` adds the clip-higher of DAPO (Yu et al. 2025):
+trl's loss up to a factor, since advantages are in standard deviations of the whole update.
+
     noisear ppo --config shapes/ppo
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
@@ -97,6 +100,8 @@ class PPOConfig:
     """Minibatches per pass; each makes one step."""
     clip_range: PositiveFloat = 0.5
     """Ratios beyond 1 ± this gain nothing; a summed log-ratio needs more than the usual 0.2."""
+    clip_high: PositiveFloat | None = None
+    """Instead of `clip_range` for ratios above 1, usually larger (clip-higher of DAPO); unset for the same."""
     advantage: Literal["none", "ema", "rloo", "grpo", "gae"] = "rloo"
     """Baseline, one number per episode: `none`, `ema`, `rloo` (leave one out), `grpo` (group mean and standard
     deviation); or `gae` (a critic, one advantage per patch)."""
@@ -120,10 +125,10 @@ class PPOConfig:
     """An update stops once it has moved beyond this times its size."""
     damping: NonNegativeFloat = 0.01
     """Damping of the Fisher matrix."""
-    cg_iterations: PositiveInt = 8
+    cg_iterations: PositiveInt = 4
     """Conjugate-gradient iterations per natural step."""
-    fisher_episodes: PositiveInt = 128
-    """Episodes that the Fisher matrix and the KL are measured on; a step costs about 25 passes over them."""
+    fisher_episodes: PositiveInt = 64
+    """Episodes that the Fisher matrix and the KL are measured on; a step costs about 15 passes over them."""
     learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
     max_grad_norm: PositiveFloat = 1.0
@@ -195,6 +200,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
         max_grad_norm=config.max_grad_norm,
     )
     step_size = StepSize(config.step, config.target_kl)
+    low, high = config.clip_range, config.clip_range if config.clip_high is None else config.clip_high
     critic = NoiseARCritic(policy.config).to(run.device).eval() if config.advantage == "gae" else None
     if critic is not None:
         critic.policy.compute_in(config.precision, config.compile)
@@ -270,7 +276,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                     b_patches, b_text, b_mask = (x[part.rows] for x in (patches, text, mask))
                     distribution = policy.distribution(b_patches, b_text, b_mask)
                     log_prob = distribution.log_prob(b_patches)  # (b, N)
-                    policy_loss = ppo_loss(log_prob, old_log_prob[part.rows], advantages[part.rows], config.clip_range)
+                    policy_loss = ppo_loss(log_prob, old_log_prob[part.rows], advantages[part.rows], low, high)
                     loss = policy_loss + config.kl_prior_coef * kl_to_gaussian(distribution).sum(1).mean()
                     loss = loss - config.entropy_coef * distribution.entropy().sum(1).mean()
                     if config.kl_coef:
@@ -278,7 +284,7 @@ def train(config: PPOConfig) -> NoiseARPolicy:
                         loss = loss + config.kl_coef * kl_divergence(distribution, frozen).sum(1).mean()
                     (part.weight * loss).backward()
                     change = (log_prob.detach() - old_log_prob[part.rows]).exp() - 1
-                    beyond = (change.abs() > config.clip_range).float()
+                    beyond = ((change < -low) | (change > high)).float()
                     sums += part.weight * torch.stack([change.mean(), policy_loss.detach(), beyond.mean()])
                 sum_gradients(policy)
                 b_patches, b_text, b_mask = (x[minibatch.rows] for x in (patches, text, mask))

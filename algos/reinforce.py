@@ -100,10 +100,10 @@ class ReinforceConfig:
     """Size of a step in nats per noise; with `adaptive`, of the largest."""
     damping: NonNegativeFloat = 0.01
     """Damping of the Fisher matrix."""
-    cg_iterations: PositiveInt = 8
+    cg_iterations: PositiveInt = 4
     """Conjugate-gradient iterations per natural step."""
-    fisher_episodes: PositiveInt = 128
-    """Episodes that the Fisher matrix is measured on; a step costs about 25 passes over them."""
+    fisher_episodes: PositiveInt = 64
+    """Episodes that the Fisher matrix is measured on; a step costs about 15 passes over them."""
     learning_rate: NonNegativeFloat = 2e-4
     """Adam's learning rate."""
     max_grad_norm: PositiveFloat = 1.0

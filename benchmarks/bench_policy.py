@@ -31,7 +31,7 @@ from noisear_rl.policy import NoiseARConfig, NoiseARPolicy, Precision
 
 BATCHES, NLL_BATCH, PRODUCT = (1, 8, 32), 40, 4096
 EPISODES, MICRO_BATCHES, ENV_ID = 128, 64, "NoiseAR-Published-v0"
-HALF, FULL, LIKE_AUTHORS = "bfloat16", "float32", "as the authors' loop"
+HALF, FULL, LIKE_AUTHORS, READING = "bfloat16", "float32", "as the authors' loop", "reading the weights"
 
 
 @torch.no_grad()
@@ -56,6 +56,20 @@ def authors_loop(policy: NoiseARPolicy, text: torch.Tensor, noise: torch.Tensor)
     return patches
 
 
+@torch.no_grad()
+def read_weights(policy: NoiseARPolicy) -> None:
+    """Multiplies every matrix that a patch needs by a vector, as often as there are patches: no sample takes less."""
+    d = policy.config.d_model
+    matrices: dict[str, torch.Tensor] = {n: p for n, p in policy.network.named_parameters() if p.dim() == 2}
+    for name, matrix in matrices.items():
+        if name.startswith("cross_attn") and name.endswith("in_proj_weight"):
+            matrices[name] = matrix[:d]  # queries; keys and values of the text are computed once
+    ones = {matrix.shape[1]: torch.ones(matrix.shape[1], device=matrix.device) for matrix in matrices.values()}
+    for _ in range(policy.n_patches):
+        for matrix in matrices.values():
+            torch.mv(matrix, ones[matrix.shape[1]])
+
+
 def sampling(repeats: int, device: torch.device = CPU) -> dict[str, Any]:
     """Seconds by batch and way; and how far bfloat16 departs from float32 in standard deviations."""
     torch.manual_seed(0)
@@ -73,6 +87,7 @@ def sampling(repeats: int, device: torch.device = CPU) -> dict[str, Any]:
             FULL: functools.partial(policy.sample, text, seeds=seeds),
             HALF: functools.partial(half.sample, text, seeds=seeds),
         }
+        ways |= {READING: functools.partial(read_weights, policy)}
         expected = ways[LIKE_AUTHORS]()
         torch.testing.assert_close(ways[FULL]().patches, expected, rtol=1e-3, atol=1e-3)
         found["difference"][batch] = (ways[HALF]().patches - expected).abs().max().item() / expected.std().item()

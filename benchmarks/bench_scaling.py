@@ -94,7 +94,7 @@ def processes() -> dict[int, float]:
 
 def figure(path: Path, found: dict[str, Any], by_processes: dict[str, float]) -> None:
     """Draws the scaling figure: cost per noise, relative to proportional growth."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     panels, axes = pyplot.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     for axis, title in zip(axes, TITLES, strict=True):
@@ -106,6 +106,10 @@ def figure(path: Path, found: dict[str, Any], by_processes: dict[str, float]) ->
             points = {int(k.split()[-1]): v for k, v in found[way].items() if k.startswith(title)}
             axis.plot(list(points), [1000 * v for v in points.values()], "o-", label=label)
         axis.set(xscale="log", yscale="log", xlabel=TITLES[title], ylabel="CPU milliseconds per noise")
+        axis.set_xticks(list(points), map(str, points))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     axes[0].legend(frameon=False)
     panels.savefig(path, dpi=110)
     pyplot.close(panels)

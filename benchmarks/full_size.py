@@ -244,7 +244,8 @@ def parts_of(record: dict[str, Any]) -> list[str]:
             f"Predicted seconds: FLOPs over the rate of a large matrix product, {rate['half']:.2f} TFLOPs per second "
             f"in {record['dtype']} and {rate['float32']:.2f} in float32, measured in the same process; on a CPU, all "
             "times are those of the process and leave out other programs. Predicted memory: what "
-            "the process held before the stage, and the bytes that `resources.py` computes.",
+            "the process held before the stage, and the bytes that `resources.py` computes; that of PPO leaves out the "
+            "activations of its two images, which are denoised together.",
             markdown(HEAD, rows),
         ]
     if policy := record.get("policy"):

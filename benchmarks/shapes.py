@@ -79,6 +79,8 @@ def train_others(folder: Path, seed: int) -> None:
             samples_per_prompt=8,
             updates=IMAGES // 1024,
             output_dir=folder / "reinforce",
+            cg_iterations=8,
+            fisher_episodes=128,
             **common,
         )
     )

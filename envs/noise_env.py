@@ -12,8 +12,8 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import EzPickle
 
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask
-from noisear_rl.envs.sharing import SharedSpec, checked_options
+from noisear_rl.envs.noise_task import NoiseTask, check_reset_options
+from noisear_rl.envs.sharing import SharedSpec
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import RewardLike
@@ -95,8 +95,8 @@ class NoiseEnv(SharedSpec, gymnasium.Env, EzPickle):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode; ``options={"prompt": text}`` sets its prompt."""
         super().reset(seed=seed)
-        prompt = checked_options(options, ("prompt",)).get("prompt")
-        self._prompt, self._seed = self.task.draw(self.np_random, prompt)
+        check_reset_options(options, ("prompt",))
+        self._prompt, self._seed = self.task.draw(self.np_random, (options or {}).get("prompt"))
         self._conditioning = self.task.denoiser.encode([self._prompt])
         text, mask = self.task.reader.read(self._conditioning)
         self._text, self._mask = text[0].float().cpu().numpy(), mask[0].cpu().numpy().astype(np.int8)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from noisear_rl.config import UnknownOption
+from noisear_rl.config import UnknownOptionError, nearest
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import sequence_shape, unpatchify
@@ -44,6 +44,19 @@ class Outcome:
     images: torch.Tensor
 
 
+FOREIGN = ("minari_autoseed",)  # options of `reset` that other libraries read, but also hand on
+
+
+def check_reset_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> None:
+    """Refuses options of ``reset`` that nothing reads.
+
+    Raises:
+        ValueError: If there are any; names one and the nearest known name.
+    """
+    for key in (options or {}).keys() - {*known, *FOREIGN}:
+        raise ValueError(f"unknown option {key!r} of reset{nearest(str(key), known)}; expected some of {list(known)}")
+
+
 class NoiseTask:
     """A denoiser, a reward and prompts, seen as an episodic task.
 
@@ -62,7 +75,7 @@ class NoiseTask:
 
     Raises:
         ValueError: If a name is unknown, there is no prompt, or a scorer cannot judge one.
-        UnknownOption: If an option is unknown, or was given to an object; a ``TypeError`` and a ``ValueError``.
+        UnknownOptionError: If an option is unknown, or was given to an object; a ``TypeError`` and a ``ValueError``.
         FileNotFoundError: If weights or the prompt file are missing.
     """
 
@@ -79,8 +92,10 @@ class NoiseTask:
         # What is wrong is said before anything is loaded.
         name = check_denoiser(denoiser) if isinstance(denoiser, str) else denoiser.name
         if denoiser_options and not isinstance(denoiser, str):
-            first = min(denoiser_options)
-            raise UnknownOption(f"unexpected keyword argument {first!r}: options belong to a denoiser given by name")
+            raise UnknownOptionError(
+                f"unexpected keyword argument {min(denoiser_options)!r}: options {sorted(denoiser_options)} belong to "
+                "a denoiser given by name"
+            )
         self.prompts = resolve_prompts(prompts, name).prompts
         if reward is None:
             if name not in EMBEDDED:

@@ -21,8 +21,8 @@ from pydantic import AfterValidator
 
 from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
-from noisear_rl.envs.noise_task import NoiseTask, Outcome
-from noisear_rl.envs.sharing import SharedSpec, checked_options
+from noisear_rl.envs.noise_task import NoiseTask, Outcome, check_reset_options
+from noisear_rl.envs.sharing import SharedSpec
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import RewardLike
@@ -96,8 +96,7 @@ class NoiseVectorEnv(SharedSpec, VectorEnv, EzPickle):
             ValueError: If the numbers of seeds or prompts are wrong, or ``reset_mask`` leaves a copy out.
             ClosedEnvironmentError: After :meth:`close`.
         """
-        given = checked_options(options, ("prompt", "prompts", "reset_mask"))
-        text, mask = self.begin(seed, self._prompts_of(given))
+        text, mask = self.begin(seed, self._prompts_of(options or {}))
         self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
         self._step = 0
@@ -191,6 +190,7 @@ class NoiseVectorEnv(SharedSpec, VectorEnv, EzPickle):
 
     def _prompts_of(self, options: Mapping[str, Any]) -> Sequence[str | None]:
         """One prompt per copy, ``None`` to draw it."""
+        check_reset_options(options, ("prompt", "prompts", "reset_mask"))
         if "reset_mask" in options and not np.array_equal(options["reset_mask"], np.ones(self.num_envs, dtype=bool)):
             raise ValueError(
                 f"reset_mask must be ({self.num_envs},) and all true: the copies act in lockstep and end together"

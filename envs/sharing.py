@@ -1,13 +1,10 @@
-"""What both environments do so that other libraries can copy, pickle and configure them."""
+"""What both environments do so that other libraries do not copy what they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 from gymnasium.envs.registration import EnvSpec
-
-from noisear_rl.config import nearest
 
 
 class _SharedArguments(dict[str, Any]):
@@ -36,20 +33,3 @@ class SharedSpec:
         if spec is not None:
             spec.kwargs = _SharedArguments(spec.kwargs)
         self._spec = spec
-
-
-FOREIGN = ("minari_autoseed",)  # options that other libraries read, but also hand on
-
-
-def checked_options(options: Mapping[str, Any] | None, known: Collection[str]) -> dict[str, Any]:
-    """The options of ``reset``.
-
-    Raises:
-        ValueError: If one is unknown; names the nearest known one.
-    """
-    for name in options or {}:
-        if name not in (*known, *FOREIGN):
-            raise ValueError(
-                f"unknown reset option {name!r:.80}; expected one of {sorted(known)}{nearest(name, known)}"
-            )
-    return dict(options or {})

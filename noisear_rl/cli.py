@@ -29,6 +29,7 @@ COMMANDS = {
         "noisear_rl.evaluation.reward_statistics",
         "measure the mean and standard deviation of scorers on Gaussian noise",
     ),
+    "critic": ("noisear_rl.algos.critic", "train a critic of noises on rollouts, which chooses without an image"),
     "npnet": ("noisear_rl.algos.npnet", "train NPNet (golden noise) on pairs, as a baseline"),
     "evaluate": ("noisear_rl.algos.evaluate", "compare policies and searches with Gaussian noise"),
     "table": (
@@ -46,7 +47,7 @@ COMMANDS = {
 
 # Commands whose work several processes share.
 SHARED = {"pairs", "shared-noise", "nll", "reinforce", "ppo", "train-prior", "collect", "dpo", "reward-gradient"}
-SHARED |= {"npnet", "evaluate"}
+SHARED |= {"npnet", "critic", "evaluate"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,10 +82,6 @@ class ConfigError(ValueError):
         self.where, self.problem = where, problem
 
 
-class UnknownOption(TypeError, ValueError):
-    """A keyword argument that does not exist: a ``TypeError``, and, as commands report it, a user's error."""
-
-
 def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str | None) -> Config:
     """Reads a dataclass from YAML (``--config FILE_OR_PRESET``) and the command line, which overrides it.
 
@@ -289,6 +285,10 @@ def _shown(value: Any) -> str:
     """A value in a message, in one line of bounded length."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class UnknownOptionError(TypeError, ValueError):
+    """An option that nothing takes; also a ``TypeError``, which libraries that probe options expect."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

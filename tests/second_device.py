@@ -14,13 +14,13 @@ from accelerate import PartialState
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-NAME = "second"
+NAME = "mirror"  # also a method of tensors and modules
 CROSSING = {"aten::copy_", "aten::_to_copy"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by indices of the CPU
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What ``torch.second`` offers."""
+    """What ``torch.mirror`` offers."""
 
     is_available = is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)

@@ -33,8 +33,9 @@ from tests.training_runs import PROMPTS, prepare, trainings
 
 DEVICE = resolve_device("auto")
 WORDS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
-PLAYED = DEVICE.type == "second"
+PLAYED = DEVICE.type == "mirror"
 accelerated = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs an accelerator")
+real = pytest.mark.skipif(DEVICE.type in ("cpu", "mirror"), reason="needs an accelerator's own arithmetic")
 pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 
 
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 @pytest.mark.skipif(not hasattr(backend_registration, "_DummyBackendModule"), reason="needs a newer torch")
 def test_on_a_second_device():
     """On the CPU, but an operation on tensors of both devices is an error, as on an accelerator."""
-    options = ["-p", "tests.second_device", "-n", "0", "-p", "no:cacheprovider", __file__]
+    options = ["-p", "tests.second_device", "-p", "no:cacheprovider", __file__]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
 
@@ -104,7 +105,7 @@ def data(tmp_path_factory):
 @accelerated
 @pytest.mark.parametrize("name", trainings(Path(), 0))
 def test_trainings(name, data, tmp_path):
-    network = trainings(data, 4)[name](tmp_path)
+    network = trainings(data, 2)[name](tmp_path)
     assert {parameter.device.type for parameter in network.parameters()} == {DEVICE.type}
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
@@ -115,7 +116,7 @@ def of_shapes(folder, **options):
     return ppo.PPOConfig("NoiseAR-ShapesTurbo-v0", output_dir=folder, policy=policy, **(sizes | options))
 
 
-@accelerated
+@real
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["natural", "adam"])
 def test_ppos_first_ratio_is_exactly_1(tmp_path, precision, optimizer):
@@ -123,7 +124,7 @@ def test_ppos_first_ratio_is_exactly_1(tmp_path, precision, optimizer):
     assert [record["losses/first_ratio"] for record in read_records(tmp_path)] == [1.0] * 4
 
 
-@accelerated
+@real
 def test_resumed_equals_uninterrupted(tmp_path):
     whole = ppo.train(of_shapes(tmp_path / "a"))
     resumed = kill_and_resume(ppo.train, of_shapes(tmp_path / "b"))

@@ -42,13 +42,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"noisear-rl {noisear_rl.__version__}\n"
 
 
-def test_help_names_the_command_and_loads_no_heavy_library(tmp_path):
+def test_help_names_the_command_and_loads_no_heavy_library():
     """One process per command would take minutes; what no command loads here, each does not load alone."""
     code = """
 import contextlib, io, sys
-import noisear_rl
 from noisear_rl import cli
-from noisear_rl.envs import check_env_id
 for command in cli.COMMANDS:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
@@ -58,7 +56,7 @@ for command in cli.COMMANDS:
     assert f"usage: noisear {command} " in out.getvalue(), (command, out.getvalue()[:200])
     assert "python algos/" not in out.getvalue(), command
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -101,9 +99,9 @@ def interrupt(event, arguments):
         os.kill(os.getpid(), signal.SIGINT)
 from noisear_rl import cli
 sys.addaudithook(interrupt)
-cli.main(["pairs", "--output-dir", "pairs"])
+cli.main(["pairs", "--output-dir", {str(tmp_path)!r}])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "noisear pairs: interrupted\n")
 
 

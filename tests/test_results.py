@@ -50,6 +50,17 @@ def test_readme_table_of_the_prior():
         assert (row[1:4], row[7], row[8], means[5]) == (cells, layout, kl, position), title
 
 
+def test_readme_figures_of_speed():
+    pattern = r"drawn ([\d.]+) \(batch 1\) to ([\d.]+) \(batch 32\) .*? float32, ([\d.]+) to ([\d.]+) times in bfloat16"
+    drawn = re.search(pattern + r".*? at (\d+) % of the rate .*? is ([\d.]+) times as fast", readme())
+    assert drawn is not None
+    rows = [line.split(" | ") for line in (RESULTS / "bench.md").read_text().splitlines() if line.startswith("| ")]
+    titles = [f"sampling in {dtype}, batch {batch}," for dtype in ("float32", "bfloat16") for batch in (1, 32)]
+    titles += ["an NLL step in float32", "PPO outside the environments, per image, beside Stable"]
+    cells = [next(row[1] for row in rows if title in row[0]) for title in titles]
+    assert list(drawn.groups()) == [re.split("[× ]", cell)[0] for cell in cells]
+
+
 def test_readme_figures_of_the_teacher():
     sentence = re.search(r"the same policies are right in (.+?) % instead of (.+?) %", readme())
     assert sentence is not None

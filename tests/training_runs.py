@@ -16,7 +16,7 @@ import gymnasium
 import torch
 from safetensors.torch import save_file
 
-from noisear_rl.algos import dpo, nll, npnet, ppo, reinforce, reward_gradient
+from noisear_rl.algos import critic, dpo, nll, npnet, ppo, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.data.pairs import LAYOUT_FEATURES, PAIR_FEATURES
 from noisear_rl.data.shards import write_shard
@@ -25,12 +25,14 @@ from noisear_rl.files import check_manifest
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.learning.run import Run
 from noisear_rl.policy import NoiseARConfig
+from noisear_rl.samplers.noise_critic import NoiseCriticConfig
 from noisear_rl.samplers.npnet import NPNetConfig
 from tests import toys
 
 SMALL = NoiseARConfig(d_model=16, d_ff=16, n_layers=1, n_heads=2, log_variance="fixed")
 LEARNED = NoiseARConfig(d_model=16, d_ff=16, n_layers=1, n_heads=2, log_variance="shared")
 TINY = NPNetConfig(image_size=8, patch_size=2, window_size=2, d_model=8, depths=(2, 1), n_heads=(2, 2))
+CRITIC = NoiseCriticConfig(d_model=16, d_text=16, n_blocks=1, text_layers=1, n_heads=2, dropout=0.0)
 TOY = toys.NoDenoiser((4, 8, 8), 2)
 TURBO = {"dtype": "float32"}
 PROMPTS = tuple(
@@ -90,6 +92,8 @@ def trainings(data: Path, updates: int):
     chosen |= {"epochs": -(-updates // 6), "patience": 0}
     images = {"prompts": PROMPTS[:2], "prompts_per_update": 2, "samples_per_prompt": 3, "updates": updates}
     images |= {"reward": TOP_LEFT, "denoiser_options": TURBO, "policy": SMALL, "save_every": 3}
+    judged = {"critic": CRITIC, "denoiser_options": TURBO, "batch_size": 13, "held_out_share": 0.2, "save_every": 3}
+    judged |= {"epochs": -(-updates // 2), "evaluate_every": 3, "learning_rate": 1e-3}
     return {
         "ppo-natural": on_ppo(**natural, epochs=2, minibatches=2, fisher_episodes=6),
         "ppo-adam": on_ppo(Gaps(), **adam, minibatches=16, kl_coef=0.1, entropy_coef=0.01, policy=LEARNED),
@@ -108,6 +112,9 @@ def trainings(data: Path, updates: int):
         ),
         "nll-layouts": lambda folder, **more: nll.train(
             nll.NLLConfig(data / "layouts", output_dir=folder, policy=replace(LEARNED, layouts=3), **(pairs | more))
+        ),
+        "critic": lambda folder, **more: critic.train(
+            critic.CriticConfig((data / "rollouts",), output_dir=folder, **(judged | more))
         ),
         "npnet": lambda folder, **more: npnet.train(
             npnet.NPNetTrainingConfig(data / "golden", output_dir=folder, **(golden | more)), TOY

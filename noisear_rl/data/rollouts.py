@@ -10,7 +10,7 @@ Shapes: ``R`` rollouts, ``N`` patches, ``A`` elements per patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from noisear_rl.denoisers import dtype_of
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.files import read_manifest
 from noisear_rl.patches import patchify
+
+IMAGES = 1024  # images decoded at a time
 
 
 def rollout_features(scorers: Sequence[str], images: bool) -> Features:
@@ -84,6 +86,75 @@ class Rollouts:
         """The sizes that a policy must share with these rollouts."""
         shape, width = tuple(self.manifest["latent_shape"]), self.manifest["text_shape"][1]
         return {"latent_shape": shape, "patch_size": self.manifest["patch_size"], "text_dim": width}
+
+
+@dataclass
+class Seen:
+    """Noises and what became of them, of several folders of rollouts.
+
+    Attributes:
+        denoiser: Name of the denoiser of all.
+        prompts: The distinct prompts.
+        prompt: ``(R,)`` number of each rollout's prompt.
+        group: ``(R,)`` number of each rollout's prompt and folder: noises of one policy for one prompt.
+        noise: ``(R, C, *spatial)`` float16.
+        rewards: ``(R,)`` float32.
+        folders: The folders.
+    """
+
+    denoiser: str
+    prompts: list[str]
+    prompt: np.ndarray
+    group: np.ndarray
+    noise: np.ndarray
+    rewards: np.ndarray
+    folders: list[Rollouts]
+
+    def thumbnails(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray | None:
+        """Small versions of the images, as 8-bit numbers; ``None`` unless every rollout has its image.
+
+        Args:
+            reduce: Maps images ``(b, 3, H, W)`` in [0, 1] to what is kept of them.
+        """
+        if any("image" not in rollouts.dataset.column_names for rollouts in self.folders):
+            return None
+        small = []
+        for rollouts in self.folders:
+            for batch in rollouts.dataset.select_columns("image").iter(IMAGES):
+                images = np.stack([np.asarray(image.convert("RGB")) for image in batch["image"]])
+                small.append((255 * reduce(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)).round().byte().numpy())
+        return np.concatenate(small)
+
+
+def load_seen(folders: Sequence[Path]) -> Seen:
+    """Loads and joins folders of rollouts.
+
+    Raises:
+        FileNotFoundError: If a folder contains no rollouts.
+        ValueError: If the folders differ in denoiser, reward or a size, or there is none.
+    """
+    if not folders:
+        raise ValueError("rollouts: expected at least one folder")
+    loaded = [load_rollouts(folder) for folder in folders]
+    for key in ("denoiser", "num_inference_steps", "guidance_scale", "latent_shape", "reward"):
+        values = [rollouts.manifest.get(key) for rollouts in loaded]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"rollouts must agree on {key}: {dict(zip(map(str, folders), values, strict=True))}")
+    names = [prompt for rollouts in loaded for prompt in rollouts.prompts]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    shape = loaded[0].manifest["latent_shape"]
+    prompt = np.array([number[name] for name in names])
+    source = np.repeat(np.arange(len(loaded)), [len(rollouts.dataset) for rollouts in loaded])
+    noise = [np.stack(r.dataset.with_format("numpy")["noise"][:]).astype(np.float16) for r in loaded]
+    return Seen(
+        loaded[0].manifest["denoiser"],
+        list(number),
+        prompt,
+        source * len(number) + prompt,
+        np.concatenate(noise).reshape(-1, *shape),
+        np.concatenate([rollouts.rewards for rollouts in loaded]),
+        loaded,
+    )
 
 
 def load_rollouts(folder: str | Path) -> Rollouts:

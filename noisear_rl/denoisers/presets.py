@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, constants
 
-from noisear_rl.config import UnknownOption
+from noisear_rl.config import UnknownOptionError
 from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
@@ -158,8 +158,8 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
     converted = {}
     for key, value in options.items():
         if key not in allowed:
-            raise UnknownOption(
-                f"unknown denoiser option {key!r} (unexpected keyword argument {key!r}); expected one of {allowed}"
+            raise UnknownOptionError(
+                f"unknown denoiser option {key!r}; expected one of {allowed} (unexpected keyword argument {key!r})"
             )
         kind = int if key == "patch_size" else _OWN.get(key) or type(defaults[key])
         if isinstance(value, str) and kind is bool:

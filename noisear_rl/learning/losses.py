@@ -156,17 +156,24 @@ def reinforce_loss(log_prob: torch.Tensor, advantages: torch.Tensor) -> torch.Te
 
 
 def ppo_loss(
-    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_range: float,
+    clip_high: float | None = None,
 ) -> torch.Tensor:
     """Clipped surrogate of PPO (Schulman et al. 2017, equation 7); a patch is an action.
 
-    At the first step the ratio is 1, and the gradient is :func:`reinforce_loss`'s.
+    At the first step the ratio is 1, and the gradient is :func:`reinforce_loss`'s. With ``grpo`` advantages it is the
+    loss of GRPO (Shao et al. 2024, arXiv 2402.03300), times the number of patches; with ``clip_high`` above
+    ``clip_range``, DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476).
 
     Args:
         log_prob: ``(B, N)`` under the policy being trained.
         old_log_prob: ``(B, N)`` under the policy that sampled; no gradient flows into it.
         advantages: ``(B, N)``; no gradient flows into them.
         clip_range: Ratios beyond ``1 ± clip_range`` gain nothing.
+        clip_high: Instead of ``clip_range`` for ratios above 1; ``None`` for the same.
 
     Returns:
         A scalar, averaged over episodes, summed over patches.
@@ -179,7 +186,7 @@ def ppo_loss(
         raise ValueError(f"expected three tensors (B, N) of one shape, got {shapes}")
     advantages = advantages.detach()
     ratio = (log_prob - old_log_prob.detach()).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_high is None else clip_high))
     return -torch.minimum(ratio * advantages, clipped * advantages).sum(1).mean()
 
 

@@ -37,8 +37,8 @@ ADAPT_BEYOND, ADAPT_FACTOR, ADAPT_RANGE = 2.0, 1.5, (1e-7, 1e-1)  # adaptive Ada
 def conjugate_gradient(
     product: Callable[[torch.Tensor], torch.Tensor], target: torch.Tensor, iterations: int, tolerance: float = 1e-6
 ) -> torch.Tensor:
-    """Solves ``product(x) = target`` for a positive definite product; ``(P,)``."""
-    x, residual = torch.zeros_like(target), target.clone()
+    """Solves ``product(x) = target`` for a positive definite product; ``(P,)``. ``target`` becomes the residual."""
+    x, residual = torch.zeros_like(target), target  # four vectors with the product: memory that counts
     direction, squared = residual.clone(), residual @ residual
     start = squared.clone()
     for _ in range(iterations):
@@ -46,10 +46,10 @@ def conjugate_gradient(
             break
         curved = product(direction)
         step = squared / (direction @ curved)
-        x += step * direction
-        residual -= step * curved
+        x.addcmul_(direction, step)
+        residual.addcmul_(curved, step, value=-1)
         previous, squared = squared, residual @ residual
-        direction = residual + squared / previous * direction
+        direction.mul_(squared / previous).add_(residual)
     return x
 
 

@@ -41,9 +41,11 @@ def inputs_of(config: Any) -> dict[str, Any]:
     if isinstance(prompts, str) and len(prompts) < 1000 and Path(prompts).is_file():
         found["prompts"] = sha256(Path(prompts))
     for name in ("pairs", "rollouts"):
-        folder = getattr(config, name, None)
-        if folder is not None and (manifest := Path(folder) / "manifest.json").is_file():
-            found[name] = sha256(manifest)
+        given = getattr(config, name, None) or ()
+        folders = given if isinstance(given, tuple) else (given,)
+        manifests = [manifest for folder in folders if (manifest := Path(folder) / "manifest.json").is_file()]
+        if manifests:  # of several folders, in their order
+            found[name] = " ".join(map(sha256, manifests))
     return found
 
 

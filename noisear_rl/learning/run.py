@@ -150,6 +150,8 @@ class Run:
             recover(self.folder)
             if resume:
                 next(whole_checkpoints(self.folder), None)  # moves newer damaged ones aside
+            if not list_checkpoints(self.folder):
+                (self.folder / RECORDS).unlink(missing_ok=True)  # of a run that was killed before it saved anything
         barrier()
         log_with = ["tensorboard", *(["wandb"] if wandb else [])]
         project = ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard"))

@@ -315,21 +315,24 @@ class NoiseARPolicy(
             cache: list = [None] * self.config.n_layers
             layout: torch.Tensor | None = None
             patches: list[torch.Tensor] = []
-            log_prob: list[torch.Tensor] = []
+            means, stds = list[torch.Tensor](), list[torch.Tensor]()  # (B, A)
             for i in range(self.n_patches):
                 if use_cache:
                     token = self.network.token(patches[-1] if patches else None, i, b, layout)
                     gaussian = self._gaussian(self.network.forward(token, prepared, cache), i).base_dist
-                    mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]  # (B, A)
+                    mean, std = gaussian.mean[:, 0], gaussian.stddev[:, 0]
                 else:
                     filled = torch.stack([*patches, *noise[:, i:].unbind(1)], 1)  # later patches are not seen
                     gaussian = self.distribution(filled, text, text_mask).base_dist
                     mean, std = gaussian.mean[:, i], gaussian.stddev[:, i]
                 patches.append(mean + std * noise[:, i])
-                log_prob.append(Normal(mean, std, validate_args=False).log_prob(patches[-1]).sum(-1))
+                means.append(mean)
+                stds.append(std)
                 if i == 0:
                     layout = self._choose(patches[0], prepared)
-            sample = PolicySample(torch.stack(patches, 1), torch.stack(log_prob, 1))
+            drawn = torch.stack(patches, 1)
+            density = Normal(torch.stack(means, 1), torch.stack(stds, 1), validate_args=False)
+            sample = PolicySample(drawn, density.log_prob(drawn).sum(-1))
         if not sample.patches.isfinite().all():
             raise ValueError("the policy's density is not finite: are its weights, or the text, extremely large?")
         return sample
@@ -343,4 +346,4 @@ class NoiseARPolicy(
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
         load_weights(model, model_file, map_location, f"a policy with {dataclasses.asdict(model.config)}")
-        return model.eval()  # as of every hub mixin: the same seed gives the same noise
+        return model.eval()  # with dropout, a seed would give other noise every time

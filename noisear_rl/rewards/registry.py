@@ -176,9 +176,8 @@ def load_reward(
 
     Args:
         spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name), weights by
-            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents; or, without the
-            arguments below, a scorer (:class:`Reward`), a function of images ``(B, 3, H, W)`` in [0, 1] and ``B``
-            prompts that returns ``B`` numbers (:class:`FunctionReward`), or a :class:`WeightedReward`, as it is.
+            scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a ``.yaml`` file, or its contents; or a scorer, or a
+            function ``(images, prompts) → (B,)`` numbers, with weight 1.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
@@ -189,9 +188,9 @@ def load_reward(
         FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
     if not isinstance(spec, str | Mapping | RewardConfig):
-        if normalize or options or device:
-            raise ValueError("normalize, options and device belong to a reward given by name")
-        return _of_object(spec)
+        if options or device is not None:
+            raise ValueError(f"options and a device belong to scorers given by name, not to {spec!r:.80}")
+        return _of_object(spec, normalize)
     config = reward_config(spec)
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
     if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
@@ -203,18 +202,18 @@ def load_reward(
     return WeightedReward(rewards, normalize or config.normalize, config.statistics)
 
 
-def _of_object(reward: Any) -> WeightedReward:
-    if isinstance(reward, WeightedReward):
+def _of_object(reward: Any, normalize: Normalization | None) -> WeightedReward:
+    if isinstance(reward, WeightedReward) and normalize is None:
         return reward
     if isinstance(reward, Reward) and not isinstance(reward, type):
-        return WeightedReward([(reward, 1.0)])
+        return WeightedReward([(reward, 1.0)], normalize or "none")
     if isinstance(reward, type) or not callable(reward):
         raise ValueError(
             f"reward: expected a name, a function of images and prompts, or a scorer with a `name` and `score(images, "
             f"prompts)`, not {reward!r:.80}"
         )
     name = getattr(reward, "__name__", type(reward).__name__).strip("<>")  # of a lambda, too
-    return WeightedReward([(FunctionReward(name, reward), 1.0)])
+    return WeightedReward([(FunctionReward(name, reward), 1.0)], normalize or "none")
 
 
 def _has_device(name: str, options: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 ``NAME=PATH`` is a policy, an NPNet or a choice of shared noises, ``NAME=PATH,PATH`` the training seeds of one; a path
 may be the name of a policy that comes with the library, such as ``shapes/nll``. ``best-of-N``, ``search-N`` and
 ``reno-N`` start from Gaussian noise, ``NAME+best-of-N`` from a method named earlier; N is the number of images they
-denoise per result.
+denoise per result. ``critic-N`` denoises one, of the noise that a critic prefers among N.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from noisear_rl.policy.loading import find_policy
 from noisear_rl.rewards import WeightedReward, load_reward, reward_sha256
 from noisear_rl.samplers.base import Sampler
 from noisear_rl.samplers.best_of import BestOf
+from noisear_rl.samplers.critic_choice import CriticChoice
+from noisear_rl.samplers.noise_critic import load_critic
 from noisear_rl.samplers.npnet import NPNetSampler, holds_npnet, load_npnet
 from noisear_rl.samplers.reno import Reno
 from noisear_rl.samplers.search import ZerothOrderSearch
 from noisear_rl.samplers.shared_noise import FILE, SharedNoises, SharedNoiseSampler, holds_shared_noises
-from noisear_rl.samplers.simple import GAUSSIAN, as_sampler
+from noisear_rl.samplers.simple import GAUSSIAN, PolicySampler, as_sampler
 
-SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno)-(?P<count>\d{1,18})")
+SEARCH = re.compile(r"(?:(?P<start>.+)\+)?(?P<kind>best-of|search|reno|critic)-(?P<count>\d{1,18})")
 LONGEST_NAME = 100  # characters; its folder is named after it
 LARGEST_SEARCH = 100_000  # images denoised per result
 
@@ -92,6 +94,7 @@ def plan_methods(
     temperature: float | None = None,
     reward_device: str | None = None,
     layout_temperature: float | None = None,
+    critic: str | None = None,
 ) -> list[Method]:
     """Reads names of methods; see the module docstring. Gaussian noise always comes first.
 
@@ -103,10 +106,11 @@ def plan_methods(
         temperature: Factor on the standard deviation of policies; ``None`` for their own.
         reward_device: Device of the scorers of ``choose_by``; see :func:`~noisear_rl.rewards.load_reward`.
         layout_temperature: Of policies with layouts; ``None`` for their own.
+        critic: Checkpoint, run folder or Hub id of the critic that ``critic-N`` chooses by.
 
     Raises:
-        ValueError: If an item is malformed, a name is repeated or used before it is defined, or a search has no
-            reward to choose by.
+        ValueError: If an item is malformed, a name is repeated or used before it is defined, a search has no reward
+            to choose by, or a choice no critic or neither a policy nor Gaussian noise to start from.
         FileNotFoundError: If a path holds no weights.
     """
     methods = {GAUSSIAN: [Method(GAUSSIAN, GAUSSIAN, partial(as_sampler, denoiser, None), [], False)]}
@@ -116,7 +120,7 @@ def plan_methods(
             raise ValueError(f"{name!r:.120} names a method; expected at most {LONGEST_NAME} printable characters")
         asked = None if paths else SEARCH.fullmatch(item)
         if not paths and asked is None:
-            raise ValueError(f"expected NAME=PATH, best-of-N, search-N or reno-N, got {item!r}")
+            raise ValueError(f"expected NAME=PATH, best-of-N, search-N, reno-N or critic-N, got {item!r}")
         if asked is not None:
             start, kind, count = asked["start"] or GAUSSIAN, asked["kind"], int(asked["count"])
             name = ("" if start == GAUSSIAN else f"{start} + ") + f"{kind.replace('-', ' ')} {count}"
@@ -126,12 +130,17 @@ def plan_methods(
                 raise ValueError(
                     f"{item!r:.80} denoises {count} images per result, not at least 1 and at most {LARGEST_SEARCH:,}"
                 )
-            if choose_by is None:
+            if kind == "critic" and critic is None:
+                raise ValueError(f"{item!r} needs a critic to choose by: --critic")
+            if kind != "critic" and choose_by is None:
                 raise ValueError(f"{item!r} needs a reward to choose by: choose_by")
         if not name or name in methods:
             raise ValueError(f"methods must be distinct NAME=PATH items or searches, got {item!r}")
         if asked is None:
             methods[name] = _trained(name, paths.split(","), denoiser, temperature, layout_temperature)
+        elif asked["kind"] == "critic":
+            assert critic is not None
+            methods[name] = [_chosen(name, count, m, denoiser, critic) for m in methods[start]]
         else:
             assert choose_by is not None
             given, judge = search or SearchConfig(), partial(load_reward, choose_by, device=reward_device)
@@ -169,6 +178,22 @@ def _trained(
         Method(own, name, partial(make, path), [_digest(path), *temperatures], True)
         for own, path in zip(names, paths, strict=True)
     ]
+
+
+def _chosen(group: str, count: int, start: Method, denoiser: Denoiser, critic: str) -> Method:
+    """A critic's choice among the noises of another method."""
+    first = start.make()
+    if start.name != GAUSSIAN and not isinstance(first, PolicySampler):
+        raise ValueError(f"{group!r} chooses among the noises of a policy or Gaussian noise, not of {start.name!r}")
+
+    def make() -> CriticChoice:
+        drawn = start.make()
+        policy = drawn.policy if isinstance(drawn, PolicySampler) else None
+        return CriticChoice(denoiser, policy, load_critic(critic), count)
+
+    make()  # fails early on a missing or mismatched critic
+    name = group + start.name.removeprefix(start.group)  # with the training seed
+    return Method(name, group, make, [start.identity, "critic", count, _digest(critic)], start.trained)
 
 
 def _searching(

@@ -37,7 +37,7 @@ def config(folder, reward, **options) -> PPOConfig:
     [
         {"epochs": 2, "minibatches": 3, "kl_coef": 0.1},
         {"optimizer": "adam", "learning_rate": 1e-2, "advantage": "ema"},
-        {"optimizer": "adaptive_adam", "advantage": "grpo"},
+        {"optimizer": "adaptive_adam", "advantage": "grpo", "clip_high": 0.8},
         {"advantage": "gae", "critic_batch_size": 8},
     ],
     ids=["natural", "adam", "adaptive_adam", "gae"],

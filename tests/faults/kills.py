@@ -29,7 +29,7 @@ from tests.training_runs import PROMPTS, SMALL, TURBO, prepare, trainings
 
 UPDATES, KILLS_PER_TRIAL, HALF = 12, 3, {"dtype": "bfloat16"}
 TRAININGS = ("ppo-natural", "ppo-adam", "ppo-gae", "ppo-adaptive", "reinforce", "nll", "dpo")
-TRAININGS += ("reward-gradient", "npnet")
+TRAININGS += ("reward-gradient", "npnet", "critic")
 DATASETS = ("collect", "collect-bfloat16", "pairs", "pairs-leak")
 NAMES = (*TRAININGS, *DATASETS, "evaluate")
 

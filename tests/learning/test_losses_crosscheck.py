@@ -1,4 +1,7 @@
-"""PPO's and REINFORCE's losses against independent implementations and closed forms."""
+"""PPO's, GRPO's and REINFORCE's losses against independent implementations and closed forms."""
+
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +92,71 @@ def test_ppo_begins_as_reinforce():
     second = torch.autograd.grad(reinforce_loss(log_prob, episodic), [mean, episodic], allow_unused=True)
     torch.testing.assert_close(first[0], second[0])
     assert first[1] is None and second[1] is None
+
+
+def trl_grpo(log_prob, old_log_prob, advantages, low, high, kind):
+    """``GRPOTrainer._compute_loss`` unbound: a patch is a token of a completion after a prompt of one token."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    same = lambda value, **_: value
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_prob, torch.zeros_like(log_prob), None),
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(num_processes=1, gather=same, reduce=same, sync_gradients=True),
+        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
+        loss_type=kind,
+        importance_sampling_level="token",
+        epsilon_low=low,
+        epsilon_high=high,
+        beta=0.0,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=N,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    tokens = torch.ones(len(log_prob), N, dtype=torch.long)
+    inputs = {"prompt_ids": tokens[:, :1], "prompt_mask": tokens[:, :1], "completion_ids": tokens}
+    inputs |= {"completion_mask": tokens, "advantages": advantages, "old_per_token_logps": old_log_prob}
+    inputs["num_items_in_batch"] = tokens.sum()
+    return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
+
+
+# "luspo" sums over tokens, as we do; the others average over them, which is the same where all completions are as long.
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.28), (0.5, None), (0.5, 1.0)])
+def test_grpo_equals_trl(kind, low, high):
+    pytest.importorskip("trl")
+    for seed in range(3):
+        mean, _, actions, old_log_prob, rewards = random_batch(seed)
+        rewards, group = rewards[:, 0], torch.arange(B) % 3
+        grouped = rewards.view(-1, 3).T  # (prompts, generations), and trl's formula with scale_rewards="group"
+        expected = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).T.reshape(-1)
+        advantages = group_advantages(rewards, group, "grpo")
+        torch.testing.assert_close(advantages, expected)
+
+        log_prob = Independent(Normal(mean, torch.ones_like(mean)), 1).log_prob(actions)
+        loss = ppo_loss(log_prob, old_log_prob, advantages[:, None].expand(-1, N), low, high)
+        theirs, metrics = trl_grpo(log_prob, old_log_prob, expected, low, low if high is None else high, kind)
+        theirs = theirs if kind == "luspo" else N * theirs
+        torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-8)
+        gradients = [torch.autograd.grad(x, mean, retain_graph=True)[0] for x in (loss, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+        clipped = [metrics[f"clip_ratio/{side}_mean"][0] for side in ("low", "high")]
+        assert min(clipped) > 0  # both sides count
+
+
+def test_the_upper_clip_range_is_for_ratios_above_1():
+    """Clip-higher leaves the gradient of good episodes that have become likelier, and of no others."""
+    ratio = torch.tensor([[1.4], [1.4], [0.4], [0.4], [3.0]])
+    log_prob, advantages = ratio.log().requires_grad_(), torch.tensor([[1.0], [-1.0], [1.0], [-1.0], [1.0]])
+    for high, expected in ((None, [0, 1, 1, 0, 0]), (1.0, [1, 1, 1, 0, 0])):
+        loss = ppo_loss(log_prob, torch.zeros_like(log_prob), advantages, 0.2, high)
+        (gradient,) = torch.autograd.grad(loss, log_prob)
+        assert (gradient != 0).int()[:, 0].tolist() == expected
 
 
 def test_ppo_refuses_shapes_that_would_broadcast():

@@ -28,7 +28,7 @@ def test_conjugate_gradient_solves():
     root = torch.randn(12, 12, dtype=torch.float64)
     matrix, target = root @ root.T + torch.eye(12), torch.randn(12, dtype=torch.float64)
     torch.testing.assert_close(
-        conjugate_gradient(lambda v: matrix @ v, target, 40, 1e-20), torch.linalg.solve(matrix, target)
+        conjugate_gradient(lambda v: matrix @ v, target.clone(), 40, 1e-20), torch.linalg.solve(matrix, target)
     )
 
 

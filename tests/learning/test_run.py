@@ -24,6 +24,7 @@ from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.shared_noise import SharedNoiseConfig
 from noisear_rl.files import read_entries
 from noisear_rl.learning import run as run_module
+from noisear_rl.learning.records import read_records
 from noisear_rl.learning.run import Counters, Run, next_prompts, split_by_prompt
 from noisear_rl.policy import NoiseARConfig
 from noisear_rl.rewards import RewardConfig
@@ -138,6 +139,7 @@ PRESETS = {
     "shapes/nll_signal_leak": NLLConfig,
     "shapes/reinforce": ReinforceConfig,
     "shapes/ppo": PPOConfig,
+    "shapes/grpo": PPOConfig,
     "shapes/reinforce_transfer": ReinforceConfig,
     "shapes/dpo": DPOConfig,
     "shapes/collect": CollectConfig,
@@ -288,3 +290,16 @@ def test_counters_are_plain():
         "skipped": 0,
         "skipped_in_a_row": 0,
     }
+
+
+def test_records_of_a_run_that_saved_nothing_are_forgotten(tmp_path):
+    """It starts again, resumed or not: each update is logged once."""
+    for resume in (True, False):
+        first = Run(tmp_path, Options())
+        first.log({"loss": 2.0}, 1)
+        first.close()
+        second = Run(tmp_path, Options(), resume=resume)
+        assert second.load(random_policy()) == Counters()
+        second.log({"loss": 1.0}, 1)
+        second.close()
+        assert [record["loss"] for record in read_records(tmp_path)] == [1.0]

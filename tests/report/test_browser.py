@@ -179,3 +179,18 @@ def test_dark_scheme_keeps_contrast(page):
     colors = js(page, "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name])")
     paper, ink = ([int(value) for value in re.findall(r"\d+", color)][:3] for color in colors)
     assert max(paper) < 60 and min(ink) > 200
+
+
+def test_text_of_strangers_runs_nothing(browser, tmp_path):
+    """Neither as the page opens, nor where its script copies text: the dialog, the filter."""
+    attack = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    methods = {f"{name} {attack}": method for name, method in methods_of(write_evaluation(tmp_path / "it")).items()}
+    prompts = [f"{attack} {name} \"'><svg onload=document.title='owned'>" for name in PROMPTS]
+    run = write_evaluation(tmp_path / "run", prompts=prompts, methods=methods)
+    report(run)
+    browser.get((tmp_path / "out/report.html").as_uri())
+    assert js(browser, "document.body.innerText.includes('<script>')")  # it is shown as text
+    click(browser, ".shot")
+    press(browser, "ARROW_RIGHT")
+    assert not soon(browser, "document.title === 'owned'")
+    assert js(browser, "document.querySelectorAll('svg[onload], img[onerror]').length") == 0
