@@ -52,7 +52,7 @@ for command in cli.COMMANDS:
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
     if command != "train-shapes":  # a research script, which trains diffusers' own models
-        assert not {"diffusers.models", "diffusers.utils", "transformers.modeling_utils"} & set(sys.modules), command
+        assert not {"datasets", "diffusers.utils", "transformers.modeling_utils"} & set(sys.modules), command
     assert f"usage: noisear {command} " in out.getvalue(), (command, out.getvalue()[:200])
     assert "python algos/" not in out.getvalue(), command
 """
