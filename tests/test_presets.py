@@ -26,7 +26,7 @@ def test_every_file_has_a_name():
 )
 def test_names_are_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_preset(name).samefile(ROOT / "configs/shapes/ppo.yaml")
+    assert find_preset(name).read_text() == (ROOT / "configs/shapes/ppo.yaml").read_text()
     parsed = parse(["ppo", "--config", name, "--updates", "7"], monkeypatch)
     assert (parsed.env_id, parsed.prompts_per_update, parsed.updates) == ("NoiseAR-ShapesTurbo-v0", 16, 7)
 
