@@ -7,8 +7,8 @@ patches (NoiseAR, appendix D). The reference is frozen: the policy at the start,
 are never trained on; with ``patience``, training stops when the accuracy on these pairs no longer rises, and the policy
 with the best accuracy is kept.
 
-    python algos/collect.py --output-dir runs/rollouts
-    python algos/dpo.py --config configs/shapes/dpo.yaml --rollouts runs/rollouts
+    noisear collect --output-dir runs/rollouts
+    noisear dpo --config shapes/dpo --rollouts runs/rollouts
 
 Several processes share the pairs of a batch (``noisear_rl/distributed.py``); their number changes no result.
 

@@ -1,7 +1,7 @@
 """Is this noise better, by how much, and at what cost? Compares methods on the same prompts and seeds by a judge.
 
-    python algos/evaluate.py --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts validation
-    python algos/evaluate.py --config configs/sdxl/evaluate.yaml --methods "NoiseAR=model.pth" --prompts drawbench
+    noisear evaluate --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts validation
+    noisear evaluate --config sdxl/evaluate --methods "NoiseAR=model.pth" --prompts drawbench
     torchrun --nproc-per-node 4 algos/evaluate.py …    # the same results
 
 There are three stages. The first draws the images of every method and the second scores them, both in shards that

@@ -9,8 +9,8 @@ noise is taken in closed form. Pairs of several layouts per prompt train a polic
 then ``p(k | text)·p(x' | k, text)``, and the first patch, which chooses, stays standard normal
 (``noisear_rl/policy/layouts.py``).
 
-    noisear pairs --config configs/shapes/signal_leak.yaml --output-dir runs/pairs
-    python algos/nll.py --config configs/shapes/nll_signal_leak.yaml --pairs runs/pairs
+    noisear pairs --config shapes/signal_leak --output-dir runs/pairs
+    noisear nll --config shapes/nll_signal_leak --pairs runs/pairs
 
 Several processes share the pairs of a batch (``noisear_rl/distributed.py``); their number changes no result, except for
 the masks of dropout.

@@ -12,8 +12,8 @@ Several processes share the pairs of a batch (:mod:`noisear_rl.distributed`); th
 The weights with the lowest held-out loss are kept. An untrained network is the identity, so the result is never worse
 than unchanged noise on the held-out pairs.
 
-    noisear pairs --config configs/shapes/pairs.yaml --filter-reward shapes-match --output-dir runs/golden
-    python algos/npnet.py --config configs/shapes/npnet.yaml --pairs runs/golden
+    noisear pairs --config shapes/pairs --filter-reward shapes-match --output-dir runs/golden
+    noisear npnet --config shapes/npnet --pairs runs/golden
 """
 
 from __future__ import annotations

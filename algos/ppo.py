@@ -10,7 +10,7 @@ Updates are as long as rewards confirm them (``learning/step_size.py``), so that
 ``--advantage grpo`` makes it GRPO (Shao et al. 2024), ``--clip-high`` adds the clip-higher of DAPO (Yu et al. 2025):
 trl's loss up to a factor, since advantages are in standard deviations of the whole update.
 
-    python algos/ppo.py --config configs/shapes/ppo.yaml
+    noisear ppo --config shapes/ppo
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
 

@@ -5,7 +5,7 @@
 3. ``nll``: a policy is pretrained on the chosen noises (``noisear nll``).
 4. ``ppo``: PPO improves it (``noisear ppo``).
 
-    noisear train-prior --config configs/shapes/prior.yaml --output-dir runs/prior
+    noisear train-prior --config shapes/prior --output-dir runs/prior
 
 Every stage writes to a folder of its own in the output folder. Run an interrupted command again to continue; finished
 stages return immediately. Several processes share every stage. The policy is in ``ppo``, or in ``nll`` with

@@ -7,7 +7,7 @@ The estimator leaves open how long a step is. Two answers: ``natural`` moves alo
 usual one, and much less sample-efficient here. Either is as long as rewards confirm it (``learning/step_size.py``),
 so that pure noise moves next to nothing.
 
-    python algos/reinforce.py --config configs/shapes/reinforce.yaml
+    noisear reinforce --config shapes/reinforce
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
 

@@ -7,7 +7,7 @@ element of the noise, a scalar does not. It needs a differentiable scorer and wh
 not compare its results with the others'. A KL to N(0, I) limits drift, or ReNO's norm term
 ``½‖x‖² - (d - 1)·log‖x‖`` (Eyring et al. 2024, arXiv 2406.04312), which keeps the norm near a Gaussian's.
 
-    python algos/reward_gradient.py --config configs/shapes/reward_gradient.yaml
+    noisear reward-gradient --config shapes/reward_gradient
 
 Several processes share the images of an update (``noisear_rl/distributed.py``); their number changes no result.
 

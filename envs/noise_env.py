@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
+from gymnasium.utils import EzPickle
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask, check_reset_options
+from noisear_rl.envs.sharing import SharedSpec
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
-from noisear_rl.rewards import Reward
+from noisear_rl.rewards import RewardLike
 
 
-class NoiseEnv(gymnasium.Env):
+class NoiseEnv(SharedSpec, gymnasium.Env, EzPickle):
     """Choosing the initial noise of a diffusion model, one patch per step.
 
     ## Description
@@ -34,23 +36,28 @@ class NoiseEnv(gymnasium.Env):
     | `patches`   | `Box(-10, 10, (N, A))`       | the patches so far, then zeros                 |
     | `step`      | `Discrete(N + 1)`            | number of patches so far                       |
     | `text`      | `Box(-inf, inf, (L, D))`     | the prompt as `text_encoder` reads it          |
-    | `text_mask` | `MultiBinary(L)`             | 1 for tokens, 0 for padding                    |
+    | `text_mask` | `Box(0, 1, (L,), int8)`      | 1 for tokens, 0 for padding                    |
 
     For `shapes` N = 16, A = 16, L = 16, D = 256; for SDXL N = 16, A = 4096, L = 77, D = 2048.
 
     ## Rewards
-    0 until the last patch, then the weighted sum of the scorers; ``info["reward/<name>"]`` holds each score.
+    0 until the last patch, then the weighted sum of the scorers.
+
+    ## Info
+    ``reset`` and every ``step`` return the same keys: ``prompt``, ``clipped`` (whether the action was), and, of the
+    episode's end (zero before it), ``reward/<name>`` for each score and the ``noise`` ``(C, h, w)``.
 
     ## Starting State
     No patches. Prompt and denoising seed depend only on ``reset(seed=...)``;
     ``reset(options={"prompt": "..."})`` sets the prompt. ``info["prompt"]`` holds it.
 
     ## Episode End
-    ``terminated`` at patch N. Never truncated. ``info["noise"]`` holds the noise ``(C, h, w)``.
+    ``terminated`` at patch N. Never truncated.
 
     ## Arguments
     ``denoiser``, ``reward``, ``prompts``, ``patch_size``, ``text_encoder``, ``reward_device`` and the denoiser's
-    options: names and numbers, so that ``env.spec`` can be serialised; objects are accepted too. See
+    options: names and numbers, so that ``env.spec`` can be serialised and the environment pickled (by its arguments,
+    without the state of its episode); objects are accepted too, and shared, not copied. See
     :class:`~noisear_rl.envs.noise_task.NoiseTask`.
 
     ## Vectorized environment
@@ -65,7 +72,7 @@ class NoiseEnv(gymnasium.Env):
     def __init__(
         self,
         denoiser: str | Denoiser = "shapes",
-        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
+        reward: RewardLike | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | Sequence[int] | None = None,
         render_mode: str | None = None,
@@ -75,6 +82,8 @@ class NoiseEnv(gymnasium.Env):
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+        made_of = (denoiser, reward, prompts, patch_size, render_mode, text_encoder, reward_device)
+        EzPickle.__init__(self, *made_of, **denoiser_options)
         self.task = NoiseTask(denoiser, reward, prompts, patch_size, text_encoder, reward_device, **denoiser_options)
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
         self.render_mode = render_mode
@@ -93,7 +102,7 @@ class NoiseEnv(gymnasium.Env):
         self._text, self._mask = text[0].float().cpu().numpy(), mask[0].cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.task.n_patches, self.task.patch_dim), np.float32)
         self._step, self._image = 0, None
-        return self._observation(), {"prompt": self._prompt}
+        return self._observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Appends a patch ``(A,)``; denoises and scores after the last one."""
@@ -104,7 +113,7 @@ class NoiseEnv(gymnasium.Env):
             raise ValueError(f"expected one patch {self.action_space.shape}, got {patch.shape}")
         self._patches[self._step] = patch
         self._step += 1
-        info: dict[str, Any] = {"prompt": self._prompt, "clipped": bool(clipped)}
+        info = self._info(clipped=bool(clipped))
         reward, terminated = 0.0, self._step == self.task.n_patches
         if terminated:
             patches = torch.from_numpy(self._patches[None].copy())
@@ -121,6 +130,12 @@ class NoiseEnv(gymnasium.Env):
         if self._step < 0:
             raise ResetNeeded("call reset() before render()")
         return self.task.noise_image(self._patches) if self._image is None else to_uint8(self._image)
+
+    def _info(self, clipped: bool = False) -> dict[str, Any]:
+        """Before the end: scores and noise are zero."""
+        scores = dict.fromkeys(self.task.score_names, 0.0)
+        noise = np.zeros(self.task.denoiser.latent_shape, np.float32)
+        return {"prompt": self._prompt, "clipped": clipped, **scores, "noise": noise}
 
     def _observation(self) -> dict[str, Any]:
         return {

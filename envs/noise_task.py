@@ -5,7 +5,7 @@ Shapes: ``B`` episodes, ``N`` patches, ``A`` elements per patch, ``L`` text toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from noisear_rl.patches import as_frames, own_patch_size, sequence_shape, unpatc
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.rewards import Reward, WeightedReward, load_reward
+from noisear_rl.rewards import RewardLike, load_reward
 
 ACTION_BOUND = 10.0
 
@@ -44,13 +44,16 @@ class Outcome:
     images: torch.Tensor
 
 
+FOREIGN = ("minari_autoseed",)  # options of `reset` that other libraries read, but also hand on
+
+
 def check_reset_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> None:
     """Refuses options of ``reset`` that nothing reads.
 
     Raises:
         ValueError: If there are any; names one and the nearest known name.
     """
-    for key in (options or {}).keys() - set(known):
+    for key in (options or {}).keys() - {*known, *FOREIGN}:
         raise ValueError(f"unknown option {key!r} of reset{nearest(str(key), known)}; expected some of {list(known)}")
 
 
@@ -59,7 +62,7 @@ class NoiseTask:
 
     Args:
         denoiser: Name or object.
-        reward: Name, weights by name, scorer, or function ``(images, prompts) → (B,)`` numbers; ``None`` for the
+        reward: Name, weights by name, scorer, or function of images ``(B, 3, H, W)`` and prompts; ``None`` for the
             denoiser's default.
         prompts: Prompts, a prompt file, a published set or a split, as :func:`noisear_rl.prompts.resolve_prompts`
             takes them; ``None`` for the training captions (``shapes``) or a few examples (others).
@@ -71,14 +74,15 @@ class NoiseTask:
         **denoiser_options: See :func:`noisear_rl.denoisers.load_denoiser`; for names only.
 
     Raises:
-        ValueError: If a name or an option is unknown, there is no prompt, or a scorer cannot judge one.
+        ValueError: If a name is unknown, there is no prompt, or a scorer cannot judge one.
+        UnknownOptionError: If an option is unknown, or was given to an object; a ``TypeError`` and a ``ValueError``.
         FileNotFoundError: If weights or the prompt file are missing.
     """
 
     def __init__(
         self,
         denoiser: str | Denoiser,
-        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
+        reward: RewardLike | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | Sequence[int] | None = None,
         text_encoder: str = DENOISER,
@@ -88,7 +92,10 @@ class NoiseTask:
         # What is wrong is said before anything is loaded.
         name = check_denoiser(denoiser) if isinstance(denoiser, str) else getattr(denoiser, "name", "")
         if denoiser_options and not isinstance(denoiser, str):
-            raise UnknownOptionError(f"options {sorted(denoiser_options)} belong to a denoiser given by name")
+            raise UnknownOptionError(
+                f"unexpected keyword argument {min(denoiser_options)!r}: options {sorted(denoiser_options)} belong to "
+                "a denoiser given by name"
+            )
         self.prompts = resolve_prompts(prompts, name).prompts
         if reward is None:
             if name not in EMBEDDED:
@@ -96,7 +103,7 @@ class NoiseTask:
             reward = "shapes-match"
         if reward_device and not isinstance(reward, str | Mapping):
             raise ValueError("reward_device belongs to a reward given by name")
-        self.reward = reward if isinstance(reward, WeightedReward) else load_reward(reward, device=reward_device)
+        self.reward = load_reward(reward, device=reward_device)
         self.reward.check_prompts(self.prompts)
         self._known = frozenset(self.prompts)
         made = load_denoiser(denoiser, **denoiser_options) if isinstance(denoiser, str) else denoiser
@@ -112,7 +119,7 @@ class NoiseTask:
                 "patches": spaces.Box(-ACTION_BOUND, ACTION_BOUND, (n, a), np.float32),
                 "step": spaces.Discrete(n + 1),
                 "text": spaces.Box(-np.inf, np.inf, (length, width), np.float32),
-                "text_mask": spaces.MultiBinary(length),
+                "text_mask": spaces.Box(0, 1, (length,), np.int8),  # skrl takes no MultiBinary
             }
         )
 
@@ -120,6 +127,11 @@ class NoiseTask:
     def policy_sizes(self) -> dict[str, Any]:
         """What a policy must agree on with this task."""
         return policy_sizes(self.denoiser, self.patch_size) | self.reader.sizes
+
+    @property
+    def score_names(self) -> list[str]:
+        """Keys of the scores in ``info``."""
+        return [f"reward/{reward.name}" for reward, _ in self.reward.rewards]
 
     def __str__(self) -> str:
         return f"denoiser {self.denoiser.name!r}"

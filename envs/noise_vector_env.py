@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import gymnasium
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
-from gymnasium.utils import seeding
+from gymnasium.utils import EzPickle, seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from pydantic import AfterValidator
@@ -19,18 +22,24 @@ from pydantic import AfterValidator
 from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask, Outcome, check_reset_options
+from noisear_rl.envs.sharing import SharedSpec
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
-from noisear_rl.rewards import Reward
+from noisear_rl.rewards import RewardLike
 from noisear_rl.trust import check_code
 
 
-class NoiseVectorEnv(VectorEnv):
+class NoiseVectorEnv(SharedSpec, VectorEnv, EzPickle):
     """``num_envs`` copies of :class:`~noisear_rl.envs.noise_env.NoiseEnv` that act and denoise together.
 
     The spaces are the scalar environment's, batched, and the same seeds give the same episodes: ``reset(seed=s)``
-    seeds copy ``i`` with ``s + i``. All episodes end at the same step; the next step starts new ones and ignores
-    its actions (``AutoresetMode.NEXT_STEP``). Calling ``reset`` instead is fine too.
+    seeds copy ``i`` with ``s + i``. All episodes end at the same step. What happens then is ``autoreset_mode``:
+
+    * ``"NextStep"``: the next step starts new ones and ignores its actions. Calling ``reset`` instead is fine, too.
+    * ``"SameStep"``: the last step starts new ones and returns their observation; ``info["final_obs"]`` and
+      ``info["final_info"]`` hold the end, in the form of Gymnasium's ``SyncVectorEnv``.
+    * ``"Disabled"``: ``reset`` does. TorchRL's ``GymWrapper`` wants this.
+
     ``reset(options={"prompts": [...]})`` sets the prompts, one per copy, and ``{"prompt": "..."}`` one for all. A
     ``reset_mask`` must be true for every copy, since they act in lockstep. A seed also seeds ``np_random``. The
     observations of an episode share one array of its text and one of its mask. Training calls :meth:`begin` and
@@ -47,14 +56,22 @@ class NoiseVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         denoiser: str | Denoiser = "shapes",
-        reward: str | Mapping[str, float] | Reward | Callable[..., Any] | None = None,
+        reward: RewardLike | None = None,
         prompts: str | Sequence[str] | None = None,
         patch_size: int | Sequence[int] | None = None,
         render_mode: str | None = None,
         text_encoder: str = DENOISER,
         reward_device: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         **denoiser_options: Any,
     ):
+        made_of = (num_envs, denoiser, reward, prompts, patch_size, render_mode, text_encoder, reward_device)
+        EzPickle.__init__(self, *made_of, autoreset_mode, **denoiser_options)
+        modes = [mode.value for mode in AutoresetMode]
+        if autoreset_mode not in (*AutoresetMode, *modes):
+            raise ValueError(f"autoreset_mode must be one of {modes}, not {autoreset_mode!r}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -83,7 +100,7 @@ class NoiseVectorEnv(VectorEnv):
         self._text, self._mask = text.float().cpu().numpy(), mask.cpu().numpy().astype(np.int8)
         self._patches = np.zeros((self.num_envs, self.task.n_patches, self.task.patch_dim), np.float32)
         self._step = 0
-        return self._observation(), self._info(prompt=np.array(self._prompts, dtype=object))
+        return self._observation(), self._info()
 
     def begin(
         self, seed: int | Sequence[int | None] | None = None, prompts: Sequence[str | None] | None = None
@@ -140,6 +157,8 @@ class NoiseVectorEnv(VectorEnv):
         if self._step < 0:
             raise ResetNeeded("call reset() before step()")
         rewards, never = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+        if self._step == self.task.n_patches and self.autoreset_mode is AutoresetMode.DISABLED:
+            raise ResetNeeded("the episodes are over: call reset()")
         if self._step == self.task.n_patches:  # the step after the end: new episodes
             observation, info = self.reset()
             return observation, rewards, never, never.copy(), info
@@ -148,14 +167,21 @@ class NoiseVectorEnv(VectorEnv):
             raise ValueError(f"expected patches {self.action_space.shape}, got {patches.shape}")
         self._patches[:, self._step] = patches
         self._step += 1
-        info = self._info(prompt=np.array(self._prompts, dtype=object), clipped=clipped)
+        info = self._info(clipped=clipped)
         terminated = np.full(self.num_envs, self._step == self.task.n_patches)
         if terminated[0]:
             whole = torch.from_numpy(self._patches.copy())
             outcome = self.task.finish(whole, self._conditioning, self._prompts, self.denoise_seeds)
             rewards, self.images = outcome.rewards.cpu().numpy().astype(np.float64), outcome.images
             scores = {name: values.cpu().numpy() for name, values in outcome.scores.items()}
-            info |= self._info(noise=outcome.noise.numpy().copy(), **scores)
+            info |= {"noise": outcome.noise.numpy().copy(), **scores}
+        if terminated[0] and self.autoreset_mode is AutoresetMode.SAME_STEP:
+            last, final_info = self._observation(), info
+            observation, info = self.reset()
+            final_obs = np.empty(self.num_envs, dtype=object)
+            final_obs[:] = [{key: values[i] for key, values in last.items()} for i in range(self.num_envs)]
+            info |= _with_masks(self.num_envs, final_obs=final_obs, final_info=final_info)
+            return observation, rewards, terminated, never, info
         return self._observation(), rewards, terminated, never, info
 
     def _check_open(self) -> None:
@@ -185,10 +211,16 @@ class NoiseVectorEnv(VectorEnv):
             return tuple(self.task.noise_image(patches) for patches in self._patches)
         return tuple(to_uint8(image) for image in self.images)
 
-    def _info(self, **values: np.ndarray) -> dict[str, Any]:
-        """Gymnasium's form: every key has a mask ``_key`` of the copies that it is valid for."""
-        masks = {f"_{key}": np.ones(self.num_envs, dtype=bool) for key in values}
-        return values | masks
+    def _info(self, clipped: np.ndarray | None = None) -> dict[str, Any]:
+        """Before the end: scores and noise are zero."""
+        scores = {name: np.zeros(self.num_envs, np.float32) for name in self.task.score_names}
+        return _with_masks(
+            self.num_envs,
+            prompt=np.array(self._prompts, dtype=object),
+            clipped=np.zeros(self.num_envs, dtype=bool) if clipped is None else clipped,
+            noise=np.zeros((self.num_envs, *self.task.denoiser.latent_shape), np.float32),
+            **scores,
+        )
 
     def _observation(self) -> dict[str, Any]:
         return {
@@ -197,6 +229,21 @@ class NoiseVectorEnv(VectorEnv):
             "text": self._text,
             "text_mask": self._mask,
         }
+
+
+def _with_masks(num_envs: int, **values: Any) -> dict[str, Any]:
+    """Gymnasium's form: every key has a mask ``_key`` of the copies that it is valid for."""
+    return values | {f"_{key}": np.ones(num_envs, dtype=bool) for key in values}
+
+
+@contextlib.contextmanager
+def _folder_on_path() -> Iterator[None]:
+    """Also imports modules of the current folder, as ``python -m`` does and an installed command does not."""
+    sys.path.insert(0, folder := os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def check_env_id(env_id: str) -> str:
@@ -209,7 +256,8 @@ def check_env_id(env_id: str) -> str:
     if module:
         check_code(env_id)
         try:
-            importlib.import_module(module)
+            with _folder_on_path():
+                importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
     known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import noisear_rl
 from noisear_rl.command import WRONG, run_command, stop
 
 COMMANDS = {
@@ -41,6 +42,11 @@ COMMANDS = {
         "print tables of evaluations, also in the paper's layouts next to its numbers",
     ),
     "report": ("noisear_rl.report.page", "write one self-contained page on evaluations and training runs"),
+    "config": ("noisear_rl.presets", "list the presets for --config (also `noisear configs`), or `config show NAME`"),
+    "doctor": (
+        "noisear_rl.doctor",
+        "say what is installed here, which devices and weights there are, and what to do next",
+    ),
     "train-shapes": ("noisear_rl.denoisers.shapes.train", "train the embedded denoiser and its judges from scratch"),
 }
 
@@ -55,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     listing = "\n".join(f"  {name:19}{text}" for name, (_, text) in COMMANDS.items())
     usage = (
         f"usage: noisear COMMAND [options]\n\n{listing}\n\n`noisear COMMAND --help` lists the options of a command.\n"
+        "`noisear --version` prints the version.\n"
         "`--traceback` shows where an error was raised; `--trust-code` runs code that configurations or manifests name."
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return
+    if arguments[0] == "--version":
+        print(f"noisear-rl {noisear_rl.__version__}")
+        return
+    arguments = ["config", "list", *arguments[1:]] if arguments[0] == "configs" else arguments
     if arguments[0] not in COMMANDS:
         from noisear_rl.config import nearest  # here, as it loads what only commands need
 

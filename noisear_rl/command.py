@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from noisear_rl import trust
 USER_ERRORS = (OSError, ValueError, GymnasiumError)  # wrong options, wrong files, full disks
 TRACEBACK, VARIABLE = "--traceback", "NOISEAR_TRACEBACK"
 WRONG, INTERRUPTED = 2, 130  # exit codes
+_PROGRAM: ContextVar[str | None] = ContextVar("program", default=None)
 
 
 class Stop(SystemExit):
@@ -40,6 +42,7 @@ def run_command(name: str, main: Callable[[list[str]], Any], arguments: Sequence
         Stop: On an error that the user can mend (exit code 2) or on Ctrl-C (exit code 130).
     """
     shown = bool(os.environ.get(VARIABLE)) or TRACEBACK in arguments
+    outer = _PROGRAM.set(name)
     try:
         with trust.trusting(trust.OPTION in arguments):
             main([argument for argument in arguments if argument not in (TRACEBACK, trust.OPTION)])
@@ -53,6 +56,13 @@ def run_command(name: str, main: Callable[[list[str]], Any], arguments: Sequence
             raise
         advice = "out of memory: use smaller batches, or a preset low_memory.yaml. " if out_of_memory else ""
         stop(f"{name}: {advice}{describe(error)}", WRONG, error)
+    finally:
+        _PROGRAM.reset(outer)
+
+
+def program() -> str | None:
+    """What its user typed to start the command that runs, such as ``noisear ppo``; ``None`` outside of one."""
+    return _PROGRAM.get()
 
 
 def run_script(main: Callable[[list[str]], Any]) -> None:

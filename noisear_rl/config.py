@@ -24,9 +24,11 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator, Strict
 
+from noisear_rl.command import program
 from noisear_rl.trust import values_from
 
 Config = TypeVar("Config")
+PRESETS = Path(__file__).parent / "configs"  # one folder per denoiser, and those of rewards and launchers
 LARGEST = 10**9  # of a count: more is a slip of the pen, and would overflow or exhaust the memory
 
 
@@ -81,7 +83,7 @@ class ConfigError(ValueError):
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str | None) -> Config:
-    """Reads a dataclass from YAML (``--config FILE``) and the command line, which overrides it.
+    """Reads a dataclass from YAML (``--config FILE_OR_PRESET``) and the command line, which overrides it.
 
     Args:
         cls: The dataclass; the docstrings below its fields become ``--help``.
@@ -90,15 +92,43 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
 
     Raises:
         ConfigError: If the file holds an unknown key or a wrong value.
-        OSError: If the file cannot be read.
+        OSError: If the file cannot be read, or there is no such preset.
         SystemExit: On an unknown option (names the nearest one) or a wrong value on the command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config")
     known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    default = cls() if known.config is None else load_yaml(cls, known.config)
-    text = f"{description or ''}\n\n--config FILE.yaml reads presets; options given here override them."
-    return tyro.cli(cls, args=rest, default=default, description=text)
+    default = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
+    text = (
+        f"{description or ''}\n\n--config FILE.yaml, or a name that `noisear configs` lists, reads presets; options "
+        "given here override them."
+    )
+    return tyro.cli(cls, prog=program(), args=rest, default=default, description=text)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the library, such as ``shapes/ppo``."""
+    return sorted(file.relative_to(PRESETS).with_suffix("").as_posix() for file in PRESETS.rglob("*.yaml"))
+
+
+def find_preset(name: str) -> Path:
+    """The file of a preset, from any folder.
+
+    Args:
+        name: A file, which takes precedence, or ``shapes/ppo``; ``configs/shapes/ppo.yaml`` is the same.
+
+    Raises:
+        FileNotFoundError: If it is neither; names the nearest preset.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known, preset = preset_names(), name.removesuffix(".yaml").removeprefix("noisear_rl/").removeprefix("configs/")
+    if preset not in known:
+        near = nearest(preset, known)
+        raise FileNotFoundError(
+            f"{name:.80}: no such file, and no preset of this name (`noisear configs` lists them){near}"
+        )
+    return PRESETS / f"{preset}.yaml"
 
 
 class _UniqueKeys(yaml.SafeLoader):

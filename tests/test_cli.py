@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 
+import noisear_rl
 from noisear_rl import cli
+from noisear_rl.envs import check_env_id
 
 ROOT = Path(__file__).parents[1]
 DEFINE = "def score(images, prompts):\n    "
@@ -33,6 +35,74 @@ def test_every_algorithm_is_a_command():
     scripts = [path for path in (ROOT / "algos").glob("*.py") if "\ndef main(" in path.read_text()]
     assert scripts and {f"noisear_rl.algos.{path.stem}" for path in scripts} <= modules
     assert all(callable(importlib.import_module(module).main) for module in modules)
+
+
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"noisear-rl {noisear_rl.__version__}\n"
+
+
+def test_help_names_the_command_and_loads_no_heavy_library():
+    """One process per command would take minutes; what no command loads here, each does not load alone."""
+    code = """
+import contextlib, io, sys
+from noisear_rl import cli
+for command in cli.COMMANDS:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    if command != "train-shapes":  # a research script, which trains diffusers' own models
+        assert not {"datasets", "diffusers.utils", "transformers.modeling_utils"} & set(sys.modules), command
+    assert f"usage: noisear {command} " in out.getvalue(), (command, out.getvalue()[:200])
+    assert "python algos/" not in out.getvalue(), command
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_mistyped_environments_are_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo", "--env-id", "NoiseAR-ShapesTurb-v0"])
+    assert stop.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "unknown environment 'NoiseAR-ShapesTurb-v0'" in error and "did you mean 'NoiseAR-ShapesTurbo-v0'?" in error
+
+
+def test_environments_of_the_current_folder(tmp_path, monkeypatch):
+    """``module:id`` names a file of one's own beside which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    Path("mine_env.py").write_text(
+        "import gymnasium\nfrom noisear_rl.envs import NoiseEnv, NoiseVectorEnv\n"
+        "gymnasium.register('Mine-v0', NoiseEnv, vector_entry_point=NoiseVectorEnv)\n"
+    )
+    before = list(sys.path)
+    assert check_env_id("mine_env:Mine-v0") == "mine_env:Mine-v0" and sys.path == before
+    del gymnasium.registry["Mine-v0"]
+
+
+def test_wandb_that_is_not_installed_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo", "--wandb", "--output-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert "noisear ppo: --wandb: the package wandb is not installed: `pip install wandb`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["torch", "diffusers", "noisear_rl.denoisers.presets", "tqdm.auto"])
+def test_ctrl_c_while_a_command_starts_ends_in_one_line(at, tmp_path):
+    """The signal comes when a module is imported."""
+    code = f"""
+import os, signal, sys
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == {at!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+from noisear_rl import cli
+sys.addaudithook(interrupt)
+cli.main(["pairs", "--output-dir", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "noisear pairs: interrupted\n")
 
 
 def test_the_installed_script_is_this_function():

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
 from noisear_rl.command import run_script
@@ -31,7 +30,7 @@ from noisear_rl.config import (
     parse_config,
     to_mapping,
 )
-from noisear_rl.data.shards import load_shards, shard_file, write_shard
+from noisear_rl.data.shards import Columns, load_shards, shard_file, write_shard
 from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers import (
@@ -55,10 +54,13 @@ from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import RewardSpec, WeightedReward, load_reward, reward_sha256
 from noisear_rl.samplers.base import resolve_denoising_seeds
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 CHECKED = 4096  # pairs whose targets are checked at once
 PairKind = Literal["weak_to_strong", "signal_leak"]
-PAIR_FEATURES = Features({"prompt": Value("string"), "seed": Value("int64"), "target": List(Value("float16"))})
-LAYOUT_FEATURES = Features({**PAIR_FEATURES, "layout": Value("int64")})  # where prompts have several layouts
+PAIR_FEATURES: Columns = {"prompt": "string", "seed": "int64", "target": "list<float16>"}
+LAYOUT_FEATURES: Columns = {**PAIR_FEATURES, "layout": "int64"}  # where prompts have several layouts
 
 
 @dataclass

@@ -13,27 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, List, Value
 
-from noisear_rl.data.shards import load_shards
+from noisear_rl.data.shards import Columns, load_shards
 from noisear_rl.denoisers import dtype_of
 from noisear_rl.envs.noise_task import NoiseTask
 from noisear_rl.files import read_manifest
 from noisear_rl.patches import own_patch_size, patchify
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 IMAGES = 1024  # images decoded at a time
 
 
-def rollout_features(scorers: Sequence[str], images: bool) -> Features:
+def rollout_features(scorers: Sequence[str], images: bool) -> Columns:
     """Columns of a shard."""
-    columns: dict[str, Any] = {"prompt": Value("string"), "seed": Value("int64"), "denoise_seed": Value("int64")}
-    columns |= {"noise": List(Value("float16")), "log_prob": List(Value("float32")), "reward": Value("float32")}
-    columns |= {f"reward/{name}": Value("float32") for name in scorers}
-    return Features(columns | ({"image": Image()} if images else {}))
+    columns = {"prompt": "string", "seed": "int64", "denoise_seed": "int64"}
+    columns |= {"noise": "list<float16>", "log_prob": "list<float32>", "reward": "float32"}
+    columns |= {f"reward/{name}": "float32" for name in scorers}
+    return columns | ({"image": "image"} if images else {})
 
 
 def rollout_manifest(task: NoiseTask) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def load_rollouts(folder: str | Path) -> Rollouts:
         FileNotFoundError: If the folder contains no rollouts.
         ValueError: If no reward is finite, or the collection was interrupted.
     """
-    dataset = load_shards(folder, "rollouts", "python algos/collect.py")
+    dataset = load_shards(folder, "rollouts", "noisear collect")
     manifest = read_manifest(folder)
     missing = {"denoiser", "latent_shape", "patch_size", "rollouts"} - manifest.keys()
     if missing or "reward" not in dataset.column_names:

@@ -14,9 +14,9 @@ Two kinds of targets: the chosen ``noise`` itself, or the ``leak`` of the image 
 (:mod:`~noisear_rl.data.signal_leak`): the same layout for a fraction of the KL divergence, if the denoiser's schedule
 does not start from pure noise.
 
-    python algos/collect.py --config configs/shapes/collect_same_noise.yaml --output-dir runs/tried
-    noisear shared-noise --config configs/shapes/shared_noise.yaml --rollouts runs/tried
-    python algos/nll.py --config configs/shapes/nll_shared_noise.yaml --pairs runs/shared
+    noisear collect --config shapes/collect_same_noise --output-dir runs/tried
+    noisear shared-noise --config shapes/shared_noise --rollouts runs/tried
+    noisear nll --config shapes/nll_shared_noise --pairs runs/shared
 
 Shapes: ``P`` prompts that were tried, ``Q`` prompts to choose for, ``S`` noises, ``F`` text features.
 """

@@ -9,13 +9,15 @@ Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from noisear_rl.denoisers import Conditioning, NoisePredictor
 from noisear_rl.patches import per_row
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 InversionMode = Literal["exact", "compat"]
 
@@ -54,6 +56,8 @@ def inversion_coefficients(
     """
     if inversion not in get_args(InversionMode):
         raise ValueError(f"unknown inversion {inversion!r}; expected one of {get_args(InversionMode)}")
+    from diffusers import FlowMatchEulerDiscreteScheduler  # here: it takes seconds to load
+
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if inversion != "exact":
             raise ValueError(f"{inversion!r} inversion exists only for DDIM; flow matching needs 'exact'")

@@ -22,8 +22,9 @@ from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.denoisers.pipelines import INTERFACES
 from noisear_rl.denoisers.placement import DeviceMap, Dtype, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
-from noisear_rl.denoisers.shapes.architecture import ASSETS
+from noisear_rl.denoisers.shapes import ASSETS
 from noisear_rl.denoisers.weights import (
+    cached,
     file_digest,
     hub_file,
     load_weights,
@@ -250,3 +251,9 @@ def _converted(options: dict[str, Any]) -> dict[str, Any]:
             )
         converted[key] = value
     return converted
+
+
+def cached_folder(name: str) -> Path | None:
+    """The folder of a preset's weights in the Hub's cache, if they are on this machine."""
+    preset = PRESETS[name]
+    return cached(preset.path, preset.revision, preset.variant)

@@ -37,9 +37,9 @@ def local_folder(name: str, path: str, revision: str | None, variant: str | None
         return Path(path)
     if path.count("/") != 1 or Path(path).is_absolute() or Path(path).parent.is_dir():  # not a Hub id
         raise FileNotFoundError(f"{path}: no such pipeline folder")
+    if (found := cached(path, revision, variant)) is not None:
+        return found
     download = {"revision": revision, "variant": variant, "use_safetensors": True}
-    with quietly(), contextlib.suppress(OSError, ValueError):
-        return Path(DiffusionPipeline.download(path, local_files_only=True, **download))
     try:
         HfApi().model_info(path, revision=revision, timeout=REACHABLE_WITHIN)
         with quietly(progress_bars=True):
@@ -54,6 +54,14 @@ def local_folder(name: str, path: str, revision: str | None, variant: str | None
             "embedded denoisers 'shapes' and 'shapes-turbo' need no download. "
             f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
+
+
+def cached(path: str, revision: str | None, variant: str | None) -> Path | None:
+    """The folder of a pipeline in the Hub's cache, if it is on this machine."""
+    with quietly(), contextlib.suppress(OSError, ValueError):
+        options = {"revision": revision, "variant": variant, "use_safetensors": True}
+        return Path(DiffusionPipeline.download(path, local_files_only=True, **options))
+    return None
 
 
 def wants_fp16_files(folder: Path, dtype: torch.dtype | None) -> bool:

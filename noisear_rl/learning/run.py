@@ -10,6 +10,7 @@ one without any saved generator. Of several processes, the main one writes; all 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,10 @@ class Run:
         may_change: Collection[str] = (),
     ):
         check_config(config)
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                "--wandb: the package wandb is not installed: `pip install wandb`, or leave the option out"
+            )
         self.folder, self.config, self.device = Path(folder), config, process().device
         if list_checkpoints(self.folder) and not resume:
             raise FileExistsError(f"{folder} holds a run: pass --resume to continue it, or choose another --output-dir")

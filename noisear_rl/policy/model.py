@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from noisear_rl.checkpoints import load_weights
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
 from noisear_rl.patches import patchify, sequence_shape, unpatchify
+from noisear_rl.policy.card import PolicyHubMixin
 from noisear_rl.policy.checks import check_numbers, check_text
 from noisear_rl.policy.config import NoiseARConfig, Precision
 from noisear_rl.policy.decoder import Decoder, PaperDecoder, Text
@@ -46,13 +46,7 @@ class PolicySample:
     log_prob: torch.Tensor
 
 
-class NoiseARPolicy(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="noisear-rl",
-    tags=["noise-prior", "diffusion", "reinforcement-learning"],
-    license="apache-2.0",
-):
+class NoiseARPolicy(nn.Module, PolicyHubMixin):
     """Autoregressive Gaussian policy over the patches of a diffusion model's initial noise.
 
     Dropout is only active in train mode; reinforcement learning keeps the policy in eval mode, so that it samples

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import AfterValidator
@@ -143,8 +143,12 @@ def _blamed(file: Path | str, what: str) -> Iterator[None]:
         raise ValueError(f"{file}{where}: {what}: {type(error).__name__}: {error}") from error
 
 
+RewardLike = str | Mapping[str, float] | RewardConfig | Reward | WeightedReward | Callable[..., Any]
+"""What :func:`load_reward` takes."""
+
+
 def load_reward(
-    spec: str | Mapping[str, float] | RewardConfig | Reward | Callable[[torch.Tensor, Sequence[str]], Any],
+    spec: RewardLike,
     normalize: Normalization | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | None = None,
@@ -162,16 +166,14 @@ def load_reward(
             accelerator if there is one. Scorers without a network and functions compute where the images are.
 
     Raises:
-        ValueError: If a name, an option or a key is unknown, or this machine has no such device.
+        ValueError: If a name, an option or a key is unknown, this machine has no such device, or an object is none.
         FileNotFoundError: If a file is missing. Weights are only looked up on first use.
     """
-    if callable(spec) and not hasattr(spec, "score"):
-        spec = FunctionReward(getattr(spec, "__name__", type(spec).__name__).strip("<>"), spec)
-    if hasattr(spec, "score") and hasattr(spec, "name"):
+    if not isinstance(spec, str | Mapping | RewardConfig):
         if options or device is not None:
             raise ValueError(f"options and a device belong to scorers given by name, not to {spec!r:.80}")
-        return WeightedReward([(cast("Reward", spec), 1.0)], normalize or "none")
-    config = reward_config(cast("str | Mapping[str, float] | RewardConfig", spec))
+        return _of_object(spec, normalize)
+    config = reward_config(spec)
     given = {name: {**config.options.get(name, {}), **(options or {}).get(name, {})} for name in config.weights}
     if unused := (config.options.keys() | (options or {}).keys()) - config.weights.keys():
         raise ValueError(f"got options for {sorted(unused)}, which the reward does not use")
@@ -180,6 +182,20 @@ def load_reward(
         given = {name: ({"device": where} if _has_device(name, own) else {}) | own for name, own in given.items()}
     rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
     return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+
+
+def _of_object(reward: Any, normalize: Normalization | None) -> WeightedReward:
+    if isinstance(reward, WeightedReward) and normalize is None:
+        return reward
+    if isinstance(reward, Reward) and not isinstance(reward, type):
+        return WeightedReward([(reward, 1.0)], normalize or "none")
+    if isinstance(reward, type) or not callable(reward):
+        raise ValueError(
+            f"reward: expected a name, a function of images and prompts, or a scorer with a `name` and `score(images, "
+            f"prompts)`, not {reward!r:.80}"
+        )
+    name = getattr(reward, "__name__", type(reward).__name__).strip("<>")  # of a lambda, too
+    return WeightedReward([(FunctionReward(name, reward), 1.0)], normalize or "none")
 
 
 def _has_device(name: str, options: Mapping[str, Any]) -> bool:

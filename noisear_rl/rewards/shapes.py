@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPTokenizer
 
 from noisear_rl.denoisers.placement import resolve_device
-from noisear_rl.denoisers.shapes.architecture import ASSETS, TEXT_TOKENS, load_clip
+from noisear_rl.denoisers.shapes import ASSETS
 from noisear_rl.denoisers.shapes.captions import MAX_OBJECTS, SIZES, CaptionTensors, parse_caption
 from noisear_rl.denoisers.shapes.detectors import MAX_DETECTIONS, CenterDetector, load_detector
 from noisear_rl.denoisers.shapes.world import LARGE_ABOVE, SMALL_BELOW, Scenes, matches, relation_margin
@@ -95,8 +94,13 @@ class ShapesClip:
     statistics = (15.1, 2.7)
 
     def __init__(self, device: str | None = None) -> None:
+        from transformers import CLIPTokenizer  # these take seconds to load
+
+        from noisear_rl.denoisers.shapes.architecture import TEXT_TOKENS, load_clip
+
         self.device = resolve_device(device or "auto")
         self.clip = load_clip().to(self.device)
+        self.text_tokens = TEXT_TOKENS
         self.tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
         self._text: dict[str, torch.Tensor] = {}
 
@@ -110,7 +114,7 @@ class ShapesClip:
         for prompt in prompts:
             if prompt not in self._text:
                 ids = self.tokenizer(
-                    prompt, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+                    prompt, padding="max_length", max_length=self.text_tokens, truncation=True, return_tensors="pt"
                 ).input_ids.to(self.device)
                 self._text[prompt] = F.normalize(self.clip.get_text_features(ids).pooler_output, dim=-1)[0]
         return torch.stack([self._text[prompt] for prompt in prompts])

@@ -145,8 +145,9 @@ def test_bad_input(make, tmp_path):
         env.step(bad)
     with pytest.raises(ValueError, match="expected a patch of 16 numbers"):
         env.step(np.zeros(15, np.float32))
-    with pytest.raises(ValueError, match="empty prompt"):
-        env.reset(options={"prompt": " "})
+    for empty in [{"prompt": " "}, *([{"prompts": [" ", " "]}] if isinstance(env, NoiseVectorEnv) else [])]:
+        with pytest.raises(ValueError, match="empty prompt"):
+            env.reset(options=empty)
     for options, error, message in (
         ({"prompts": []}, ValueError, "non-empty list"),
         ({"prompts": [""]}, ValueError, "non-empty strings"),

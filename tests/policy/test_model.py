@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import yaml
 from torch.distributions import Normal
 
 from noisear_rl.gaussian import kl_to_gaussian, standard_noise
@@ -139,6 +140,19 @@ def test_hub_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == ["model.safetensors"]
     state = loaded.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in policy.state_dict().items())
+
+
+def test_the_card_says_what_the_policy_is(tmp_path):
+    policy = random_policy(n_layers=1, temperature=0.7)
+    policy.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    front, text = card.split("---\n", 2)[1:]
+    assert yaml.safe_load(front)["library_name"] == "noisear-rl" and "noise-prior" in yaml.safe_load(front)["tags"]
+    assert "More Information Needed" not in card and "4 × 8 × 8 (256 numbers) in 16 patches" in text
+    assert f"| parameters | {sum(p.numel() for p in policy.parameters()):,} |" in text
+    options = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert NoiseARConfig(**options) == policy.config
+    assert 'load_policy("me/mine")' in str(policy.generate_model_card(place="me/mine"))
 
 
 def test_bad_input():

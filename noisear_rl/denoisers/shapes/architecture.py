@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import AddedToken
 
+from noisear_rl.denoisers.shapes import ASSETS
 from noisear_rl.denoisers.shapes.captions import vocabulary
 from noisear_rl.denoisers.shapes.world import IMAGE_SIZE
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 LATENT_SHAPE = (4, 8, 8)
 TEXT_TOKENS = 16
 TEXT_WIDTH = 128

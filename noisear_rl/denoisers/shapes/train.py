@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
-from noisear_rl.command import run_script
+from noisear_rl.command import program, run_script
 from noisear_rl.denoisers.shapes import architecture
 from noisear_rl.denoisers.shapes.captions import (
     CATEGORIES,
@@ -307,7 +307,7 @@ def stages(arguments: argparse.Namespace) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m noisear_rl.denoisers.shapes.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program(), description=__doc__)
     parser.add_argument("stage", choices=("vae", "clip", "unet", "judges", "export", "all"), help="last stage to run")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/shapes-denoiser"), help="folder for checkpoints and logs"

@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.normalization import AdaGroupNorm
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
@@ -162,6 +161,8 @@ class NPNet(
         length, width = config.text_shape
         self.unet_svd = SVDNoise(config)
         self.unet_embedding = NoiseTransformer(config)
+        from diffusers.models.normalization import AdaGroupNorm  # here: it takes seconds to load
+
         self.text_embedding = AdaGroupNorm(length * width, config.latent_shape[0], 1, eps=1e-6)
         self.alpha = nn.Parameter(torch.zeros(1))
         self.beta = nn.Parameter(torch.zeros(1))
@@ -234,7 +235,7 @@ class NPNet(
         cls, model: Self, model_file: str, map_location: str, strict: bool
     ) -> Self:
         load_weights(model, model_file, map_location, str(model.config))
-        return model
+        return model.eval()
 
 
 def released_state(saved: Any) -> dict[str, torch.Tensor]:
