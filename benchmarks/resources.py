@@ -53,8 +53,8 @@ from noisear_rl.config import load_yaml
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.weak_to_strong import network_evaluations
 from noisear_rl.denoisers.presets import PRESETS
+from noisear_rl.learning.fisher import fisher_product
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
-from noisear_rl.learning.natural_gradient import fisher_product
 from noisear_rl.learning.preference_losses import PairLogProbs, Strength, preference_loss
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.policy.critic import NoiseARCritic

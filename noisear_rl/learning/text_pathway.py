@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils import parameters_to_vector
 
+from noisear_rl.learning.fisher import assign_parameters
 from noisear_rl.learning.losses import reinforce_loss
-from noisear_rl.learning.natural_gradient import assign_parameters
 from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.seeds import Stream, stream_rng

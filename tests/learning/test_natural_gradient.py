@@ -2,13 +2,9 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
+from noisear_rl.learning.fisher import conjugate_gradient, fisher_product
 from noisear_rl.learning.losses import reinforce_loss
-from noisear_rl.learning.natural_gradient import (
-    PolicyOptimizer,
-    conjugate_gradient,
-    fisher_product,
-    natural_step,
-)
+from noisear_rl.learning.natural_gradient import PolicyOptimizer, natural_step
 from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from tests.conftest import random_policy
 

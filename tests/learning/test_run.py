@@ -18,6 +18,7 @@ from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.algos.prior import PriorConfig
 from noisear_rl.algos.reinforce import ReinforceConfig
 from noisear_rl.algos.reward_gradient import RewardGradientConfig
+from noisear_rl.algos.trajectory_balance import TrajectoryBalanceConfig
 from noisear_rl.checkpoints import list_checkpoints
 from noisear_rl.config import ConfigError, check_config, from_mapping, load_yaml, parse_config, to_mapping
 from noisear_rl.data.pairs import PairsConfig
@@ -140,6 +141,7 @@ PRESETS = {
     "shapes/reinforce": ReinforceConfig,
     "shapes/ppo": PPOConfig,
     "shapes/grpo": PPOConfig,
+    "shapes/trajectory_balance": TrajectoryBalanceConfig,
     "shapes/reinforce_transfer": ReinforceConfig,
     "shapes/dpo": DPOConfig,
     "shapes/collect": CollectConfig,
@@ -152,10 +154,13 @@ PRESETS = {
     "shapes/npnet": NPNetTrainingConfig,
     "rewards/paper": RewardConfig,
     "rewards/metrics": RewardConfig,
+    "rewards/reno": RewardConfig,
 }
 STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}
-PRESETS |= {f"{model}/{stage}": STAGES[stage] for model in ("sdxl", "dreamshaper", "hunyuan_dit") for stage in STAGES}
+OTHERS = ("shapes", "rewards", "accelerate")
+STAGED = [path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in OTHERS]
+PRESETS |= {f"{path.parent.name}/{path.stem}": STAGES[path.stem] for path in STAGED}
 PRESETS |= {f"shapes/ablations/{path.stem}": NLLConfig for path in (CONFIGS / "shapes/ablations").glob("*.yaml")}
 
 
