@@ -61,6 +61,7 @@ def test_a_policy_draws_the_same_noise(variant):
 
 def images_of(name, **options):
     defaults = {"num_inference_steps": 2, "dtype": "float32", "device": DEVICE, "cache_dir": "none"}
+    defaults |= tiny_pipelines.SIZES.get(name, {})
     denoiser = DiffusionPipelineDenoiser(tiny_pipelines.build(name), name=name, **(defaults | options))
     return denoiser.denoise(standard_noise(range(3), denoiser.latent_shape), denoiser.encode(WORDS), [1, 2, 3]).cpu()
 
