@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 
 def denoiser_of(name, **options):
     defaults = {"num_inference_steps": 2, "dtype": "float32", "device": "cpu", "cache_dir": "none"}
-    own = tiny_pipelines.SIZES.get(name, {})
+    own = tiny_pipelines.OPTIONS.get(name, {})
     return DiffusionPipelineDenoiser(tiny_pipelines.build(name), name=name, **(defaults | own | options))
 
 
