@@ -3,9 +3,9 @@
     python benchmarks/policy_and_search.py             # evaluate the policies that shapes.py trained
     python benchmarks/policy_and_search.py --render    # the page again from its data
 
-Policies are those of ``benchmarks/shapes.py``, in ``runs/shapes``; captions and seeds are its own too. Best of N denoises
-N noises and keeps the image that ``shapes-match``, the training reward, prefers; ``shapes-exact`` is the judge. Writes
-``policy_and_search.md`` and the scores behind it, ``policy_and_search.json.gz``, in ``benchmarks/results``.
+Policies are those of ``benchmarks/shapes.py``, in ``runs/shapes``; captions and seeds are its own too. Best of N
+denoises N noises and keeps the image that ``shapes-match``, the training reward, prefers; ``shapes-exact`` is the
+judge. Writes ``policy_and_search.md`` and the scores behind it, ``policy_and_search.json``, in ``benchmarks/results``.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ def check_env_id(env_id: str) -> str:
             raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
     known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))
     if name not in gymnasium.registry:
-        raise ValueError(f"unknown environment {env_id!r:.80}; expected one of {known}{nearest(name, known)}")
+        raise ValueError(f"unknown environment {env_id!r:.80}{nearest(name, known) or f'; expected one of {known}'}")
     entry = gymnasium.registry[name].vector_entry_point
     made = load_env_creator(entry) if isinstance(entry, str) else entry
     if made is None or (isinstance(made, type) and not issubclass(made, NoiseVectorEnv)):

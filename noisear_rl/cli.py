@@ -43,6 +43,10 @@ COMMANDS = {
     ),
     "report": ("noisear_rl.report.page", "write one self-contained page on evaluations and training runs"),
     "config": ("noisear_rl.presets", "list the presets for --config (also `noisear configs`), or `config show NAME`"),
+    "completion": (
+        "noisear_rl.completion",
+        "print a script for bash and zsh that completes commands and options",
+    ),
     "doctor": (
         "noisear_rl.doctor",
         "say what is installed here, which devices and weights there are, and what to do next",

@@ -29,6 +29,16 @@ from noisear_rl.trust import values_from
 
 Config = TypeVar("Config")
 PRESETS = Path(__file__).parent / "configs"  # one folder per denoiser, and those of rewards and launchers
+# What an option is called where a command does not have it; the first of these that the command has is meant.
+COUNTERPARTS = {
+    "env_id": ("denoiser",),
+    "policy": ("init_from", "methods"),
+    "init_from": ("policy", "methods"),
+    "samples": ("samples_per_prompt",),
+    "samples_per_prompt": ("samples",),
+    "prompts": ("captions",),
+    "captions": ("prompts",),
+}
 LARGEST = 10**9  # of a count: more is a slip of the pen, and would overflow or exhaust the memory
 
 
@@ -91,7 +101,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
         description: Text above the options.
 
     Raises:
-        ConfigError: If the file holds an unknown key or a wrong value.
+        ConfigError: If the file holds an unknown key or a wrong value, or an option is called otherwise here.
         OSError: If the file cannot be read, or there is no such preset.
         SystemExit: On an unknown option (names the nearest one) or a wrong value on the command line.
     """
@@ -99,6 +109,10 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
     first.add_argument("--config")
     known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     preset = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
+    for word in rest:
+        option = word.partition("=")[0]
+        if option.startswith("--") and (meant := counterpart(cls, option[2:].replace("-", "_"))):
+            raise ConfigError("command line", f"unknown option {option}; did you mean --{meant.replace('_', '-')}?")
     text = (
         f"{description or ''}\n\n--config FILE.yaml, or a name that `noisear configs` lists, reads presets; options "
         "given here override them."
@@ -156,6 +170,12 @@ def find_preset(name: str) -> Path:
     return PRESETS / f"{preset}.yaml"
 
 
+def counterpart(cls: Any, name: str) -> str | None:
+    """What a configuration calls an option that other commands call ``name``; ``None`` if it takes ``name`` itself."""
+    plain = {key for key, hint in typing.get_type_hints(cls).items() if not dataclasses.is_dataclass(hint)}
+    return None if name in plain else next((other for other in COUNTERPARTS.get(name, ()) if other in plain), None)
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML's safe loader, which would keep the last of several equal keys, refuses them."""
 
@@ -204,6 +224,9 @@ def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config
     hints = typing.get_type_hints(cls)
     given = dict(values)
     for key, value in values.items():
+        meant = counterpart(cls, str(key))
+        if meant and (key not in hints or isinstance(value, str)):  # a mapping may be of a nested dataclass
+            raise ConfigError(where, f"unknown key {_shown(key)}; did you mean {meant!r}?")
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ConfigError(where, f"unknown key {_shown(key)}; did you mean {near!r}?")
