@@ -98,12 +98,37 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    default = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
+    preset = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
     text = (
         f"{description or ''}\n\n--config FILE.yaml, or a name that `noisear configs` lists, reads presets; options "
         "given here override them."
     )
-    return tyro.cli(cls, prog=program(), args=rest, default=default, description=text)
+    given = tyro.cli(cls, prog=program(), args=rest, default=_without_entries(preset), description=text)
+    return _with_entries(given, preset)
+
+
+def _mappings(config: Any) -> list[str]:
+    """The fields that map names to values, such as ``denoiser_options``."""
+    hints = typing.get_type_hints(type(config))
+    return [field.name for field in dataclasses.fields(config) if typing.get_origin(hints[field.name]) is dict]
+
+
+def _nested(config: Any) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: v for name, v in values.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
+
+
+def _without_entries(config: Config) -> Config:
+    """A preset whose mappings are empty: tyro would only take the keys that it has, each as an option of its own."""
+    inner = {name: _without_entries(value) for name, value in _nested(config).items()}
+    return dataclasses.replace(typing.cast(Any, config), **inner, **{name: {} for name in _mappings(config)})
+
+
+def _with_entries(config: Config, preset: Any) -> Config:
+    """Options with the entries of a preset's mappings, where the command line did not replace them."""
+    inner = {name: _with_entries(value, getattr(preset, name)) for name, value in _nested(config).items()}
+    own = {name: getattr(preset, name) | getattr(config, name) for name in _mappings(config)}
+    return dataclasses.replace(typing.cast(Any, config), **inner, **own)
 
 
 def preset_names() -> list[str]:
@@ -126,7 +151,7 @@ def find_preset(name: str) -> Path:
     if preset not in known:
         near = nearest(preset, known)
         raise FileNotFoundError(
-            f"{name:.80}: no such file, and no preset of this name (`noisear configs` lists them){near}"
+            f"{name:.300}: no such file, and no preset of this name (`noisear configs` lists them){near}"
         )
     return PRESETS / f"{preset}.yaml"
 

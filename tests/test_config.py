@@ -212,3 +212,17 @@ def test_a_judge_from_a_file(tmp_path):
     options += ["--output-dir", str(tmp_path / "o"), "--scorers", str(tmp_path / "judge.py"), "shapes-match"]
     cli.main(["evaluate", *options])
     assert "judge judge" in (tmp_path / "o" / "table.md").read_text()
+
+
+def test_entries_of_a_mapping_are_added_to_those_of_a_preset(tmp_path):
+    """``--denoiser-options path DIR`` keeps what the preset says of other options."""
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("denoiser_options: {micro_batch_size: 8, dtype: bfloat16}\n")
+    given = ["--config", str(preset), "--denoiser-options", "path", "DIR", "dtype", "float32"]
+    parsed = parse_config(PPOConfig, given, "test")
+    assert parsed.denoiser_options == {"micro_batch_size": 8, "dtype": "float32", "path": "DIR"}
+    assert parse_config(PPOConfig, given[:2], "test").denoiser_options == {"micro_batch_size": 8, "dtype": "bfloat16"}
+    preset.write_text("collect:\n  denoiser_options: {micro_batch_size: 8}\n")
+    given = ["--config", str(preset), "--collect.denoiser-options", "path", "DIR"]
+    parsed = parse_config(PriorConfig, given, "test")
+    assert parsed.collect.denoiser_options == {"micro_batch_size": 8, "path": "DIR"}
