@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
-CHECKED := noisear_rl envs algos tests benchmarks
+CHECKED := noisear_rl envs algos tests benchmarks docs
 
-.PHONY: help install demo bench test test-lowest test-accelerator test-slow test-faults test-originals lint format clean
+.PHONY: help install demo bench test test-lowest test-accelerator test-slow test-faults test-originals lint format docs clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -56,5 +56,8 @@ format: install  ## Format the code
 	$(VENV)/bin/ruff check --fix $(CHECKED)
 	$(VENV)/bin/ruff format $(CHECKED)
 
+docs: install  ## Build the documentation in site/ (offline); open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 clean:  ## Remove environments, caches, builds and runs
-	rm -rf .venv .venv-lowest .originals build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage
+	rm -rf .venv .venv-lowest .originals build dist site *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage

@@ -19,7 +19,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from pydantic import AfterValidator
 
-from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask, Outcome, check_reset_options
 from noisear_rl.envs.sharing import SharedSpec
@@ -27,6 +26,7 @@ from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import RewardLike
 from noisear_rl.trust import check_code
+from noisear_rl.wording import nearest
 
 
 class NoiseVectorEnv(SharedSpec, VectorEnv, EzPickle):

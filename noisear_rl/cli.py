@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     arguments = ["config", "list", *arguments[1:]] if arguments[0] == "configs" else arguments
     if arguments[0] not in COMMANDS:
-        from noisear_rl.config import nearest  # here, as it loads what only commands need
+        from noisear_rl.wording import nearest  # here, as it loads what only commands need
 
         near = nearest(arguments[0], COMMANDS)
         stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)

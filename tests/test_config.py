@@ -229,5 +229,5 @@ def test_entries_of_a_mapping_are_added_to_those_of_a_preset(tmp_path):
     assert parse_config(PPOConfig, given[:2], "test").denoiser_options == {"micro_batch_size": 8, "dtype": "bfloat16"}
     preset.write_text("collect:\n  denoiser_options: {micro_batch_size: 8}\n")
     given = ["--config", str(preset), "--collect.denoiser-options", "path", "DIR"]
-    parsed = parse_config(PriorConfig, given, "test")
-    assert parsed.collect.denoiser_options == {"micro_batch_size": 8, "path": "DIR"}
+    prior = parse_config(PriorConfig, given, "test")
+    assert prior.collect.denoiser_options == {"micro_batch_size": 8, "path": "DIR"}

@@ -17,7 +17,6 @@ import torch
 from pydantic import AfterValidator, PlainValidator
 
 from noisear_rl import ENVIRONMENTS
-from noisear_rl.config import nearest
 from noisear_rl.denoisers.capabilities import (
     Denoiser,
     DifferentiableDenoiser,
@@ -27,6 +26,7 @@ from noisear_rl.denoisers.capabilities import (
 )
 from noisear_rl.denoisers.plugins import find_plugin, load_plugin, plugin_names
 from noisear_rl.patches import own_patch_size
+from noisear_rl.wording import nearest
 
 __all__ = [
     "EMBEDDED",

@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import AfterValidator
 
-from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
+from noisear_rl.config import ConfigError, Float, check_config, load_yaml
 from noisear_rl.denoisers.placement import resolve_device
 from noisear_rl.files import sha256
 from noisear_rl.rewards.http import checked_address, is_address
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward, checked_scores
 from noisear_rl.rewards.within import within
 from noisear_rl.trust import check_code, check_secret
+from noisear_rl.wording import nearest
 
 Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"

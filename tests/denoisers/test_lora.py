@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from noisear_rl.denoisers import load_denoiser
+from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
 from noisear_rl.gaussian import standard_noise
 from tests import tiny_pipelines
 
@@ -19,6 +20,12 @@ FLUX = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp"
 
 
 @pytest.fixture(scope="module")
+def loaded(name, **options) -> DiffusionPipelineDenoiser:
+    denoiser = load_denoiser(name, **options)
+    assert isinstance(denoiser, DiffusionPipelineDenoiser)
+    return denoiser
+
+
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     for name in ("sdxl", "flux-dev", "hunyuan-dit"):
@@ -27,7 +34,7 @@ def folders(tmp_path_factory):
 
 
 def options_of(name, folders, **more):
-    own = tiny_pipelines.SIZES.get(name, {}) | {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"}
+    own = tiny_pipelines.OPTIONS.get(name, {}) | {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"}
     return own | {"num_inference_steps": 2} | more
 
 
@@ -93,14 +100,14 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "form", "factor"), CASES)
 def test_weights_are_the_sum(name, form, factor, folders, tmp_path):
-    plain = load_denoiser(name, **options_of(name, folders))
+    plain = loaded(name, **options_of(name, folders))
     layers = SDXL if name == "sdxl" else FLUX
     pairs = factors(plain.network, layers)
     state, metadata = form("unet" if name == "sdxl" else "transformer", pairs)
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "lora.safetensors", metadata)
     lora = str(tmp_path / "lora.safetensors")
     for scale in (1.0, 0.5):
-        merged = load_denoiser(name, **options_of(name, folders, lora=lora, lora_scale=str(scale)))
+        merged = loaded(name, **options_of(name, folders, lora=lora, lora_scale=str(scale)))
         before, after = (one.network.state_dict() for one in (plain, merged))
         for key, value in after.items():
             layer = key.removesuffix(".weight")
@@ -113,13 +120,13 @@ def test_weights_are_the_sum(name, form, factor, folders, tmp_path):
 
 
 def test_images_change_and_records_say_so(folders, tmp_path):
-    plain = load_denoiser("sdxl", **options_of("sdxl", folders))
+    plain = loaded("sdxl", **options_of("sdxl", folders))
     state, _ = peft("unet", factors(plain.network, SDXL))
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "lora.safetensors")
     options = options_of("sdxl", folders, lora=str(tmp_path / "lora.safetensors"))
     noise, found = standard_noise([1], plain.latent_shape), {}
     for scale in (None, 1.0, 0.25, 0.0):
-        denoiser = plain if scale is None else load_denoiser("sdxl", **options, lora_scale=scale)
+        denoiser = plain if scale is None else loaded("sdxl", **options, lora_scale=scale)
         found[scale] = denoiser.denoise(noise, denoiser.encode(["a red circle"])), denoiser.revision
     assert torch.equal(found[None][0], found[0.0][0])
     assert (found[1.0][0] - found[None][0]).abs().max() > 1e-3
@@ -131,7 +138,7 @@ def test_a_student_by_lora_needs_no_other_unet(folders, tmp_path):
     state, _ = kohya("unet", factors(tiny_pipelines.build("sdxl").unet, (LINEAR,)))
     save_file(state, tmp_path / "lora.safetensors")
     options = options_of("sdxl", folders, lora=str(tmp_path / "lora.safetensors"))
-    denoiser = load_denoiser("sdxl-lightning", **{k: v for k, v in options.items() if k != "num_inference_steps"})
+    denoiser = loaded("sdxl-lightning", **{k: v for k, v in options.items() if k != "num_inference_steps"})
     assert (denoiser.num_inference_steps, denoiser.nfe) == (4, 4)
     assert denoiser.pipeline.scheduler.config.timestep_spacing == "trailing"
 
@@ -165,11 +172,11 @@ def test_what_is_no_lora_of_the_pipeline_is_refused(name, folders, tmp_path):
     (state, metadata), problem = REFUSED[name]
     save_file(state, tmp_path / "lora.safetensors", metadata)
     with pytest.raises(ValueError, match=problem):
-        load_denoiser("sdxl", **options_of("sdxl", folders, lora=str(tmp_path / "lora.safetensors")))
+        loaded("sdxl", **options_of("sdxl", folders, lora=str(tmp_path / "lora.safetensors")))
 
 
 def test_files_that_are_missing_or_no_safetensors(folders, tmp_path, monkeypatch):
-    load = lambda lora, name="sdxl", **more: load_denoiser(name, **options_of(name, folders, lora=lora, **more))
+    load = lambda lora, name="sdxl", **more: loaded(name, **options_of(name, folders, lora=lora, **more))
     with pytest.raises(FileNotFoundError, match=r"lora: .*none\.safetensors: no such file"):
         load(str(tmp_path / "none.safetensors"))
     (tmp_path / "lora.bin").write_bytes(b"\x80\x04}\x94.")
@@ -206,7 +213,7 @@ def test_equals_diffusers_with_peft(name, form, folders, tmp_path):
     pipeline.fuse_lora(components=[network], lora_scale=0.7)
     pipeline.unload_lora_weights()
     options = options_of(name, folders, lora=str(tmp_path / "lora.safetensors"), lora_scale=0.7)
-    ours = load_denoiser(name, **options).network.state_dict()
+    ours = loaded(name, **options).network.state_dict()
     theirs = getattr(pipeline, network).state_dict()
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
