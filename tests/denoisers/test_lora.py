@@ -19,13 +19,13 @@ SDXL = (LINEAR, OUT, CONV)
 FLUX = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp")
 
 
-@pytest.fixture(scope="module")
 def loaded(name, **options) -> DiffusionPipelineDenoiser:
     denoiser = load_denoiser(name, **options)
     assert isinstance(denoiser, DiffusionPipelineDenoiser)
     return denoiser
 
 
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     for name in ("sdxl", "flux-dev", "hunyuan-dit"):
