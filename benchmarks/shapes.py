@@ -25,7 +25,7 @@ import numpy as np
 from gaussian import figure  # in this folder
 from pages import by_seed  # in this folder
 
-from noisear_rl.algos import dpo, evaluate, nll, prior, reinforce, reward_gradient
+from noisear_rl.algos import dpo, evaluate, nll, ppo, prior, reinforce, reward_gradient
 from noisear_rl.algos.collect import CollectConfig, collect
 from noisear_rl.algos.evaluate import EvaluateConfig
 from noisear_rl.config import load_yaml
@@ -42,6 +42,18 @@ TURBO = "NoiseAR-ShapesTurbo-v0"
 SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
 STAGES = {"shared noise, no policy": "shared", "NLL on shared layouts": "nll", "PPO from there": "ppo"}
+LONG_NAME = "PPO with five times the images"
+LONGER = {LONG_NAME: "ppo_long"}
+# Steps of fixed size: adaptive ones wait for evidence, which 1,024 images of a good policy do not give.
+LONG: dict[str, Any] = {
+    "step": "fixed",
+    "target_kl": 0.3,
+    "epochs": 1,
+    "prompts_per_update": 256,
+    "updates": 40,
+    "save_every": 20,
+}
+LONG |= {"cg_iterations": 4, "fisher_episodes": 64}
 OTHERS = {
     "REINFORCE from there": "reinforce",
     "DPO from there": "dpo",
@@ -63,6 +75,8 @@ def train(seed: int) -> None:
     """Trains with one training seed; finished stages return immediately."""
     config = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml")
     prior.train(replace(config, output_dir=folder_of(seed), seed=seed))
+    start, out = str(folder_of(seed) / "nll"), folder_of(seed) / LONGER[LONG_NAME]
+    ppo.train(replace(config.ppo, init_from=start, output_dir=out, seed=seed, resume=True, **LONG))
     if seed in OTHER_SEEDS:
         train_others(folder_of(seed), seed)
 
@@ -130,7 +144,7 @@ def paths(stage: str) -> str:
 def evaluation() -> EvaluateConfig:
     """Returns the configuration of the evaluation."""
     return EvaluateConfig(
-        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | OTHERS).items())),
+        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | LONGER | OTHERS).items())),
         denoiser="shapes-turbo",
         prompts="test",
         num_prompts=CAPTIONS,
@@ -162,8 +176,9 @@ def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
     tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
-    ppo = int(read_records(folder / "ppo")[-1]["charts/images"])
-    images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + ppo), strict=True))
+    own, longer = (int(read_records(folder / stage)[-1]["charts/images"]) for stage in ("ppo", LONGER[LONG_NAME]))
+    images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + own), strict=True))
+    images[LONG_NAME] = tried + leaked + longer
     same = [*OTHERS, *(f"PPO, layout temperature {temperature:g}" for temperature in WARMER)]
     return images | dict.fromkeys(same, tried + leaked + IMAGES)
 
