@@ -1,7 +1,7 @@
 """Collects rollouts for offline algorithms: K noises per prompt from a policy, denoised, scored and written to disk.
 
     noisear collect --config shapes/collect --policy runs/nll --output-dir runs/rollouts
-    torchrun --nproc-per-node 4 algos/collect.py --output-dir runs/rollouts    # the same rollouts
+    torchrun --nproc-per-node 4 -m noisear_rl.cli collect --output-dir runs/rollouts    # the same rollouts
 
 Shard ``s`` depends only on ``(seed, s)``. Processes share the shards; run an interrupted command again to write the
 missing ones.

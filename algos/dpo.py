@@ -80,7 +80,7 @@ class DPOConfig:
     """Options of preference optimisation."""
 
     rollouts: Path = Path("runs/rollouts")
-    """Folder that `algos/collect.py` wrote."""
+    """Folder that `noisear collect` wrote."""
     denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     init_from: str | None = None

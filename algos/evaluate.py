@@ -2,7 +2,7 @@
 
     noisear evaluate --methods "PPO=runs/ppo" "NLL=runs/nll" "best-of-4" "PPO+best-of-4" --prompts validation
     noisear evaluate --config sdxl/evaluate --methods "NoiseAR=model.pth" --prompts drawbench
-    torchrun --nproc-per-node 4 algos/evaluate.py …    # the same results
+    torchrun --nproc-per-node 4 -m noisear_rl.cli evaluate …    # the same results
 
 There are three stages. The first draws the images of every method and the second scores them, both in shards that
 processes share; the third writes ``results.json``, ``timing.json`` and ``table.md``. A shard depends only on its

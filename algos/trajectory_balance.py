@@ -11,7 +11,7 @@ Gauss-Newton steps of this loss, as long as the batch confirms them: they shrink
 A policy with layouts changes its density by tens of nats where a noise chooses another layout than before. Such noises
 dominate the loss if they are replayed or ``p`` is the policy at the start: use N(0, I) and fresh episodes there.
 
-    python algos/trajectory_balance.py --config configs/shapes/trajectory_balance.yaml --init-from shapes/nll
+    noisear trajectory-balance --config shapes/trajectory_balance --init-from shapes/nll
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
 
@@ -46,7 +46,7 @@ from noisear_rl.config import (
     parse_config,
 )
 from noisear_rl.data.rollouts import check_same_task, load_rollouts
-from noisear_rl.denoisers import DenoiserOptions
+from noisear_rl.denoisers import DenoiserName, DenoiserOptions
 from noisear_rl.distributed import Part, all_sum, among, is_main, same_everywhere, shard, sum_gradients
 from noisear_rl.envs import EnvId, make_vector_env
 from noisear_rl.gaussian import gaussian_log_prob, kl_to_gaussian, rows_of
@@ -68,6 +68,8 @@ class TrajectoryBalanceConfig:
 
     env_id: EnvId = "NoiseAR-Shapes-v0"
     """Gymnasium id."""
+    denoiser: DenoiserName | None = None
+    """Name, pipeline folder or `module:Class` of a denoiser to use instead of the environment's; unset for its own."""
     denoiser_options: DenoiserOptions = field(default_factory=dict)
     """Overrides for the denoiser, such as `dtype float32` or `path FOLDER`."""
     reward: RewardSpec | None = None
@@ -97,7 +99,7 @@ class TrajectoryBalanceConfig:
     replay_updates: NonNegativeInt = 8
     """Newest updates whose episodes are replayed; checkpoints hold these episodes."""
     rollouts: Path | None = None
-    """Folder that `algos/collect.py` wrote, to replay too; of the same denoiser and reward."""
+    """Folder that `noisear collect` wrote, to replay too; of the same denoiser and reward."""
     steps: PositiveInt = 2
     """Steps per update."""
     optimizer: Optimizer = "natural"
@@ -158,8 +160,8 @@ def train(config: TrajectoryBalanceConfig) -> NoiseARPolicy:
     # Environment: this process's episodes of an update in one batch.
     batch = config.prompts_per_update * config.samples_per_prompt
     mine = shard(batch, "episodes per update")
-    options = {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
-    options |= config.denoiser_options
+    options: dict[str, Any] = {"denoiser": config.denoiser} | config.denoiser_options
+    options |= {"prompts": config.prompts, "reward": config.reward, "reward_device": config.reward_device}
     options["text_encoder"] = text_encoder_of(config.init_from, config.policy)
     envs = make_vector_env(config.env_id, len(mine.rows), **options)
     task = envs.task

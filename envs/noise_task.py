@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from noisear_rl.config import UnknownOptionError, nearest
+from noisear_rl.config import UnknownOptionError
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes, require
 from noisear_rl.images import to_uint8
 from noisear_rl.patches import as_frames, own_patch_size, sequence_shape, unpatchify
@@ -21,6 +21,7 @@ from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import RewardLike, load_reward
+from noisear_rl.wording import nearest
 
 ACTION_BOUND = 10.0
 

@@ -19,7 +19,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from pydantic import AfterValidator
 
-from noisear_rl.config import nearest
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.envs.noise_task import NoiseTask, Outcome, check_reset_options
 from noisear_rl.envs.sharing import SharedSpec
@@ -27,6 +26,7 @@ from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import RewardLike
 from noisear_rl.trust import check_code
+from noisear_rl.wording import nearest
 
 
 class NoiseVectorEnv(SharedSpec, VectorEnv, EzPickle):
@@ -262,7 +262,7 @@ def check_env_id(env_id: str) -> str:
             raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
     known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))
     if name not in gymnasium.registry:
-        raise ValueError(f"unknown environment {env_id!r:.80}; expected one of {known}{nearest(name, known)}")
+        raise ValueError(f"unknown environment {env_id!r:.80}{nearest(name, known) or f'; expected one of {known}'}")
     entry = gymnasium.registry[name].vector_entry_point
     made = load_env_creator(entry) if isinstance(entry, str) else entry
     if made is None or (isinstance(made, type) and not issubclass(made, NoiseVectorEnv)):

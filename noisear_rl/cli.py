@@ -43,6 +43,10 @@ COMMANDS = {
     ),
     "report": ("noisear_rl.report.page", "write one self-contained page on evaluations and training runs"),
     "config": ("noisear_rl.presets", "list the presets for --config (also `noisear configs`), or `config show NAME`"),
+    "completion": (
+        "noisear_rl.completion",
+        "print a script for bash and zsh that completes commands and options",
+    ),
     "doctor": (
         "noisear_rl.doctor",
         "say what is installed here, which devices and weights there are, and what to do next",
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     arguments = ["config", "list", *arguments[1:]] if arguments[0] == "configs" else arguments
     if arguments[0] not in COMMANDS:
-        from noisear_rl.config import nearest  # here, as it loads what only commands need
+        from noisear_rl.wording import nearest  # here, as it loads what only commands need
 
         near = nearest(arguments[0], COMMANDS)
         stop(f"noisear: unknown command {arguments[0]!r}{near}\n\n{usage}", WRONG)

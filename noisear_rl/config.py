@@ -12,11 +12,10 @@ import difflib
 import functools
 import numbers
 import sys
-import types
 import typing
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import tyro
@@ -26,9 +25,20 @@ from pydantic import AllowInfNan, BeforeValidator, Strict
 
 from noisear_rl.command import program
 from noisear_rl.trust import values_from
+from noisear_rl.wording import nearest, problems_of, shown
 
 Config = TypeVar("Config")
 PRESETS = Path(__file__).parent / "configs"  # one folder per denoiser, and those of rewards and launchers
+# What an option is called where a command does not have it; the first of these that the command has is meant.
+COUNTERPARTS = {
+    "env_id": ("denoiser",),
+    "policy": ("init_from", "methods"),
+    "init_from": ("policy", "methods"),
+    "samples": ("samples_per_prompt",),
+    "samples_per_prompt": ("samples",),
+    "prompts": ("captions",),
+    "captions": ("prompts",),
+}
 LARGEST = 10**9  # of a count: more is a slip of the pen, and would overflow or exhaust the memory
 
 
@@ -91,19 +101,48 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
         description: Text above the options.
 
     Raises:
-        ConfigError: If the file holds an unknown key or a wrong value.
+        ConfigError: If the file holds an unknown key or a wrong value, or an option is called otherwise here.
         OSError: If the file cannot be read, or there is no such preset.
         SystemExit: On an unknown option (names the nearest one) or a wrong value on the command line.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    default = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
+    preset = cls() if known.config is None else load_yaml(cls, find_preset(known.config))
+    for word in rest:
+        option = word.partition("=")[0]
+        if option.startswith("--") and (meant := counterpart(cls, option[2:].replace("-", "_"))):
+            raise ConfigError("command line", f"unknown option {option}; did you mean --{meant.replace('_', '-')}?")
     text = (
         f"{description or ''}\n\n--config FILE.yaml, or a name that `noisear configs` lists, reads presets; options "
         "given here override them."
     )
-    return tyro.cli(cls, prog=program(), args=rest, default=default, description=text)
+    given = tyro.cli(cls, prog=program(), args=rest, default=_without_entries(preset), description=text)
+    return _with_entries(given, preset)
+
+
+def _mappings(config: Any) -> list[str]:
+    """The fields that map names to values, such as ``denoiser_options``."""
+    hints = typing.get_type_hints(type(config))
+    return [field.name for field in dataclasses.fields(config) if typing.get_origin(hints[field.name]) is dict]
+
+
+def _nested(config: Any) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: v for name, v in values.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
+
+
+def _without_entries(config: Config) -> Config:
+    """A preset whose mappings are empty: tyro would only take the keys that it has, each as an option of its own."""
+    inner = {name: _without_entries(value) for name, value in _nested(config).items()}
+    return dataclasses.replace(typing.cast(Any, config), **inner, **{name: {} for name in _mappings(config)})
+
+
+def _with_entries(config: Config, preset: Any) -> Config:
+    """Options with the entries of a preset's mappings, where the command line did not replace them."""
+    inner = {name: _with_entries(value, getattr(preset, name)) for name, value in _nested(config).items()}
+    own = {name: getattr(preset, name) | getattr(config, name) for name in _mappings(config)}
+    return dataclasses.replace(typing.cast(Any, config), **inner, **own)
 
 
 def preset_names() -> list[str]:
@@ -126,9 +165,15 @@ def find_preset(name: str) -> Path:
     if preset not in known:
         near = nearest(preset, known)
         raise FileNotFoundError(
-            f"{name:.80}: no such file, and no preset of this name (`noisear configs` lists them){near}"
+            f"{name:.300}: no such file, and no preset of this name (`noisear configs` lists them){near}"
         )
     return PRESETS / f"{preset}.yaml"
+
+
+def counterpart(cls: Any, name: str) -> str | None:
+    """What a configuration calls an option that other commands call ``name``; ``None`` if it takes ``name`` itself."""
+    plain = {key for key, hint in typing.get_type_hints(cls).items() if not dataclasses.is_dataclass(hint)}
+    return None if name in plain else next((other for other in COUNTERPARTS.get(name, ()) if other in plain), None)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -160,7 +205,7 @@ def load_yaml(cls: type[Config], path: Path) -> Config:
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # bytes that are not UTF-8, numbers, depth
         raise ConfigError(str(path), f"not a YAML file: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
-        raise ConfigError(str(path), f"expected a mapping of option names to values, not {_shown(values)}")
+        raise ConfigError(str(path), f"expected a mapping of option names to values, not {shown(values)}")
     with values_from(path):
         return from_mapping(cls, values or {}, str(path))
 
@@ -179,9 +224,12 @@ def from_mapping(cls: type[Config], values: dict[str, Any], where: str = "config
     hints = typing.get_type_hints(cls)
     given = dict(values)
     for key, value in values.items():
+        meant = counterpart(cls, str(key))
+        if meant and (key not in hints or isinstance(value, str)):  # a mapping may be of a nested dataclass
+            raise ConfigError(where, f"unknown key {shown(key)}; did you mean {meant!r}?")
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(where, f"unknown key {_shown(key)}; did you mean {near!r}?")
+            raise ConfigError(where, f"unknown key {shown(key)}; did you mean {near!r}?")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             given[key] = from_mapping(typing.cast(type, hints[key]), value, f"{where}: {key}")
     for field in dataclasses.fields(typing.cast(Any, cls)):
@@ -212,7 +260,7 @@ def check_config(config: Any, where: str | None = None) -> None:
     try:
         checked = _model(typing.cast(Any, type(config))).model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(where, _problems(type(config), error)) from error
+        raise ConfigError(where, problems_of(type(config), error)) from error
     for name in values:
         setattr(config, name, getattr(checked, name))
 
@@ -234,76 +282,8 @@ def _model(cls: type) -> type[pydantic.BaseModel]:
     return pydantic.create_model(cls.__name__, __config__=options, **fields)
 
 
-def _problems(cls: type, error: pydantic.ValidationError) -> str:
-    """All that is wrong with a dataclass, in one line."""
-    hints = typing.get_type_hints(cls)
-    by_field: dict[str, list[Any]] = {}
-    for problem in error.errors(include_url=False):
-        by_field.setdefault(str(problem["loc"][0]), []).append(problem)
-    lines = []
-    for name, problems in by_field.items():
-        choices, value = _choices(hints[name]), problems[-1]["input"]
-        own = [p["msg"].removeprefix("Value error, ") for p in problems if p["type"] == "value_error"]
-        if own:
-            lines.append(f"{name}: {own[0]}")
-        elif choices:
-            hint = nearest(str(value), map(str, choices))
-            lines.append(f"{name} must be one of {choices}, not {_shown(value)}{hint}")
-        else:
-            wanted = list(dict.fromkeys(_expected(p["msg"]) for p in problems))
-            lines.append(f"{name} must be {' or '.join(wanted)}{_unset(hints[name])}, not {_shown(value)}")
-    return "; ".join(lines)
-
-
-_WORDS = (
-    ("Input should be ", ""),
-    ("Input is not a valid path for <class 'pathlib.Path'>", "a path"),
-    ("greater than or equal to", "at least"),
-    ("less than or equal to", "at most"),
-    ("greater than 0", "positive"),
-    ("greater than", "above"),
-    ("less than", "below"),
-    ("a valid ", "a "),
-    ("a integer", "an integer"),
-    ("a tuple", "a list"),
-    ("a string", "text"),
-)
-
-
-def _expected(message: str) -> str:
-    """What pydantic expects, in this library's words."""
-    for old, new in _WORDS:
-        message = message.replace(old, new)
-    return message
-
-
-def _unset(hint: Any) -> str:
-    return " (or unset)" if type(None) in typing.get_args(hint) else ""
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, in one line of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 class UnknownOptionError(TypeError, ValueError):
     """An option that nothing takes; also a ``TypeError``, which libraries that probe options expect."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` for a misspelt name, or nothing if no known one is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _choices(hint: Any) -> tuple:
-    """The values that a type allows, if it is a ``Literal``, an optional one or a tuple of one; else nothing."""
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    parts = typing.get_args(hint) if typing.get_origin(hint) in (tuple, typing.Union, types.UnionType) else ()
-    found = tuple(choice for part in parts for choice in _choices(part))
-    return (*found, None) if found and type(None) in parts else found
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Every process holds a copy of the network and works on its part of a batch. A su
 number of rows of all of them, is what one process would compute: the number of processes does not change a result, and
 all of them take the same decisions. In a single process all of this does nothing.
 
-    torchrun --nproc-per-node 4 algos/ppo.py --config configs/shapes/ppo.yaml
+    torchrun --nproc-per-node 4 -m noisear_rl.cli ppo --config shapes/ppo
 
 Shapes: ``n`` rows of all processes, ``b`` rows of this one.
 """

@@ -61,6 +61,7 @@ def test_a_policy_draws_the_same_noise(variant):
 
 def images_of(name, **options):
     defaults = {"num_inference_steps": 2, "dtype": "float32", "device": DEVICE, "cache_dir": "none"}
+    defaults |= tiny_pipelines.OPTIONS.get(name, {})
     denoiser = DiffusionPipelineDenoiser(tiny_pipelines.build(name), name=name, **(defaults | options))
     return denoiser.denoise(standard_noise(range(3), denoiser.latent_shape), denoiser.encode(WORDS), [1, 2, 3]).cpu()
 
@@ -71,11 +72,13 @@ def images_of(name, **options):
 def test_images(name, options, monkeypatch):
     if PLAYED and options:
         pytest.skip("accelerate and the compiler know real devices alone")
+    if PLAYED and name == "sana-sprint":
+        pytest.skip("its prompt encoding indexes by a list, which a played device does not know")
     if name == "hunyuan-dit" and options.get("offload") == "sequential":
         pytest.skip("refused")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # whose products have 10 bits
     images = images_of(name, **options)
-    assert images.shape[:2] == (3, 3) and images.isfinite().all()
+    assert len(images) == 3 and images.shape[-3] == 3 and images.isfinite().all()  # videos have frames before channels
     torch.testing.assert_close(images, images_of(name, device="cpu"), rtol=0, atol=2e-2)
 
 

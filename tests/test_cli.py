@@ -14,6 +14,8 @@ import pytest
 import noisear_rl
 from noisear_rl import cli
 from noisear_rl.envs import check_env_id
+from noisear_rl.prompts import resolve_prompts
+from tests.test_readme import parse
 
 ROOT = Path(__file__).parents[1]
 DEFINE = "def score(images, prompts):\n    "
@@ -54,7 +56,7 @@ for command in cli.COMMANDS:
     if command != "train-shapes":  # a research script, which trains diffusers' own models
         assert not {"datasets", "diffusers.utils", "transformers.modeling_utils"} & set(sys.modules), command
     assert f"usage: noisear {command} " in out.getvalue(), (command, out.getvalue()[:200])
-    assert "python algos/" not in out.getvalue(), command
+    assert "algos/" not in out.getvalue(), command  # where only the wheel is, there is no such folder
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -64,8 +66,39 @@ def test_mistyped_environments_are_named(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["ppo", "--env-id", "NoiseAR-ShapesTurb-v0"])
     assert stop.value.code == 2
-    error = " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "unknown environment 'NoiseAR-ShapesTurb-v0'" in error and "did you mean 'NoiseAR-ShapesTurbo-v0'?" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("ppo --policy runs/nll", "unknown option --policy; did you mean --init-from?"),
+        ("collect --init-from=runs/nll", "unknown option --init-from; did you mean --policy?"),
+        ("evaluate --policy runs/nll", "unknown option --policy; did you mean --methods?"),
+        ("evaluate --env_id NoiseAR-SDXL-v0", "unknown option --env_id; did you mean --denoiser?"),
+        ("evaluate --samples-per-prompt 4", "unknown option --samples-per-prompt; did you mean --samples?"),
+        ("demo --prompts a", "unknown option --prompts; did you mean --captions?"),
+    ],
+)
+def test_options_of_other_commands_are_answered_with_their_name_here(line, meant, capsys):
+    command, *options = line.split()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *options])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"noisear {command}: command line: {meant}\n"
+
+
+@pytest.mark.parametrize("command", ["ppo", "reinforce", "trajectory-balance", "collect"])
+def test_every_command_takes_a_denoiser(command, monkeypatch):
+    """Those with an environment, too: ``--denoiser`` is the option that all have."""
+    assert parse([command, "--denoiser", "shapes-turbo"], monkeypatch).denoiser == "shapes-turbo"
+
+
+def test_one_caption_is_one_prompt(monkeypatch):
+    config = parse(["ppo", "--prompts", "a photo of two red squares"], monkeypatch)
+    assert resolve_prompts(config.prompts, "shapes").prompts == ["a photo of two red squares"]
+    config = parse(["ppo", "--prompts", "a photo of two red squares", "a photo of a circle"], monkeypatch)
+    assert resolve_prompts(config.prompts, "shapes").prompts == ["a photo of two red squares", "a photo of a circle"]
 
 
 def test_environments_of_the_current_folder(tmp_path, monkeypatch):

@@ -74,6 +74,11 @@ WRONG = [
     (PPOConfig, "prompts: [a, 1]", "prompts must be text .*, not 1"),
     (PPOConfig, "denoiser_options: [1]", "denoiser_options: expected options by name"),
     (PPOConfig, "denoiser_options: {dtype: [1]}", "denoiser_options: option dtype must be one text or number"),
+    (PPOConfig, "policy: runs/nll", "unknown key 'policy'; did you mean 'init_from'"),
+    (PPOConfig, "samples: 4", "unknown key 'samples'; did you mean 'samples_per_prompt'"),
+    (CollectConfig, "init_from: runs/nll", "unknown key 'init_from'; did you mean 'policy'"),
+    (EvaluateConfig, "env_id: NoiseAR-SDXL-v0", "unknown key 'env_id'; did you mean 'denoiser'"),
+    (PriorConfig, "collect: {init_from: runs/nll}", "collect: unknown key 'init_from'; did you mean 'policy'"),
     (PPOConfig, "policy: 3", "policy must be an instance of NoiseARConfig, not 3"),
     (PPOConfig, "policy: {d_model: -1}", "policy: d_model must be at least 1, not -1"),
     (PPOConfig, "policy: {d_model: 10}", r"policy: d_model \(10\) must be even"),
@@ -212,3 +217,17 @@ def test_a_judge_from_a_file(tmp_path):
     options += ["--output-dir", str(tmp_path / "o"), "--scorers", str(tmp_path / "judge.py"), "shapes-match"]
     cli.main(["evaluate", *options])
     assert "judge judge" in (tmp_path / "o" / "table.md").read_text()
+
+
+def test_entries_of_a_mapping_are_added_to_those_of_a_preset(tmp_path):
+    """``--denoiser-options path DIR`` keeps what the preset says of other options."""
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("denoiser_options: {micro_batch_size: 8, dtype: bfloat16}\n")
+    given = ["--config", str(preset), "--denoiser-options", "path", "DIR", "dtype", "float32"]
+    parsed = parse_config(PPOConfig, given, "test")
+    assert parsed.denoiser_options == {"micro_batch_size": 8, "dtype": "float32", "path": "DIR"}
+    assert parse_config(PPOConfig, given[:2], "test").denoiser_options == {"micro_batch_size": 8, "dtype": "bfloat16"}
+    preset.write_text("collect:\n  denoiser_options: {micro_batch_size: 8}\n")
+    given = ["--config", str(preset), "--collect.denoiser-options", "path", "DIR"]
+    prior = parse_config(PriorConfig, given, "test")
+    assert prior.collect.denoiser_options == {"micro_batch_size": 8, "path": "DIR"}

@@ -56,8 +56,8 @@ def test_the_sdist_holds_what_the_tests_need(built):
     for folder in ("algos", "benchmarks", "configs", "docs", "envs", "examples", "tests", "noisear_rl"):
         files = {f for f in (ROOT / folder).rglob("*") if f.is_file() and "__pycache__" not in f.parts}
         assert {file.relative_to(ROOT).as_posix() for file in files} <= held
-    needed = "Makefile mkdocs.yml constraints.txt constraints-lowest.txt CHANGELOG.md CITATION.cff"
-    assert set(needed.split()) <= held
+    assert {"Makefile", "mkdocs.yml", "constraints.txt", "constraints-lowest.txt"} <= held
+    assert {"CHANGELOG.md", "CITATION.cff"} <= held
 
 
 def test_the_wheel_is_one_package_with_metadata(site):
@@ -65,13 +65,8 @@ def test_the_wheel_is_one_package_with_metadata(site):
     assert {path.name for path in site.iterdir()} == {"noisear_rl", information.name}
     metadata = (information / "METADATA").read_text()
     assert "\nAuthor: The noisear-rl developers\n" in metadata and "\nProject-URL: Paper, https://arxiv.org" in metadata
-    assert set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M)) == {
-        "rewards",
-        "serve",
-        "wandb",
-        "docs",
-        "dev",
-    }
+    extras = set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M))
+    assert extras == {"rewards", "serve", "wandb", "docs", "dev"}
     assert "noisear = noisear_rl.cli:main" in (information / "entry_points.txt").read_text()
 
 

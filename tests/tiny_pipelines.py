@@ -488,10 +488,11 @@ BUILDERS = {
     "wan": wan,
     "flux2-klein": flux2_klein,
 }
-# Sizes of classes whose networks do not say theirs.
+# Options that a class needs: sizes where the network does not say its own, no guidance where it was distilled.
 SIDE = {"height": 32, "width": 32}
-SIZES = dict.fromkeys(("flux-dev", "flux-schnell", "z-image-turbo", "qwen-image", "flux2-klein"), SIDE)
-SIZES |= {"wan": {"height": 64, "width": 64, "num_frames": 9}}
+OPTIONS = dict.fromkeys(("flux-dev", "z-image-turbo", "qwen-image"), SIDE)
+OPTIONS |= dict.fromkeys(("flux-schnell", "flux2-klein"), SIDE | {"guidance_scale": 1.0})
+OPTIONS |= {"wan": {"height": 64, "width": 64, "num_frames": 9}}
 
 
 def build(name: str):

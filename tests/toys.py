@@ -39,6 +39,13 @@ class NoDenoiser:
         return self.denoise(noise, conditioning), noise
 
 
+class Bounded(NoDenoiser):
+    """An identity denoiser with pixels in [0, 1]."""
+
+    def denoise(self, noise, conditioning, seeds=None):
+        return super().denoise(noise, conditioning).sigmoid()
+
+
 def projections(images):
     """Unit-variance projections of the upper and the lower patch, ``(B, 2)``."""
     return images[:, 0].unflatten(1, (2, -1)).sum((2, 3)) / (images[0, 0].numel() / 2) ** 0.5

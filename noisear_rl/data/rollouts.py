@@ -3,7 +3,7 @@
 A folder contains Parquet shards, readable by Hugging Face ``datasets``, and a manifest (denoiser, sizes, scorers,
 policy). One row is one finished episode: ``prompt``, ``seed`` (of the noise), ``denoise_seed``, ``noise`` (float16,
 flattened ``(C, h, w)``), ``log_prob`` (one number per patch, in nats, of exactly this noise), ``reward``,
-``reward/<scorer>`` and optionally ``image``. ``algos/collect.py`` writes them.
+``reward/<scorer>`` and optionally ``image``. ``noisear collect`` writes them.
 
 Shapes: ``R`` rollouts, ``N`` patches, ``A`` elements per patch.
 """
@@ -180,7 +180,7 @@ def check_same_task(rollouts: Rollouts, task: NoiseTask, folder: str | Path) -> 
 
 
 def load_rollouts(folder: str | Path) -> Rollouts:
-    """Loads what ``algos/collect.py`` wrote.
+    """Loads what ``noisear collect`` wrote.
 
     Raises:
         FileNotFoundError: If the folder contains no rollouts.

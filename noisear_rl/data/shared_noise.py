@@ -64,7 +64,7 @@ class SharedNoiseConfig:
     """Options of the choice."""
 
     rollouts: Path = Path("runs/rollouts")
-    """Folder that `algos/collect.py --same-noise` wrote."""
+    """Folder that `noisear collect --same-noise` wrote."""
     output_dir: Path = Path("runs/shared")
     """Folder for the pairs, one per prompt."""
     prompts: str | tuple[str, ...] | None = None

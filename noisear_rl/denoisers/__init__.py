@@ -17,7 +17,6 @@ import torch
 from pydantic import AfterValidator, PlainValidator
 
 from noisear_rl import ENVIRONMENTS
-from noisear_rl.config import nearest
 from noisear_rl.denoisers.capabilities import (
     Denoiser,
     DifferentiableDenoiser,
@@ -27,6 +26,7 @@ from noisear_rl.denoisers.capabilities import (
 )
 from noisear_rl.denoisers.plugins import find_plugin, load_plugin, plugin_names
 from noisear_rl.patches import own_patch_size
+from noisear_rl.wording import nearest
 
 __all__ = [
     "EMBEDDED",
@@ -156,11 +156,12 @@ def load_denoiser(name: str, **options: Any) -> Denoiser:
             pipeline of one of their classes; or ``module:Class`` or an entry point of group ``noisear_rl.denoisers``,
             which is called with the options as they are.
         **options: Overrides for the preset: ``path`` (another folder or Hub id), ``revision``, ``scheduler`` (``dpm``,
-            ``euler`` or ``own``), ``unet`` (a safetensors file with other weights of the UNet), ``height``, ``width``,
+            ``euler`` or ``own``), ``unet`` (a safetensors file with other weights of the UNet), ``lora`` (a
+            safetensors file, or ``OWNER/REPOSITORY/FILE`` on the Hub) and ``lora_scale``, ``height``, ``width``,
             ``num_frames``, ``max_sequence_length``, ``num_inference_steps``, ``guidance_scale``, ``patch_size``,
-            ``device``, ``dtype``,
-            ``micro_batch_size``, ``cache_dir``, ``embedding_dtype``, ``drop_text_encoders``, ``offload`` (``none``,
-            ``model`` or ``sequential``), ``device_map`` (``balanced`` spreads the components over all accelerators),
+            ``device``, ``dtype``, ``micro_batch_size``, ``cache_dir``, ``embedding_dtype``, ``drop_text_encoders``,
+            ``offload`` (``none``, ``model`` or ``sequential``), ``device_map`` (``balanced`` spreads the components
+            over all accelerators),
             ``vae_slicing``, ``vae_tiling``, ``attention_slicing``, ``compile``; see
             :class:`~noisear_rl.denoisers.diffusion_pipeline.DiffusionPipelineDenoiser`. Strings are converted, so that
             they can come from a command line.

@@ -19,7 +19,8 @@ from diffusers import (
 from noisear_rl.config import UnknownOptionError
 from noisear_rl.denoisers import check_denoiser
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
-from noisear_rl.denoisers.pipelines import INTERFACES
+from noisear_rl.denoisers.lora import merge_lora
+from noisear_rl.denoisers.pipelines import INTERFACES, interface_of
 from noisear_rl.denoisers.placement import DeviceMap, Dtype, Offload, resolve_device, resolve_dtype
 from noisear_rl.denoisers.quiet import quietly
 from noisear_rl.denoisers.shapes import ASSETS
@@ -29,6 +30,7 @@ from noisear_rl.denoisers.weights import (
     hub_file,
     load_weights,
     local_folder,
+    lora_file,
     read_index,
     revision_of,
     wants_fp16_files,
@@ -149,9 +151,17 @@ PRESETS: dict[str, Preset] = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 50, 5.0, scheduler="own", pipeline="WanPipeline", half="bfloat16"
     ),
 }
-SMALLEST = dict.fromkeys(("guidance_scale", "height", "width", "num_frames", "max_sequence_length"), 0)
+SMALLEST = dict.fromkeys(("guidance_scale", "height", "width", "num_frames", "max_sequence_length", "lora_scale"), 0)
 LARGEST = 100_000  # of options that are numbers; others are at least 1
-_OWN = {"path": str, "revision": str, "scheduler": str, "unet": str, "device_map": str}
+_OWN = {
+    "path": str,
+    "revision": str,
+    "scheduler": str,
+    "unet": str,
+    "device_map": str,
+    "lora": str,
+    "lora_scale": float,
+}
 
 
 def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenoiser:
@@ -166,7 +176,7 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
     device = resolve_device(options.get("device", "auto"))
     if device.type != "cpu" and options.get("dtype", "auto") == "auto":
         options["dtype"] = preset.half
-    unet = options.pop("unet", None)
+    unet, lora, lora_scale = options.pop("unet", None), options.pop("lora", None), options.pop("lora_scale", 1.0)
     dtype = resolve_dtype(options.get("dtype", "auto"), device)
     device_map, offload = options.pop("device_map", "none"), options.get("offload", "none")
     for option, value, allowed in (("device_map", device_map, DeviceMap), ("offload", offload, Offload)):
@@ -194,10 +204,14 @@ def load_pipeline_denoiser(name: str, **options: Any) -> DiffusionPipelineDenois
                 f"Cause: {str(error).splitlines()[0]}"
             ) from error
     revision = revision_of(folder)
-    if unet or (preset.unet and path == preset.path):
-        file = Path(unet) if unet else hub_file(name, *(preset.unet or ("", "")))
+    if unet or (preset.unet and path == preset.path and not lora):
+        file = Path(unet) if unet else hub_file("unet", *(preset.unet or ("", "")))
         load_weights(pipeline.unet, file)
         revision += f"-{file_digest(file)}"
+    if lora:
+        file = lora_file(lora)
+        merge_lora(pipeline, interface_of(pipeline).network, file, lora_scale)
+        revision += f"-{file_digest(file)}" + (f"-{lora_scale:g}" if lora_scale != 1 else "")
     if scheduler == "dpm":
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     elif scheduler == "euler":

@@ -114,8 +114,24 @@ def load_weights(network: torch.nn.Module, file: Path) -> None:
         raise ValueError(f"unet: {file} does not hold this UNet's weights: {str(error).splitlines()[0]}") from error
 
 
-def hub_file(name: str, repository: str, file: str) -> Path:
-    """A file from the Hub's cache, or downloaded.
+def lora_file(spec: str) -> Path:
+    """A LoRA's file: a path, or ``OWNER/REPOSITORY/FILE`` on the Hub.
+
+    Raises:
+        ValueError: If it is no safetensors file.
+        FileNotFoundError: If there is no such file.
+    """
+    if not spec.endswith(".safetensors"):
+        raise ValueError(f"lora: {spec!r:.80} is no safetensors file; expected FILE or OWNER/REPOSITORY/FILE")
+    owner, _, rest = spec.partition("/")
+    repository, _, file = rest.partition("/")
+    if Path(spec).exists() or spec.startswith((".", "/", "~")) or not (owner and repository and file):
+        return Path(spec)
+    return hub_file("lora", f"{owner}/{repository}", file)
+
+
+def hub_file(option: str, repository: str, file: str) -> Path:
+    """A file from the Hub's cache, or downloaded; ``option`` takes a local one.
 
     Raises:
         FileNotFoundError: If it is not there; the message says which command downloads it.
@@ -127,7 +143,7 @@ def hub_file(name: str, repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # as in `local_folder`
         raise FileNotFoundError(
-            f"the UNet of {name!r} ({repository}) is not on this machine and could not be fetched: with access to the "
-            f"Hub, run `hf download {repository} {file}`, or pass unet=FILE. "
+            f"{file} of {repository} is not on this machine and could not be fetched: with access to the Hub, run "
+            f"`hf download {repository} {file}`, or pass {option}=FILE. "
             f"Cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error

@@ -66,7 +66,7 @@ def evaluate(
 ) -> dict[str, MethodScores]:
     """Denoises and scores ``samples`` noises per prompt for every method, in memory.
 
-    ``algos/evaluate.py`` does the same on disk: it resumes, runs in several processes and keeps the images.
+    ``noisear evaluate`` does the same on disk: it resumes, runs in several processes and keeps the images.
 
     Args:
         denoiser: Frozen diffusion model.

@@ -11,8 +11,10 @@ Boxes are ``(x0, y0, x1, y1)`` in pixels, y downwards; no detector is needed for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 Box = tuple[float, float, float, float]
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -31,11 +33,13 @@ class Detection:
         name: Its class, as in the metadata.
         box: Where it is.
         score: Confidence in [0, 1].
+        mask: Its pixels ``(H, W)``, boolean; ``None`` for all of the box. The rules do not use it.
     """
 
     name: str
     box: Box
     score: float
+    mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

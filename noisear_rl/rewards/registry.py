@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import AfterValidator
 
-from noisear_rl.config import ConfigError, Float, check_config, load_yaml, nearest
+from noisear_rl.config import ConfigError, Float, check_config, load_yaml
 from noisear_rl.denoisers.placement import resolve_device
 from noisear_rl.files import sha256
 from noisear_rl.rewards.http import checked_address, is_address
 from noisear_rl.rewards.weighted import Normalization, Reward, WeightedReward, checked_scores
 from noisear_rl.rewards.within import within
 from noisear_rl.trust import check_code, check_secret
+from noisear_rl.wording import nearest
 
 Backend = Literal["native", "package"]
 ENTRY_POINTS = "noisear_rl.rewards"
@@ -42,6 +43,7 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transfo
     "aesthetic-v2.5": ("aesthetic", "AestheticV25"),
     "clip-score": ("clip", "CLIPScore"),
     "clip-h": ("clip", "CLIPH"),
+    "geneval": ("detection", "GenEval"),
 }
 
 
@@ -180,8 +182,8 @@ def load_reward(
     if device is not None:
         where = str(resolve_device(device))
         given = {name: ({"device": where} if _has_device(name, own) else {}) | own for name, own in given.items()}
-    rewards = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
-    return WeightedReward(rewards, normalize or config.normalize, config.statistics)
+    scorers = [(make_reward(name, **given[name]), float(weight)) for name, weight in config.weights.items()]
+    return WeightedReward(scorers, normalize or config.normalize, config.statistics)
 
 
 def _of_object(reward: Any, normalize: Normalization | None) -> WeightedReward:
@@ -316,8 +318,7 @@ def check_reward(spec: str) -> str:
             check_code(name)
             _file_of(name)
         elif name not in REWARDS and name not in (installed := _installed()):
-            known = sorted([*REWARDS, *installed])
-            hint = nearest(name, known) or "."
+            hint = nearest(name, known := sorted([*REWARDS, *installed])) or "."
             raise ValueError(f"unknown reward {name!r:.80}{hint} Expected FILE.py or one of {known}")
     return spec
 

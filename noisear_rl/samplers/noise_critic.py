@@ -1,6 +1,6 @@
 """A critic of noises: how good will the image be that a denoiser makes of this noise for this prompt?
 
-``Q(prompt, noise)`` is regressed on rewards that were observed (``algos/critic.py``). It is far cheaper than an image
+``Q(prompt, noise)`` is regressed on rewards that were observed (``noisear critic``). It is far cheaper than an image
 of a large denoiser, so that the best of many noises can be denoised alone
 (:class:`~noisear_rl.samplers.critic_choice.CriticChoice`).
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 def wrap(name, pipeline=None, **options):
     preset = PRESETS[name]
     options = {"guidance_scale": preset.guidance_scale, "num_inference_steps": 3} | options
-    own = tiny_pipelines.SIZES.get(name, {}) | {"dtype": "float32", "cache_dir": "none"}
+    own = tiny_pipelines.OPTIONS.get(name, {}) | {"dtype": "float32", "cache_dir": "none"}
     return DiffusionPipelineDenoiser(pipeline or tiny_pipelines.build(name), name=name, **own | options)
 
 

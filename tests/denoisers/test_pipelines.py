@@ -56,7 +56,7 @@ def denoiser(request, folders):
 
 def options_of(name, folders):
     """What a tiny pipeline of this class needs."""
-    own = tiny_pipelines.SIZES.get(name, {})
+    own = tiny_pipelines.OPTIONS.get(name, {})
     return {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"} | own
 
 
@@ -185,7 +185,7 @@ def test_the_complete_loop(denoiser, tmp_path):
     """Encode, sample, pairs, one NLL step, collected rollouts, one DPO step, and evaluation."""
     name, path = denoiser.name, str(denoiser.pipeline.config._name_or_path)
     options = {"path": path, "num_inference_steps": "2", "dtype": "float32", "cache_dir": "none"}
-    options |= tiny_pipelines.SIZES.get(name, {})
+    options |= tiny_pipelines.OPTIONS.get(name, {})
     config = PairsConfig(name, prompts=PROMPTS, pairs=6, num_inference_steps=10, output_dir=tmp_path / "pairs")
     if name in NO_PAIRS:  # the rest of the loop needs none: the next test
         with pytest.raises(ValueError, match=NO_PAIRS[name]):
@@ -254,7 +254,7 @@ def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
     """The shipped presets with a test model and tiny sizes: pairs, NLL, PPO, evaluation."""
     folder = FOLDERS.get(name, name.replace("-", "_"))
     where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
-    where += [str(part) for option in tiny_pipelines.SIZES.get(name, {}).items() for part in option]
+    where += [str(part) for option in tiny_pipelines.OPTIONS.get(name, {}).items() for part in option]
     small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
     written = write_prompts(folders)
 

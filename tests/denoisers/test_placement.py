@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
 
 def denoiser_of(name, **options):
     defaults = {"num_inference_steps": 2, "dtype": "float32", "device": "cpu", "cache_dir": "none"}
-    return DiffusionPipelineDenoiser(tiny_pipelines.build(name), name=name, **(defaults | options))
+    own = tiny_pipelines.OPTIONS.get(name, {})
+    return DiffusionPipelineDenoiser(tiny_pipelines.build(name), name=name, **(defaults | own | options))
 
 
 def images_of(denoiser):

@@ -4,16 +4,20 @@ import base64
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from noisear_rl.rewards import load_reward
+from noisear_rl.config import load_yaml
+from noisear_rl.rewards import RewardConfig, load_reward
 from noisear_rl.rewards.http import ServerError
 from noisear_rl.rewards.vlm import VQASCORE, VLMJudge
 from noisear_rl.trust import UntrustedCodeError, trusting
 from tests.servers import answering, gray
+
+ROOT = Path(__file__).parents[2]
 
 
 class Model:
@@ -93,6 +97,53 @@ def test_an_image_is_asked_about_once():
         assert len(model.asked) == 5
 
 
+def written(texts):
+    """A server whose answers are these texts, one after the other, and what it was asked."""
+    asked = []
+
+    def respond(path, headers, body):
+        asked.append(json.loads(body))
+        return 200, json.dumps({"choices": [{"message": {"content": texts.pop(0)}}]}).encode(), 0
+
+    return respond, asked
+
+
+def preset(name, url):
+    """A preset's judge with the server's address; the number of its scorers is one."""
+    config = load_yaml(RewardConfig, ROOT / f"configs/rewards/{name}.yaml")
+    ((scorer, options),) = config.options.items()
+    return load_reward(config, options={scorer: options | {"url": f"{url}/v1", "concurrency": 1}}).rewards[0][0]
+
+
+def test_unified_reward_reads_its_final_score():
+    respond, asked = written(["hen (animal): 1\nFinal Score: 3.62\n", "Final Score: 4, no: Final Score:  2.5"])
+    with answering(respond) as url:
+        judge = preset("unified_reward", url)
+        assert judge.score(gray(1, 2), ["a hen", "two hens"]).tolist() == pytest.approx([3.62, 2.5])
+    (content,) = (message["content"] for message in asked[0]["messages"])
+    assert content[1]["text"].endswith("\nYour task is provided as follows:\nText Caption: [a hen]")
+    assert "  " not in content[1]["text"] and "evaluate this image based" in content[1]["text"]
+    assert asked[0]["max_tokens"] == 2048 and asked[0]["temperature"] == 0 and "logprobs" not in asked[0]
+    assert judge.name == "unified-reward" and asked[0]["model"] == "UnifiedReward"
+
+
+def test_unified_reward_2_is_the_mean_of_three_scores():
+    full = "Alignment Score (1-5): 2.5\nCoherence Score (1-5): 3.0\nStyle Score (1-5): 4.25"
+    respond, asked = written([full, full.partition("Style")[0], "I cannot say."])
+    with answering(respond) as url:
+        judge = preset("unified_reward_2", url)
+        assert judge.score(gray(1), ["a hen"]).tolist() == [3.25]
+        with pytest.warns(UserWarning, match=r"no number behind \['Style Score"):
+            assert judge.score(gray(2, 3), ["a hen"] * 2).isnan().all()  # never 0
+    text = asked[0]["messages"][0]["content"][1]["text"]
+    assert text.count("\n") == 13 and "Style Score (1-5): Z\n\nYour task is" in text and "  " not in text
+
+
+def test_the_preset_of_vqascore():
+    with answering(lambda *request: (200, json.dumps(first_token(Yes=math.log(0.25))).encode(), 0)) as url:
+        assert preset("vqascore", url).score(gray(1), ["a hen"]).tolist() == pytest.approx([0.25])
+
+
 def first_token(**alternatives):
     told = [{"token": token, "logprob": value} for token, value in alternatives.items()]
     return {"choices": [{"logprobs": {"content": [told[0] | {"top_logprobs": told}]}}]}
@@ -132,6 +183,9 @@ def test_an_unlikely_yes_is_a_low_score():
         ({"model": "tiny", "questions": []}, "at least one question"),
         ({"model": "tiny", "questions": [" "]}, "at least one question"),
         ({"model": "tiny", "relative": "yes"}, "relative true or false"),
+        ({"model": "tiny", "numbers": [" "]}, "expected labels as numbers"),
+        ({"model": "tiny", "numbers": "Score:", "relative": True}, "without relative"),
+        ({"model": "tiny", "numbers": "Score:", "max_tokens": 0}, "max_tokens must be at least 1"),
         ({"model": "tiny", "key": "NO_SUCH_VARIABLE"}, "'NO_SUCH_VARIABLE' is not set"),
         ({"model": "tiny", "batch_size": 4}, "leave out batch_size"),
         ({"model": "tiny", "api": "other"}, "unknown api 'other'"),
