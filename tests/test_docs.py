@@ -226,7 +226,7 @@ def passages():
     for page in PAGES:
         text = re.sub(r"^```.*?^```$|`[^`]*`", "", page.read_text(), flags=re.S | re.M)
         text = re.sub(r"arXiv [\d.]+|https?://\S+", "", text)
-        for passage in re.split(r"\n\s*\n|\n(?=\|)|\n(?=- )", text):
+        for passage in re.split(r"\n\s*\n|\n(?=\||- |\d+\. )", text):
             if files := LINKED.findall(passage):
                 yield page, passage, [RESULTS / file for file in files]
 
