@@ -15,7 +15,7 @@ import noisear_rl
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("setuptools", minversion="77")
-IGNORED = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+IGNORED = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__")
 BUILD = "from setuptools import build_meta; build_meta.build_{}({!r})"
 
 

@@ -10,7 +10,7 @@ import pytest
 from noisear_rl import cli, config
 from noisear_rl.config import find_preset, preset_names
 from noisear_rl.presets import listing, use_of
-from tests.test_readme import parse
+from tests.documents import parse
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [name for name in preset_names() if not name.startswith(("accelerate/", "rewards/"))]

@@ -1,4 +1,4 @@
-"""Published tables are what their data render to, and README figures are in them."""
+"""Published tables are what their data render to, and figures of the README and of ``docs/`` are in them."""
 
 import importlib
 import re
@@ -22,23 +22,41 @@ def test_pages_are_rendered_from_their_data(path):
     assert path.stat().st_size <= (LIMIT if path.suffix == ".gz" else COMPRESSED)
 
 
-def test_readme_figures_of_text_features():
+def test_figures_of_text_features():
     table = (RESULTS / "text_features.md").read_text()
-    sentence = re.search(r"then gets ([\d.]+) and ([\d.]+) % right instead of ([\d.]+) and ([\d.]+) %", readme())
+    sentence = re.search(r"then gets ([\d.]+) and ([\d.]+) % right instead of ([\d.]+) and ([\d.]+) %", measured())
     assert sentence is not None
     rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table.splitlines() if line.startswith("| ")}
     cells = [cell.split("(")[0].strip() for name in ("whitened, text x 4", "normalized") for cell in rows[name]]
     assert list(sentence.groups()) == cells
 
 
-def readme() -> str:
-    """The README with line breaks as spaces."""
-    return " ".join((ROOT / "README.md").read_text().split())
+def measured(page: str = "results/index.md") -> str:
+    """A page with line breaks as spaces."""
+    return " ".join((ROOT / "docs" / page).read_text().split())
 
 
-def test_readme_table_of_the_prior():
+def test_readme_headline_table():
+    """Its rows by their names in the results."""
+    names = {
+        "Gaussian": "Gaussian",
+        "pretrained on layouts that rewards chose": "NLL on shared layouts",
+        "then PPO": "PPO from there",
+        "then reward gradients": "reward gradient from there",
+        "best of 4 Gaussian": "best of 4",
+        "best of 8 Gaussian": "best of 8",
+    }
+    found = re.findall(r"^\| (.+?) \| (\d) \| ([^|]+) \| ?(\d*) ?\|$", (ROOT / "README.md").read_text(), re.M)
+    assert [title for title, *_ in found] == list(names)
+    table = (RESULTS / "shapes.md").read_text().split("By category")[0]
+    for title, evaluations, right, kl in found:
+        row = next(line for line in table.splitlines() if line.startswith(f"| {names[title]} |")).split(" | ")
+        assert (row[2], row[3].split(";")[0], row[8].strip()) == (evaluations, right, kl), title
+
+
+def test_table_of_the_prior():
     pattern = r"^\| (.+?) \| ([\d,]+) \| (\d) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ?(\d*) \|$"
-    found = re.findall(pattern, (ROOT / "README.md").read_text(), re.M)
+    found = re.findall(pattern, (ROOT / "docs/algorithms/prior.md").read_text(), re.M)
     table, by_category = (RESULTS / "shapes.md").read_text().split("By category")
     assert len(found) == sum(line.startswith("| ") for line in table.splitlines()) - 1  # a head
     for title, *cells, position, layout, kl in found:
@@ -50,9 +68,9 @@ def test_readme_table_of_the_prior():
         assert (row[1:4], row[7], row[8], means[5]) == (cells, layout, kl, position), title
 
 
-def test_readme_figures_of_speed():
+def test_figures_of_speed():
     pattern = r"drawn ([\d.]+) \(batch 1\) to ([\d.]+) \(batch 32\) .*? float32, ([\d.]+) to ([\d.]+) times in bfloat16"
-    drawn = re.search(pattern + r".*? at (\d+) % of the rate .*? is ([\d.]+) times as fast", readme())
+    drawn = re.search(pattern + r".*? at (\d+) % of the rate .*? is ([\d.]+) times as fast", measured())
     assert drawn is not None
     rows = [line.split(" | ") for line in (RESULTS / "bench.md").read_text().splitlines() if line.startswith("| ")]
     titles = [f"sampling in {dtype}, batch {batch}," for dtype in ("float32", "bfloat16") for batch in (1, 32)]
@@ -61,16 +79,16 @@ def test_readme_figures_of_speed():
     assert list(drawn.groups()) == [re.split("[× ]", cell)[0] for cell in cells]
 
 
-def test_readme_figures_of_the_teacher():
-    sentence = re.search(r"the same policies are right in (.+?) % instead of (.+?) %", readme())
+def test_figures_of_the_teacher():
+    sentence = re.search(r"the same policies are right in (.+?) % instead of (.+?) %", measured("algorithms/prior.md"))
     assert sentence is not None
     rows = [line.split(" | ") for line in (RESULTS / "teacher.md").read_text().splitlines() if line.startswith("| ")]
     found = {row[0].removeprefix("| "): row[2] for row in rows}
     assert list(sentence.groups()) == [found["PPO from there"], found["Gaussian"]]
 
 
-def test_readme_figures_of_cross_talk():
-    sentence = re.search(r"by (\d+) % of its own way .*?, by (\d+) % with .*?, and by (\d+) % once", readme())
+def test_figures_of_cross_talk():
+    sentence = re.search(r"by (\d+) % of its own way .*?, by (\d+) % with .*?, and by (\d+) % once", measured())
     assert sentence is not None
     rows = [line.split(" | ") for line in (RESULTS / "cross_talk.md").read_text().splitlines() if line.startswith("| ")]
     found = {row[0].removeprefix("| "): row[2].split(" (")[0] for row in rows}

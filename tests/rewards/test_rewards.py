@@ -101,10 +101,10 @@ def test_statistics_are_those_of_gaussian_noise():
         assert scores.std() == pytest.approx(scorer.statistics[1], rel=0.15)
 
 
-def test_readme_numbers_come_from_the_results():
+def test_numbers_of_the_demo_come_from_the_results():
     root = Path(__file__).parents[2]
     results = (root / "benchmarks/results/demo.md").read_text()
-    rows = re.findall(r"^\| (?:the 4 trained|120 held).*", (root / "README.md").read_text(), flags=re.M)
+    rows = re.findall(r"^\| (?:the 4 trained|120 held).*", (root / "docs/index.md").read_text(), flags=re.M)
     assert len(rows) == 2
     for number in re.findall(r"-?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", " ".join(rows)):
         assert number in results
