@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
 
 
 def options_of(name, folders, **more):
-    own = tiny_pipelines.SIZES.get(name, {}) | {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"}
+    own = tiny_pipelines.OPTIONS.get(name, {}) | {"path": str(folders / name), "dtype": "float32", "cache_dir": "none"}
     return own | {"num_inference_steps": 2} | more
 
 
