@@ -165,6 +165,7 @@ class GenEval:
     """
 
     name = "geneval"
+    source, head_source = f"{SOURCE}/model.safetensors", CLIPScore.source
     clip_class = CLIPScore
 
     def __init__(

@@ -37,6 +37,7 @@ REWARDS: dict[str, tuple[str, str]] = {  # imported on demand: some load transfo
     "pickscore": ("pickscore", "PickScore"),
     "hpsv2": ("hpsv2", "HPSv2"),
     "hpsv2.1": ("hpsv2", "HPSv21"),
+    "hpsv3": ("hpsv3", "HPSv3"),
     "mps": ("mps", "MPS"),
     "aesthetic-v1": ("aesthetic", "AestheticV1"),
     "aesthetic-v2": ("aesthetic", "AestheticV2"),

@@ -2,8 +2,6 @@
 
 import dataclasses
 import inspect
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -29,12 +27,9 @@ from tests import tiny_pipelines
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("a photo of a red circle", "two blue squares", "a lighthouse at dawn")
 NAMES = tuple(tiny_pipelines.BUILDERS)
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux-schnell", "qwen-image", "wan", "flux2-klein")]
-SHOWN = [*(name for name in NAMES if name not in [param.values[0] for param in SLOWER]), *SLOWER]
 NO_GUIDANCE = ("flux-schnell", "flux2-klein")  # distilled without it
 NO_PAIRS = {name: "distilled without guidance" for name in NO_GUIDANCE} | {"sana-sprint": "predicts 'trigflow'"}
 ONE_BY_ONE = ("sdxl-turbo", "z-image-turbo", "qwen-image", "wan", *NO_GUIDANCE, "flux-dev", "sana-sprint")
-FOLDERS = {"z-image-turbo": "z_image", "flux-dev": "flux"}
 IDS = {denoiser: name for name, denoiser in noisear_rl.ENVIRONMENTS.items()}
 SMALL = NoiseARConfig(d_model=32, d_ff=32, n_heads=4, n_layers=1, log_variance="shared")
 pytestmark = pytest.mark.filterwarnings("ignore:prompt contains words")
@@ -247,40 +242,6 @@ def write_prompts(folder):
     file = folder / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
     return file
-
-
-@pytest.mark.parametrize("name", SHOWN)
-def test_shipped_presets_on_the_command_line(name, folders, tmp_path):
-    """The shipped presets with a test model and tiny sizes: pairs, NLL, PPO, evaluation."""
-    folder = FOLDERS.get(name, name.replace("-", "_"))
-    where = ["--denoiser-options", "path", str(folders / name), "num_inference_steps", "2", "cache_dir", "none"]
-    where += [str(part) for option in tiny_pipelines.OPTIONS.get(name, {}).items() for part in option]
-    small = ["--policy.d-model", "32", "--policy.d-ff", "32"]
-    written = write_prompts(folders)
-
-    def command(stage, *options, prompts=True):
-        kind = ["--env-id", IDS[name]] if stage == "ppo" else ["--denoiser", name]
-        text = ["--prompts", str(written)] if prompts else []
-        out = ["--output-dir", str(tmp_path / stage)]
-        shipped = [f"configs/{own}/{stage}.yaml" for own in (folder, "sdxl")]
-        file = next(file for file in shipped if (ROOT / file).is_file())
-        return [stage, "--config", file, *kind, *text, *out, *options, *where]
-
-    pretraining = ["--pairs", str(tmp_path / "pairs"), "--epochs", "1", "--batch-size", "2"]
-    free = ["--reward", "jpeg-compressibility"]  # the presets' scorers need weights
-    pretrain, start = [], []
-    if name not in NO_PAIRS:
-        pretrain = [command("pairs", "--pairs", "4"), command("nll", *small, *pretraining, prompts=False)]
-        start = ["--init-from", str(tmp_path / "nll")]
-    commands = [
-        *pretrain,
-        command("ppo", *small, *start, "--updates", "1", "--samples-per-prompt", "2", *free),
-        command("evaluate", "--methods", f"ppo={tmp_path / 'ppo'}", "--scorers", "jpeg-compressibility", "brightness"),
-    ]
-    script = f"from noisear_rl.cli import main\nfor line in {commands!r}:\n    main(line)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "| ppo |" in (tmp_path / "evaluate/table.md").read_text()
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])

@@ -16,6 +16,7 @@ from transformers import (
     SwinConfig,
 )
 
+from noisear_rl.algos import evaluate
 from noisear_rl.evaluation.intervals import category_mean, category_means
 from noisear_rl.rewards import check_reward, load_reward
 from noisear_rl.rewards.clip import CLIPScore
@@ -151,6 +152,31 @@ def test_accuracy_by_category_is_what_evaluations_print(folder):
     summary = accuracy([bool(one) for one in scores.flatten()], np.repeat(tags, 2).tolist())
     assert category_means(scores, tags) == pytest.approx({name: summary[name] for name in dict.fromkeys(tags)})
     assert category_mean(scores, tags) == pytest.approx(summary["overall"])
+
+
+@pytest.mark.filterwarnings("ignore:prompt contains words")
+def test_an_evaluation_prints_the_accuracy_by_category(folder, tmp_path):
+    """With the metadata as prompts and the scorer as the judge; no row asks for a color, so that CLIP is not loaded."""
+    metadata, reward = tmp_path / "metadata.jsonl", tmp_path / "geneval.yaml"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    options = {"metadata": str(metadata), "weights": str(folder), "side": 64, "device": "cpu"}
+    reward.write_text(json.dumps({"weights": {"geneval": 1.0}, "options": {"geneval": options}}))
+    config = evaluate.EvaluateConfig(
+        ("best-of-2",),
+        denoiser="shapes-turbo",
+        prompts=str(metadata),
+        samples=2,
+        scorers=(str(reward),),
+        choose_by="brightness",
+        output_dir=tmp_path / "evaluation",
+        denoiser_options={"device": "cpu"},
+    )
+    head, _, *rows = [line for line in evaluate.run(config).splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in head.split("|")]
+    assert len(rows) == 2 and "single_object" in columns and "counting" in columns
+    for row in rows:
+        cells = dict(zip(columns, (cell.strip() for cell in row.split("|")), strict=True))
+        assert cells["single_object"].startswith("50.0")  # a dog is everywhere, a cat nowhere
 
 
 def test_colors_are_the_nearest_texts(folder):
