@@ -4,9 +4,12 @@ import base64
 import io
 import json
 import re
+import signal
 import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +17,14 @@ import torch
 from PIL import Image
 
 from noisear_rl import app, cli
-from noisear_rl.app import EXAMPLE, AppConfig, draw_pair, launch, make_draw
+from noisear_rl.app import EXAMPLE, AppConfig, draw_pair, make_draw
 from noisear_rl.images import noise_to_uint8, to_uint8
 from noisear_rl.policy.loading import best_shipped, load_policy
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import as_sampler
 from tests.conftest import random_policy
 
+ROOT = Path(__file__).parents[1]
 FLOAT32 = {"dtype": "float32"}
 SECONDS = 600.0  # for the page to answer on a busy machine
 
@@ -136,15 +140,23 @@ def test_wrong_options_end_before_the_page_opens(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def page(browser):
-    """The page, opened once; its browser's logs are not read yet."""
+    """The page of a command that runs, opened once; its browser's logs are not read yet."""
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'noisear-rl[app]'")
-    blocks, address = launch(AppConfig(images=2, port=free_port(), denoiser_options=FLOAT32))
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(address)
-    wait_for(browser, "document.querySelector('#draw') && document.querySelector('#prompt textarea')")
-    yield browser
-    browser.get("about:blank")
-    blocks.close()
+    port = free_port()
+    options = ["--images", "2", "--port", str(port), "--denoiser-options", "dtype", "float32"]
+    command = [sys.executable, "-m", "noisear_rl.cli", "app", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = next((line.split()[-1] for line in server.stdout if line.startswith("the page is at ")), None)
+            assert address == f"http://127.0.0.1:{port}/"
+            browser.get_log("browser"), browser.get_log("performance")
+            browser.get(address)
+            wait_for(browser, "document.querySelector('#draw') && document.querySelector('#prompt textarea')")
+            yield browser
+            browser.get("about:blank")
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert server.returncode == 0
 
 
 def wait_for(page, condition: str) -> None:
