@@ -15,8 +15,8 @@ from gymnasium import spaces
 
 from noisear_rl.config import UnknownOptionError
 from noisear_rl.denoisers import EMBEDDED, Conditioning, Denoiser, check_denoiser, load_denoiser, policy_sizes, require
-from noisear_rl.images import to_uint8
-from noisear_rl.patches import as_frames, own_patch_size, sequence_shape, unpatchify
+from noisear_rl.images import noise_to_uint8
+from noisear_rl.patches import own_patch_size, sequence_shape, unpatchify
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.prompts import resolve_prompts
 from noisear_rl.prompts.reader import PromptReader
@@ -177,15 +177,6 @@ class NoiseTask:
         return Outcome(self.reward.total(components), scores, patches, noise, images)
 
     def noise_image(self, patches: np.ndarray) -> np.ndarray:
-        """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white.
-
-        Of a video's noise it shows the frame in the middle; of a signal's, a strip.
-        """
-        size, shape = self.denoiser.image_size, self.denoiser.latent_shape
-        latent = unpatchify(torch.from_numpy(patches[None]), shape, self.patch_size)[0]
-        latent = as_frames(latent)[:, :3]  # (T, C, h, w)
-        latent = latent[len(latent) // 2 :][:1]
-        if latent.shape[1] < 3:
-            latent = latent[:, :1].expand(-1, 3, -1, -1)
-        shown = torch.nn.functional.interpolate(latent, size=(size, size) if isinstance(size, int) else size)[0]
-        return to_uint8(((shown + 3) / 6).clamp(0, 1))
+        """Shows patches ``(N, A)`` as ``(H, W, 3)`` uint8; see :func:`noisear_rl.images.noise_to_uint8`."""
+        noise = unpatchify(torch.from_numpy(patches[None]), self.denoiser.latent_shape, self.patch_size)[0]
+        return noise_to_uint8(noise, self.denoiser.image_size)

@@ -13,6 +13,7 @@ from noisear_rl.command import WRONG, run_command, stop
 COMMANDS = {
     "demo": ("noisear_rl.demo", "train a noise prior on the embedded denoiser and compare it with Gaussian noise"),
     "sample": ("noisear_rl.sample", "draw images from Gaussian noise and from a policy's noise, side by side"),
+    "app": ("noisear_rl.app", "show Gaussian and policy images of any prompt on a page of this machine"),
     "pairs": ("noisear_rl.data.pairs", "build pretraining pairs: weak-to-strong, or signal leaks of good images"),
     "shared-noise": ("noisear_rl.data.shared_noise", "build pretraining pairs from noises tried on many prompts"),
     "nll": ("noisear_rl.algos.nll", "pretrain a policy on pairs"),

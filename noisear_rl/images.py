@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
+from noisear_rl.patches import as_frames
+
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """Image ``(3, H, W)`` in [0, 1] → ``(H, W, 3)`` uint8; of a video ``(T, 3, H, W)``, the frame in the middle.
@@ -21,6 +23,23 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
     if image.dim() == 4:
         image = image[len(image) // 2]
     return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def noise_to_uint8(noise: torch.Tensor, size: int | tuple[int, int]) -> np.ndarray:
+    """Noise ``(C, *spatial)`` → ``(H, W, 3)`` uint8: the first three channels, ±3 from black to white.
+
+    Of a video's noise, the frame in the middle; of a signal's, a strip.
+
+    Args:
+        noise: Latents of one image.
+        size: Side in pixels, or height and width.
+    """
+    frames = as_frames(noise)[:, :3]  # (T, C, h, w)
+    frame = frames[len(frames) // 2 :][:1]
+    if frame.shape[1] < 3:
+        frame = frame[:, :1].expand(-1, 3, -1, -1)
+    shown = torch.nn.functional.interpolate(frame, size=(size, size) if isinstance(size, int) else size)[0]
+    return to_uint8(((shown + 3) / 6).clamp(0, 1))
 
 
 def save_png(image: torch.Tensor, file: str | Path | BinaryIO) -> None:

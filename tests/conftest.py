@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 
 # Tests are the same on machines with an accelerator; `make test-accelerator` uses it.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -60,3 +61,23 @@ def random_denoiser(random_pipeline) -> DiffusionPipelineDenoiser:
     return DiffusionPipelineDenoiser(
         random_pipeline, name="random", patch_size=2, num_inference_steps=2, guidance_scale=3.0, dtype="float32"
     )
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium, which logs its console and its requests; without Chromium its tests are skipped."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("no Chromium with chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    flags = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"]
+    flags += ["disable-background-networking", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"]
+    for flag in flags:
+        options.add_argument(f"--{flag}")
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()

@@ -66,7 +66,7 @@ def test_the_wheel_is_one_package_with_metadata(site):
     metadata = (information / "METADATA").read_text()
     assert "\nAuthor: The noisear-rl developers\n" in metadata and "\nProject-URL: Paper, https://arxiv.org" in metadata
     extras = set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M))
-    assert extras == {"rewards", "serve", "wandb", "docs", "dev"}
+    assert extras == {"rewards", "serve", "app", "wandb", "docs", "dev"}
     assert "noisear = noisear_rl.cli:main" in (information / "entry_points.txt").read_text()
 
 
