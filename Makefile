@@ -5,7 +5,7 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks docs
 
-.PHONY: help install demo bench test test-lowest test-accelerator test-slow test-faults test-originals lint format docs clean
+.PHONY: help install demo bench test test-lowest test-accelerator test-slow test-newcomer test-faults test-originals lint format docs clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -35,6 +35,9 @@ test-accelerator: install  ## Run what depends on the device on this machine's a
 
 test-slow: install  ## Run the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+test-newcomer: install  ## Walk through a newcomer's first hour with nothing but the wheel, and print the seconds of each step
+	$(RUN) -m pytest -s -m slow tests/test_newcomer.py
 
 test-faults: install  ## Kill, damage and misuse everything many times (an hour), and print the counts
 	$(RUN) -m pytest -s -m "faults or not faults" tests/faults

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import gymnasium
@@ -25,7 +21,7 @@ from noisear_rl.envs.sharing import SharedSpec
 from noisear_rl.images import to_uint8
 from noisear_rl.policy.config import DENOISER
 from noisear_rl.rewards import RewardLike
-from noisear_rl.trust import check_code
+from noisear_rl.trust import import_module_of
 from noisear_rl.wording import nearest
 
 
@@ -236,16 +232,6 @@ def _with_masks(num_envs: int, **values: Any) -> dict[str, Any]:
     return values | {f"_{key}": np.ones(num_envs, dtype=bool) for key in values}
 
 
-@contextlib.contextmanager
-def _folder_on_path() -> Iterator[None]:
-    """Also imports modules of the current folder, as ``python -m`` does and an installed command does not."""
-    sys.path.insert(0, folder := os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
 def check_env_id(env_id: str) -> str:
     """Returns the id of a noise environment; loads no weights. ``module:id`` imports the module first.
 
@@ -254,10 +240,8 @@ def check_env_id(env_id: str) -> str:
     """
     module, _, name = env_id.rpartition(":")
     if module:
-        check_code(env_id)
         try:
-            with _folder_on_path():
-                importlib.import_module(module)
+            import_module_of(env_id)
         except ImportError as error:
             raise ValueError(f"{env_id!r:.80}: module {module!r:.80} cannot be imported: {error}") from error
     known = sorted(key for key, spec in gymnasium.registry.items() if "NoiseVectorEnv" in str(spec.vector_entry_point))

@@ -9,11 +9,14 @@ which would be sent images and prompts.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import ipaddress
 import os
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 
 OPTION, VARIABLE = "--trust-code", "NOISEAR_TRUST_CODE"
 PACKAGE = Path(__file__).parent
@@ -57,6 +60,21 @@ def check_code(code: str) -> None:
             f"{_source.get()} names code to run, {code!r:.200}, and was not given on the command line. Read that code, "
             f"and if you trust it, pass {OPTION}"
         )
+
+
+def import_module_of(code: str) -> ModuleType:
+    """Imports the module of ``module:name``, also one of the current folder, as ``python -m`` does.
+
+    Raises:
+        ImportError: If it cannot be imported.
+        UntrustedCodeError: Like :func:`check_code`.
+    """
+    check_code(code)
+    sys.path.insert(0, folder := os.getcwd())
+    try:
+        return importlib.import_module(code.partition(":")[0])
+    finally:
+        sys.path.remove(folder)
 
 
 def check_address(url: str, host: str) -> None:

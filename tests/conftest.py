@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 # Tests are the same on machines with an accelerator; `make test-accelerator` uses it.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -81,3 +84,17 @@ def browser(tmp_path_factory):
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield chrome
     chrome.quit()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel, built from a copy of the sources, as ``python -m build`` does."""
+    pytest.importorskip("setuptools", minversion="77")
+    sources, out = tmp_path_factory.mktemp("sources") / "copy", tmp_path_factory.mktemp("built")
+    ignored = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(Path(__file__).parents[1], sources, symlinks=True, ignore=ignored)
+    for kind in ("sdist", "wheel"):
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return out

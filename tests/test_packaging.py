@@ -1,34 +1,24 @@
 """The wheel and the sdist, as somebody who has only them uses them."""
 
+import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import noisear_rl
 
 ROOT = Path(__file__).parents[1]
-pytest.importorskip("setuptools", minversion="77")
-IGNORED = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__")
-BUILD = "from setuptools import build_meta; build_meta.build_{}({!r})"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A folder with both, built from a copy of the sources, as `python -m build` does."""
-    sources, out = tmp_path_factory.mktemp("sources") / "copy", tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, sources, symlinks=True, ignore=IGNORED)
-    for kind in ("sdist", "wheel"):
-        command = [sys.executable, "-c", BUILD.format(kind, str(out))]
-        done = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return out
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +55,13 @@ def test_the_wheel_is_one_package_with_metadata(site):
     assert {path.name for path in site.iterdir()} == {"noisear_rl", information.name}
     metadata = (information / "METADATA").read_text()
     assert "\nAuthor: The noisear-rl developers\n" in metadata and "\nProject-URL: Paper, https://arxiv.org" in metadata
-    extras = set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M))
-    assert extras == {"rewards", "serve", "app", "wandb", "docs", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M)) == set(PROJECT["optional-dependencies"])
     assert "noisear = noisear_rl.cli:main" in (information / "entry_points.txt").read_text()
 
 
 def test_the_wheel_works_in_any_folder(site, tmp_path):
     noisear = ("-m", "noisear_rl.cli")
-    version = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)
-    assert run(site, tmp_path, *noisear, "--version") == f"noisear-rl {version[0]}\n"
+    assert run(site, tmp_path, *noisear, "--version") == f"noisear-rl {PROJECT['version']}\n"
     assert run(site, tmp_path, *noisear, "config", "show", "sdxl/ppo") == (ROOT / "configs/sdxl/ppo.yaml").read_text()
     prompts = ("--prompts", "a photo of two red squares")
     size = ("--updates", "1", "--prompts-per-update", "1", "--samples-per-prompt", "4", "--output-dir", "run")
@@ -90,3 +78,27 @@ for name in {ids}:
     assert not any(rewards[:15]) and rewards[15]
 """
     run(site, tmp_path, "-c", code)
+
+
+def pins(file: str) -> dict[str, Version]:
+    """Version by package of a file of constraints."""
+    lines = [Requirement(line) for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#"]
+    assert all(len(line.specifier) == 1 and str(line.specifier).startswith("==") for line in lines)
+    return {canonicalize_name(line.name): Version(str(line.specifier)[2:]) for line in lines}
+
+
+def test_constraints_name_every_requirement_with_a_bound():
+    """The lowest versions are the bounds themselves (their first release), the tested ones fit."""
+    lines = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    bounds: dict[str, Version] = {}
+    for requirement in map(Requirement, lines):
+        name, bound = canonicalize_name(requirement.name), str(requirement.specifier).removeprefix(">=")
+        if bound:
+            assert bounds.setdefault(name, Version(bound)) == Version(bound), f"{name} has two bounds"
+    lowest, tested = pins("constraints-lowest.txt"), pins("constraints.txt")
+    assert set(lowest) == set(tested) == set(bounds)
+    assert all(tested[name] >= bound for name, bound in bounds.items())
+    untested = {"torch"}  # see pyproject.toml
+    for name in set(bounds) - untested:
+        assert lowest[name].release[: len(bounds[name].release)] == bounds[name].release, name
+    assert all(lowest[name] >= bounds[name] for name in untested)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from noisear_rl.denoisers.capabilities import Denoiser, require
-from noisear_rl.trust import check_code
+from noisear_rl.trust import import_module_of
 
 GROUP = "noisear_rl.denoisers"
 
@@ -32,11 +31,11 @@ def find_plugin(name: str) -> Callable[..., Any] | None:
             return entry_points(group=GROUP)[name].load()
         if not attribute or Path(name).is_dir() or not all(part.isidentifier() for part in module.split(".")):
             return None
-        check_code(name)
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(import_module_of(name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"denoiser {name!r:.80} cannot be imported: {error}. Is its folder in PYTHONPATH, or its package installed?"
+            f"denoiser {name!r:.80} cannot be imported: {error}. Is its file here or in PYTHONPATH, or its package "
+            "installed?"
         ) from error
 
 

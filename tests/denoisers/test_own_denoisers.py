@@ -210,6 +210,17 @@ def test_entry_points(tmp_path, monkeypatch):
         load_denoiser("unknown")
 
 
+def test_files_of_the_current_folder(tmp_path, monkeypatch):
+    """An installed command does not look there by itself, `python -m` does."""
+    source = (EXAMPLES / "own_denoiser.py").read_text()
+    (tmp_path / "of_this_folder.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    before = list(sys.path)
+    assert load_denoiser("of_this_folder:OwnDenoiser").latent_shape == (4, 8, 8) and sys.path == before
+    monkeypatch.delitem(sys.modules, "of_this_folder")
+
+
 def test_the_command_line(tmp_path):
     """The line of the example's docstring, in a small size."""
     line = (EXAMPLES / "own_denoiser.py").read_text().splitlines()[2]
