@@ -11,7 +11,7 @@ Gauss-Newton steps of this loss, as long as the batch confirms them: they shrink
 A policy with layouts changes its density by tens of nats where a noise chooses another layout than before. Such noises
 dominate the loss if they are replayed or ``p`` is the policy at the start: use N(0, I) and fresh episodes there.
 
-    python algos/trajectory_balance.py --config configs/shapes/trajectory_balance.yaml --init-from shapes/nll
+    noisear trajectory-balance --config shapes/trajectory_balance --init-from shapes/nll
 
 Several processes share the episodes of an update (``noisear_rl/distributed.py``); their number changes no result.
 
