@@ -1,4 +1,7 @@
-"""The environments as other libraries use them: Gymnasium's vectors and specs, TorchRL, skrl, pickle, own rewards."""
+"""The environments as other libraries, and people who know only their documentation, use them.
+
+Gymnasium's vectors and specs, TorchRL, skrl, pickle, own rewards, misspelt options.
+"""
 
 import copy
 import pickle
@@ -11,6 +14,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from noisear_rl.envs import NoiseEnv, NoiseVectorEnv
+from noisear_rl.policy import NoiseARConfig, NoiseARPolicy
 from noisear_rl.rewards import load_reward
 from tests.envs.test_envs import PROMPTS, episode
 
@@ -35,6 +39,20 @@ class Redness:
 
     def __reduce_ex__(self, protocol):
         raise TypeError("cannot be pickled")
+
+
+class Measured(Redness):
+    """One whose scores have been measured."""
+
+    statistics = (0.0, 1.0)
+
+
+def test_torchrl_makes_an_environment_by_id():
+    """It probes whether an environment takes ``frameskip``, and reads the text of the error."""
+    libs = pytest.importorskip("torchrl.envs")
+    rollout = libs.GymEnv(ID).rollout(16)
+    assert rollout["next", "reward"].shape == (16, 1) and rollout["next", "reward"][-1] != 0
+    assert rollout["next", "terminated"].flatten().tolist() == [False] * 15 + [True]
 
 
 def test_torchrl_wraps_the_batched_environment():
@@ -115,9 +133,19 @@ def test_unknown_autoreset_modes_are_refused():
 
 
 @pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
-def test_unknown_arguments_beside_an_object_are_type_errors(make, turbo):
+def test_unknown_arguments_are_type_errors(make, turbo):
+    with pytest.raises(TypeError, match="unknown denoiser option 'frameskip'"):
+        make(ID, frameskip=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'frameskip'"):
         make(ID, denoiser=turbo, frameskip=4)
+    with pytest.raises(ValueError, match="reward_device belongs to a reward given by name"):
+        make(ID, reward=redness, reward_device="cpu")
+
+
+@pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
+def test_misspelt_options_of_reset_are_refused(make):
+    with pytest.raises(ValueError, match="unknown option 'promt' of reset; did you mean 'prompt'"):
+        make(ID).reset(options={"promt": "a photo of a red circle"})
 
 
 def test_infos_have_the_same_keys_shapes_and_types_on_every_call():
@@ -161,6 +189,7 @@ def redness(images, prompts):
     [
         (redness, "redness"),
         (Redness(), "redness"),
+        (Measured(), "redness"),
         (lambda images, prompts: images[:, 0].mean((1, 2)), "lambda"),
     ],
 )
@@ -169,11 +198,13 @@ def test_rewards_may_be_functions_and_scorers(reward, name):
     *_, info = result = episode(env, 0)
     assert [key for key in info if key.startswith("reward/")] == [f"reward/{name}"]
     assert result[1] == info[f"reward/{name}"] == pytest.approx(np.asarray(env.render())[..., 0].mean() / 255, abs=0.01)
-    envs = make_vec(reward=reward, prompts=PROMPTS)
-    envs.reset(seed=0)
-    for _ in range(16):
-        _, rewards, *_ = envs.step(np.zeros((2, 16), np.float32))
-    assert rewards.shape == (2,) and (rewards > 0).all()
+    for made in (gymnasium.make(ID, reward=reward), gymnasium.make_vec(ID, 2, reward=reward)):
+        made.reset(seed=0)
+        for _ in range(16):
+            _, rewards, *_, info = made.step(made.action_space.sample())
+        assert np.shape(rewards) == ((2,) if hasattr(made, "num_envs") else ())
+        assert np.all((np.array(rewards) > 0) & (np.array(rewards) < 1))
+        assert info[f"reward/{name}"] == pytest.approx(rewards)
 
 
 @pytest.mark.parametrize("reward", [Redness, 3, object()])
@@ -197,3 +228,11 @@ def test_objects_are_shared_not_copied(turbo):
     task = again.get_wrapper_attr("task")
     assert task.reward.rewards[0][0] is reward and task.denoiser is turbo
     assert torch.equal(*(torch.tensor(episode(e, 1)[1]) for e in (env, again)))
+
+
+def test_a_loaded_policy_draws_the_same_noise_twice(tmp_path):
+    """Also with the authors' dropout."""
+    NoiseARPolicy(NoiseARConfig(dropout=0.15)).save_pretrained(tmp_path)
+    policy, text = NoiseARPolicy.from_pretrained(tmp_path), torch.randn(1, 16, 256)
+    torch.nn.init.normal_(policy.network.prediction_head[-1].weight, std=0.1)
+    assert torch.equal(policy.sample(text, seeds=[1]).patches, policy.sample(text, seeds=[1]).patches)
