@@ -160,9 +160,8 @@ def load_reward(
 
     Args:
         spec: A scorer (``pickscore``, ``my_reward.py``, ``my_reward.py:sharpness``, an entry point's name, the address
-            of a server, ``http://HOST:PORT``), weights by scorer (``{"image-reward": 1.0, "pickscore": 0.5}``), a
-            ``.yaml`` file, or its contents; or a scorer, or a function ``(images, prompts) → (B,)`` numbers, with
-            weight 1.
+            of a server, ``http://HOST:PORT``), weights by scorer, a ``.yaml`` file, or its contents; or a scorer, or a
+            function ``(images, prompts) → (B,)`` numbers, with weight 1.
         normalize: Overrides the value in ``spec``.
         options: Keyword arguments by scorer; they override those in ``spec``.
         device: Device of the scorers' networks, such as ``cuda:1``, where their options name none; ``None`` for the
