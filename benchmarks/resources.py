@@ -5,7 +5,8 @@
 
 Denoising networks are built from their published configurations without weights. Torch counts matrix products and
 convolutions, including attention, with two FLOPs per multiply-add. Policies have the size of the paper: width 2048, one
-layer, one head, 32 × 32 patches. One policy is trained and sampled, each measurement in its own process.
+layer, one head, patches of a quarter of the latent. One policy is trained and sampled, each measurement in its own
+process.
 
 Training memory in float32, where P is the size of the policy's parameters in bytes and C that of the critic's:
 
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 from on_paper import on_paper, on_paper_parts  # in this folder
 from pages import markdown, page, parser_of, write
-from published_networks import DISTINCT, NETWORKS, SDXL, Network, meta, parameters_of
+from published_networks import DISTINCT, GUIDED, NETWORKS, SDXL, Network, meta, parameters_of
 from timing import GIB
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -52,6 +53,7 @@ from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.config import load_yaml
 from noisear_rl.data.pairs import PairsConfig
 from noisear_rl.data.weak_to_strong import network_evaluations
+from noisear_rl.denoisers.pipelines import quarters
 from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.learning.fisher import fisher_product
 from noisear_rl.learning.losses import nll_loss, ppo_loss, reconstruction_loss
@@ -111,7 +113,7 @@ def policy_config(network: Network, architecture: Architecture) -> NoiseARConfig
     """Returns a policy of the size of the paper."""
     return NoiseARConfig(
         latent_shape=network.latent_shape,
-        patch_size=32,
+        patch_size=quarters(network.latent_shape[1:]),
         text_dim=network.conditioning["prompt_embeds"][1],
         d_model=2048,
         d_ff=4096,
@@ -261,7 +263,7 @@ def count() -> dict[str, Any]:
     networks, policies = {}, {}
     for title, name in tqdm(names.items(), desc="models"):
         parameters, counted = denoiser_cost(name)
-        evaluations = 2 * PRESETS[name].num_inference_steps
+        evaluations = PRESETS[name].num_inference_steps * (2 if name in GUIDED else 1)
         networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
         policies[title] = policy_cost(name)
     config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
@@ -310,7 +312,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     return page(
         [
-            "Denoisers at 1024 × 1024 pixels; guidance doubles the evaluations. A multiply-add is two FLOPs.",
+            "Denoisers at 1024 × 1024 pixels (sdxl-turbo: 512 × 512; wan: 81 frames of 480 × 832); guidance by two "
+            "predictions doubles the evaluations. A multiply-add is two FLOPs.",
             markdown(NETWORK_HEAD, networks),
             "Policies of the size of the paper (width 2048, one layer), float32, batch sizes of `configs/sdxl`.",
             markdown(("policy for", "parameters", "GFLOPs per sample", *(f"{kind}, GiB" for kind in KINDS)), policies),

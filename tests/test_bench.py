@@ -6,6 +6,7 @@ import torch
 from benchmarks import bench, bench_loops, bench_policy, full_size, on_paper, published_pipelines, resources
 from noisear_rl.algos.ppo import PPOConfig
 from noisear_rl.denoisers.diffusion_pipeline import DiffusionPipelineDenoiser
+from noisear_rl.denoisers.presets import PRESETS
 from noisear_rl.envs import make_vector_env
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.patches import patchify
@@ -134,3 +135,12 @@ def test_micro_batches_divide_the_activations_alone():
     cost = resources.policy_cost("sdxl")
     assert cost[resources.MICRO] < cost["PPO, natural"]
     assert cost[resources.MICRO] == pytest.approx(9 * 4 * cost["parameters"], rel=0.05)
+
+
+def test_resources_have_a_row_for_every_published_denoiser():
+    """Its network has the published number of parameters, and can be called with the shapes of its preset."""
+    assert set(resources.NETWORKS) == {name for name in PRESETS if not name.startswith("shapes")}
+    assert set(resources.GUIDED) < set(resources.NETWORKS)
+    for name in ("sana-sprint-0.6b", "flux2-klein"):
+        parameters, counted = resources.denoiser_cost(name)
+        assert 0.99 < parameters / resources.NETWORKS[name].parameters < 1.01 and sum(counted.values()) > 1e12
