@@ -78,7 +78,8 @@ def tokens(x: torch.Tensor, side: int) -> torch.Tensor:
 def evaluate_flux(network: nn.Module, x: torch.Tensor, t: torch.Tensor, text: Text) -> None:
     prompt, pooled = text.values()
     places = {"img_ids": meta(x[0, 0].numel() // 4, 3), "txt_ids": meta(prompt.shape[1], 3)}
-    guidance = {"guidance": meta(1)} if network.config["guidance_embeds"] else {}
+    config: Any = network.config
+    guidance = {"guidance": meta(1)} if config["guidance_embeds"] else {}
     network(tokens(x, 2), prompt, pooled, t, **places, **guidance)
 
 
