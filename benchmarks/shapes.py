@@ -6,11 +6,12 @@
     python benchmarks/shapes.py --render            # the page again from its data
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
-validation captions. With three of the training seeds, the other algorithms improve the same pretrained policy with as
-many images as PPO does. PPO's policies are also evaluated at higher layout temperatures. Searches choose by
-``shapes-match``, the training reward; ``shapes-exact`` is the judge, which no training and no choice has used.
-Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the scores behind
-them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the images.
+validation captions. PPO is run twice from the same pretrained policy: as the preset says, and with a fifth of the
+images. With three of the training seeds, the other algorithms get as many images as the latter, whose policies are also
+evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the
+judge, which no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the
+scores behind them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the
+images.
 """
 
 from __future__ import annotations
@@ -42,18 +43,7 @@ TURBO = "NoiseAR-ShapesTurbo-v0"
 SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
 STAGES = {"shared noise, no policy": "shared", "NLL on shared layouts": "nll", "PPO from there": "ppo"}
-LONG_NAME = "PPO with five times the images"
-LONGER = {LONG_NAME: "ppo_long"}
-# Steps of fixed size: adaptive ones wait for evidence, which 1,024 images of a good policy do not give.
-LONG: dict[str, Any] = {
-    "step": "fixed",
-    "target_kl": 0.3,
-    "epochs": 1,
-    "prompts_per_update": 256,
-    "updates": 40,
-    "save_every": 20,
-}
-LONG |= {"cg_iterations": 4, "fisher_episodes": 64}
+LONGER, LONG = "PPO with five times the images", "ppo_long"
 OTHERS = {
     "REINFORCE from there": "reinforce",
     "DPO from there": "dpo",
@@ -63,6 +53,8 @@ OTHERS = {
 OTHER_SEEDS = (0, 1, 2)
 WARMER = (1.0, 2.0)  # layout temperatures of PPO's policies beside their own
 IMAGES = 16_384  # of PPO and of each of the others
+SHORT: dict[str, Any] = {"prompts_per_update": 128, "updates": IMAGES // 1024, "step": "adaptive", "target_kl": 2.0}
+SHORT |= {"epochs": 2, "cg_iterations": 8, "fisher_episodes": 128, "save_every": 8}
 SEARCHES = ("best-of-2", "best-of-4", "best-of-8")
 
 
@@ -74,9 +66,9 @@ def folder_of(seed: int) -> Path:
 def train(seed: int) -> None:
     """Trains with one training seed; finished stages return immediately."""
     config = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior.yaml")
-    prior.train(replace(config, output_dir=folder_of(seed), seed=seed))
-    start, out = str(folder_of(seed) / "nll"), folder_of(seed) / LONGER[LONG_NAME]
-    ppo.train(replace(config.ppo, init_from=start, output_dir=out, seed=seed, resume=True, **LONG))
+    prior.train(replace(config, output_dir=folder_of(seed), seed=seed, ppo=replace(config.ppo, **SHORT)))
+    start = str(folder_of(seed) / "nll")  # the preset's PPO, from the same pretrained policy
+    ppo.train(replace(config.ppo, init_from=start, output_dir=folder_of(seed) / LONG, seed=seed, resume=True))
     if seed in OTHER_SEEDS:
         train_others(folder_of(seed), seed)
 
@@ -144,7 +136,7 @@ def paths(stage: str) -> str:
 def evaluation() -> EvaluateConfig:
     """Returns the configuration of the evaluation."""
     return EvaluateConfig(
-        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | LONGER | OTHERS).items())),
+        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | {LONGER: LONG} | OTHERS).items())),
         denoiser="shapes-turbo",
         prompts="test",
         num_prompts=CAPTIONS,
@@ -176,17 +168,17 @@ def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
     tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
-    own, longer = (int(read_records(folder / stage)[-1]["charts/images"]) for stage in ("ppo", LONGER[LONG_NAME]))
+    own, longer = (int(read_records(folder / stage)[-1]["charts/images"]) for stage in ("ppo", LONG))
     images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + own), strict=True))
-    images[LONG_NAME] = tried + leaked + longer
+    images[LONGER] = tried + leaked + longer
     same = [*OTHERS, *(f"PPO, layout temperature {temperature:g}" for temperature in WARMER)]
     return images | dict.fromkeys(same, tried + leaked + IMAGES)
 
 
 def curves() -> list[list[tuple[int, float]]]:
-    """Returns the training reward of every PPO run against all images denoised so far, by training seed."""
+    """Returns the training reward of the preset's PPO against all images denoised so far, by training seed."""
     start = training_images()["NLL on shared layouts"]
-    logs = [read_records(folder_of(seed) / "ppo") for seed in SEEDS]
+    logs = [read_records(folder_of(seed) / LONG) for seed in SEEDS]
     return [[(start + int(r["charts/images"]), round(r["charts/episodic_return"], 4)) for r in log] for log in logs]
 
 
@@ -273,7 +265,7 @@ def chart(path: Path, results: Results) -> None:
         last.plot(
             images / 1000,
             rewards,
-            color=f"C{list(results.groups).index('PPO from there')}",
+            color=f"C{list(results.groups).index(LONGER)}",
             alpha=0.7,
             lw=1,
             label=f"seed {seed}",
