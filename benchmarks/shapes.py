@@ -7,11 +7,11 @@
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
 validation captions. PPO is run twice from the same pretrained policy: as the preset says, and with a fifth of the
-images. With three of the training seeds, the other algorithms get as many images as the latter, whose policies are also
-evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward; ``shapes-exact`` is the
-judge, which no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``, ``shapes.png`` and the
-scores behind them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report runs/shapes/evaluation`` shows the
-images.
+images. With three of the training seeds, the other algorithms get as many images as the latter, whose policies are
+also evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward;
+``shapes-exact`` is the judge, which no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``,
+``shapes.png`` and the scores behind them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report
+runs/shapes/evaluation`` shows the images.
 """
 
 from __future__ import annotations
