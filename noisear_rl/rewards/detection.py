@@ -80,17 +80,18 @@ class Mask2Former:
         """
         from transformers import Mask2FormerImageProcessorPil, Mask2FormerModel
 
+        class Body(Mask2FormerModel):  # without the head, whose training loss needs SciPy
+            _keys_to_ignore_on_load_unexpected = ("class_predictor", "criterion")
+
         with self._lock:
             if self.network is not None:
                 return
             how = f"Pass weights=FOLDER with config.json and model.safetensors of {SOURCE}."
             folder = Path(self.weights)
             file = find_weights(folder if folder.is_dir() else None, f"{self.weights}/model.safetensors", how)
-            try:  # without the head, whose training loss needs SciPy
+            try:
                 with quietly():
-                    network, info = Mask2FormerModel.from_pretrained(
-                        self.weights, use_safetensors=True, output_loading_info=True
-                    )
+                    network, info = Body.from_pretrained(self.weights, use_safetensors=True, output_loading_info=True)
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(f"{self.weights} could not be loaded ({error}). {how}") from error
             state = read_state_dict(file)

@@ -22,6 +22,7 @@ from noisear_rl.rewards import check_reward, load_reward
 from noisear_rl.rewards.clip import CLIPScore
 from noisear_rl.rewards.detection import CLASSES, GenEval, Mask2Former, read_metadata
 from noisear_rl.rewards.geneval import COLORS, Detection, accuracy
+from tests import tiny_pipelines
 from tests.rewards import tiny_scorers
 
 TEXTS = tiny_scorers.architecture()
@@ -161,22 +162,24 @@ def test_an_evaluation_prints_the_accuracy_by_category(folder, tmp_path):
     metadata.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
     options = {"metadata": str(metadata), "weights": str(folder), "side": 64, "device": "cpu"}
     reward.write_text(json.dumps({"weights": {"geneval": 1.0}, "options": {"geneval": options}}))
+    tiny_pipelines.build("sdxl").save_pretrained(tmp_path / "sdxl")
     config = evaluate.EvaluateConfig(
         ("best-of-2",),
-        denoiser="shapes-turbo",
+        denoiser="sdxl",
         prompts=str(metadata),
         samples=2,
         scorers=(str(reward),),
         choose_by="brightness",
         output_dir=tmp_path / "evaluation",
-        denoiser_options={"device": "cpu"},
+        denoiser_options={"path": str(tmp_path / "sdxl"), "num_inference_steps": "1", "cache_dir": "none"},
     )
     head, _, *rows = [line for line in evaluate.run(config).splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in head.split("|")]
-    assert len(rows) == 2 and "single_object" in columns and "counting" in columns
+    assert len(rows) == 2
     for row in rows:
         cells = dict(zip(columns, (cell.strip() for cell in row.split("|")), strict=True))
-        assert cells["single_object"].startswith("50.0")  # a dog is everywhere, a cat nowhere
+        assert cells["single_object (%)"] == "50.0"  # a dog is everywhere, a cat nowhere
+        assert float(cells["geneval (%)"]) == pytest.approx((50 + float(cells["counting (%)"])) / 2, abs=0.1)
 
 
 def test_colors_are_the_nearest_texts(folder):
