@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
-CHECKED := noisear_rl envs algos tests benchmarks
+CHECKED := noisear_rl envs algos tests benchmarks examples
 
 .PHONY: help install demo bench test test-lowest test-accelerator test-slow test-faults test-originals lint format clean
 help:  ## Show this list

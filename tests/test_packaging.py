@@ -64,7 +64,8 @@ def test_the_wheel_is_one_package_with_metadata(site):
     assert {path.name for path in site.iterdir()} == {"noisear_rl", information.name}
     metadata = (information / "METADATA").read_text()
     assert "\nAuthor: The noisear-rl developers\n" in metadata and "\nProject-URL: Paper, https://arxiv.org" in metadata
-    assert set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M)) == {"rewards", "wandb", "dev"}
+    extras = {"rewards", "serve", "wandb", "examples", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)", metadata, flags=re.M)) == extras
     assert "noisear = noisear_rl.cli:main" in (information / "entry_points.txt").read_text()
 
 
