@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin/python
-CHECKED := noisear_rl envs algos tests benchmarks docs
+CHECKED := noisear_rl envs algos tests benchmarks docs examples
 
 .PHONY: help install demo bench test test-lowest test-accelerator test-slow test-newcomer test-faults test-originals lint format docs clean
 help:  ## Show this list
