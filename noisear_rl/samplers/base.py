@@ -9,6 +9,7 @@ Shapes: ``B`` samples, noise ``(B, C, h, w)``, images ``(B, 3, H, W)``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,10 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from noisear_rl.denoisers import Denoiser
 from noisear_rl.patches import per_row
 from noisear_rl.rewards import WeightedReward
 
 __all__ = [
+    "DrawingSampler",
     "Incumbent",
     "Sampler",
     "Samples",
@@ -68,6 +71,26 @@ class Sampler(Protocol):
             ValueError: If the numbers of seeds and prompts differ.
         """
         ...
+
+
+class DrawingSampler(ABC):
+    """A sampler that denoises what it draws, once per sample: a subclass has a denoiser and defines :meth:`draw`."""
+
+    denoiser: Denoiser
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
+    ) -> Samples:
+        """See :class:`Sampler`; ``nfe`` counts only the denoiser's evaluations."""
+        noise, kl = self.draw(prompts, seeds)
+        own = resolve_denoising_seeds(seeds, denoising_seeds)
+        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
+        return Samples(noise, images, self.denoiser.nfe, kl)
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Noise ``(B, C, h, w)`` and its KL to N(0, I) ``(B,)`` if there is one, without denoising."""
 
 
 def derived_seeds(seeds: Sequence[int], *index: int) -> list[int]:

@@ -26,7 +26,7 @@ from noisear_rl.files import atomic
 from noisear_rl.integrity import verify, write_checksums
 from noisear_rl.policy.layers import Whitening
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.samplers.base import Samples, check_seeds, resolve_denoising_seeds
+from noisear_rl.samplers.base import DrawingSampler, check_seeds
 
 RIDGES = 10.0 ** np.arange(-3, 4.1, 0.5)
 FILE, PART = "choice.safetensors", "choice"
@@ -202,7 +202,7 @@ def holds_shared_noises(path: str | Path) -> bool:
     return (Path(path) / FILE).is_file()
 
 
-class SharedNoiseSampler:
+class SharedNoiseSampler(DrawingSampler):
     """The shared noise that a prompt's words recommend, the same for every seed.
 
     Args:
@@ -222,16 +222,6 @@ class SharedNoiseSampler:
         self.denoiser, self.shared = denoiser, shared
         self.features = TextFeatures(PromptReader(shared.text_encoder, denoiser), shared.tried)
         self.tried = self.features(shared.tried)  # (P, F)
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`~noisear_rl.samplers.Sampler`."""
-        noise, _ = self.draw(prompts, seeds)
-        own = resolve_denoising_seeds(seeds, denoising_seeds)
-        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, None)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, None]:
         """Noise ``(B, C, h, w)``, without denoising."""

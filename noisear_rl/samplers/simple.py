@@ -10,7 +10,7 @@ from noisear_rl.denoisers import Denoiser, policy_sizes
 from noisear_rl.gaussian import standard_noise
 from noisear_rl.policy.model import NoiseARPolicy
 from noisear_rl.prompts.reader import PromptReader
-from noisear_rl.samplers.base import Sampler, Samples, check_seeds, resolve_denoising_seeds
+from noisear_rl.samplers.base import DrawingSampler, Sampler, check_seeds
 
 GAUSSIAN = "Gaussian"
 
@@ -22,7 +22,7 @@ def as_sampler(denoiser: Denoiser, method: NoiseARPolicy | Sampler | None) -> Sa
     return PolicySampler(denoiser, method) if isinstance(method, NoiseARPolicy) else method
 
 
-class GaussianSampler:
+class GaussianSampler(DrawingSampler):
     """Noise from N(0, I), which the denoiser was trained on.
 
     Args:
@@ -32,22 +32,13 @@ class GaussianSampler:
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
 
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`Sampler`."""
-        noise, kl = self.draw(prompts, seeds)
-        own = resolve_denoising_seeds(seeds, denoising_seeds)
-        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, kl)
-
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise ``(B, C, h, w)`` and its KL to N(0, I), without denoising."""
         check_seeds(prompts, seeds)
         return standard_noise(seeds, self.denoiser.latent_shape), torch.zeros(len(seeds))
 
 
-class PolicySampler:
+class PolicySampler(DrawingSampler):
     """Noise from a policy; an untrained policy draws the same noise as :class:`GaussianSampler`.
 
     The noise is not clipped: outliers beyond ±10, which the environments clip, are denoised as they are, and
@@ -65,16 +56,6 @@ class PolicySampler:
         self.denoiser, self.policy = denoiser, policy
         self.reader = PromptReader(policy.config.text_encoder, denoiser)
         policy.config.check_sizes(policy_sizes(denoiser) | self.reader.sizes, f"denoiser {denoiser.name!r}")
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`Sampler`."""
-        noise, kl = self.draw(prompts, seeds)
-        own = resolve_denoising_seeds(seeds, denoising_seeds)
-        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, kl)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ import torch
 
 from noisear_rl.denoisers import Denoiser
 from noisear_rl.gaussian import standard_noise
-from noisear_rl.samplers.base import Samples, check_seeds, resolve_denoising_seeds
+from noisear_rl.samplers.base import DrawingSampler, check_seeds
 from noisear_rl.samplers.npnet.network import NPNet
 
 
-class NPNetSampler:
+class NPNetSampler(DrawingSampler):
     """Golden noise, computed from the noise that :class:`~noisear_rl.samplers.GaussianSampler` draws for the same seed.
 
     Args:
@@ -26,16 +26,6 @@ class NPNetSampler:
     def __init__(self, denoiser: Denoiser, npnet: NPNet):
         npnet.check_denoiser(denoiser)
         self.denoiser, self.npnet = denoiser, npnet
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, denoising_seeds: Sequence[int] | None = None
-    ) -> Samples:
-        """See :class:`~noisear_rl.samplers.Sampler`; ``nfe`` counts only the denoiser's evaluations."""
-        noise, _ = self.draw(prompts, seeds)
-        own = resolve_denoising_seeds(seeds, denoising_seeds)
-        images = self.denoiser.denoise(noise, self.denoiser.encode(prompts), own)
-        return Samples(noise, images, self.denoiser.nfe, None)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, None]:
