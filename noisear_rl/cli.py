@@ -43,6 +43,10 @@ COMMANDS = {
         "print tables of evaluations, also in the paper's layouts next to its numbers",
     ),
     "report": ("noisear_rl.report.page", "write one self-contained page on evaluations and training runs"),
+    "push": (
+        "noisear_rl.report.hub",
+        "write a policy, rollouts or pairs with a filled-in card, for the Hugging Face Hub",
+    ),
     "config": ("noisear_rl.presets", "list the presets for --config (also `noisear configs`), or `config show NAME`"),
     "completion": (
         "noisear_rl.completion",

@@ -27,11 +27,12 @@ from noisear_rl import load_policy
 policy = load_policy("{{ place }}")
 latents = policy.noise(policy.sample(text, text_mask, seeds=[0]))  # the argument `latents` of a diffusers pipeline
 ```
-
-Configuration:
-
+{{ evaluation }}{{ training }}
+## Configuration
 ```yaml
 {{ options }}```
+
+Licence: Apache-2.0.
 """
 
 
@@ -49,7 +50,11 @@ class PolicyHubMixin(
     patch_dim: int
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card, filled in; other keyword arguments go to its template."""
+        """The card, filled in; other keyword arguments, such as ``training``, go to its template.
+
+        A network alone does not know how it was trained: :mod:`noisear_rl.report.hub` adds data, command, commit and
+        evaluation of its run.
+        """
         import noisear_rl
 
         options = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.config).items()}
@@ -62,5 +67,7 @@ class PolicyHubMixin(
             "parameters": f"{sum(p.numel() for p in self.parameters()):,}",  # type: ignore[attr-defined]
             "options": yaml.safe_dump(options, sort_keys=False),
             "place": "FOLDER_OR_HUB_ID",
+            "evaluation": "",
+            "training": "",
         }
         return super().generate_model_card(*args, **facts | kwargs)

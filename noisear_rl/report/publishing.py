@@ -110,7 +110,7 @@ def publish(config: PublishConfig) -> Path:
         if size > LIMIT:
             raise ValueError(f"{weights}: {size / 1e6:.1f} MB in {dtype}, more than the {LIMIT / 1e6:g} MB of a policy")
         _check_equal(policy, load_policy(temporary))
-        stages, counters = _stages(config.run), load_state(checkpoint)["counters"]
+        stages, counters = stages_of(config.run), load_state(checkpoint)["counters"]
         card = CARD.format(
             title=loading.FAMILY + config.name,
             description=config.description.strip(),
@@ -121,9 +121,9 @@ def publish(config: PublishConfig) -> Path:
             parameters=sum(parameter.numel() for parameter in policy.parameters()),
             dtype=dtype,
             digest=digest,
-            provenance=_listed(provenance()),
-            evaluation=_evaluation(config.evaluation, digest) if config.evaluation else "",
-            stages="\n".join(_section(name, options) for name, options in stages.items()),
+            provenance=listed(provenance()),
+            evaluation=evaluation_section(config.evaluation, digest) if config.evaluation else "",
+            stages="\n".join(stage_section(name, options) for name, options in stages.items()),
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -141,7 +141,7 @@ def _check_equal(policy: NoiseARPolicy, published: NoiseARPolicy) -> None:
             raise ValueError(f"{name} does not survive float16: its values differ by more than {TOLERANCE}")
 
 
-def _stages(run: Path) -> dict[str, dict[str, Any]]:
+def stages_of(run: Path) -> dict[str, dict[str, Any]]:
     """The configurations of a run and of the runs that it started from, the last stage first, by folder name."""
     found: dict[str, dict[str, Any]] = {}
     folder: Path | None = run
@@ -158,22 +158,22 @@ def _denoiser(stages: dict[str, dict[str, Any]]) -> str:
     return next((name for name in named if name), "shapes-turbo")
 
 
-def _section(name: str, options: dict[str, Any]) -> str:
+def stage_section(name: str, options: dict[str, Any]) -> str:
     """One stage of the card: its options as YAML, without those of the machine."""
-    shown = {key: _without_folders(value) for key, value in options.items() if key not in LOCAL}
+    shown = {key: without_folders(value) for key, value in options.items() if key not in LOCAL}
     return f"`{name}`:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```\n"
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A value of a configuration; of absolute paths, only the last part."""
     if isinstance(value, dict):
-        return {key: _without_folders(part) for key, part in value.items()}
+        return {key: without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_without_folders(part) for part in value]
+        return [without_folders(part) for part in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _evaluation(folder: Path, digest: str) -> str:
+def evaluation_section(folder: Path, digest: str) -> str:
     """The section with the table of an evaluation of these weights."""
     manifests = [read_manifest(file.parent) for file in sorted((folder / "noise").glob("*/manifest.json"))]
     names = [manifest["method"] for manifest in manifests if manifest["is"][:1] == [digest]]
@@ -184,10 +184,11 @@ def _evaluation(folder: Path, digest: str) -> str:
     verify(folder, ["table.md"], part="table", advice=advice)
     origin = json.loads((folder / "results.json").read_text())["provenance"]
     table = (folder / "table.md").read_text().strip()
-    return f"\n## Evaluation\nThis policy is {', '.join(names)}. {_listed(origin)}.\n\n{table}\n"
+    return f"\n## Evaluation\nThis policy is {', '.join(names)}. {listed(origin)}.\n\n{table}\n"
 
 
-def _listed(values: dict[str, Any]) -> str:
+def listed(values: dict[str, Any]) -> str:
+    """Names and values in one line."""
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
