@@ -136,7 +136,7 @@ def paths(stage: str) -> str:
 def evaluation() -> EvaluateConfig:
     """Returns the configuration of the evaluation."""
     return EvaluateConfig(
-        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | {LONGER: LONG} | OTHERS).items())),
+        methods=(*SEARCHES, *(f"{name}={paths(stage)}" for name, stage in (STAGES | OTHERS).items())),
         denoiser="shapes-turbo",
         prompts="test",
         num_prompts=CAPTIONS,
@@ -156,11 +156,21 @@ def warmer(temperature: float) -> EvaluateConfig:
     )
 
 
+def longer() -> EvaluateConfig:
+    """Returns the configuration of the evaluation of the preset's PPO."""
+    return replace(evaluation(), methods=(f"{LONGER}={paths(LONG)}",), output_dir=RUNS / "evaluation-longer")
+
+
+def evaluations() -> tuple[EvaluateConfig, ...]:
+    """Returns the configurations of all evaluations, which have captions and seeds in common."""
+    return evaluation(), longer(), *(warmer(temperature) for temperature in WARMER)
+
+
 def load_all() -> Results:
     """Returns the results of all evaluations as one."""
-    found = load_results(RUNS / "evaluation")
-    for temperature in WARMER:
-        found = replace(found, methods=found.methods | load_results(warmer(temperature).output_dir).methods)
+    found, *others = (load_results(config.output_dir) for config in evaluations())
+    for other in others:
+        found = replace(found, methods=found.methods | other.methods)
     return found
 
 
@@ -294,7 +304,7 @@ def main() -> None:
             train(seed)
         if arguments.train is not None:
             return
-        for config in (evaluation(), *(warmer(temperature) for temperature in WARMER)):
+        for config in evaluations():
             done = evaluate.run(config)
         if not done:
             return  # not the main process

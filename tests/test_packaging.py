@@ -96,7 +96,8 @@ def test_constraints_name_every_requirement_with_a_bound():
         if bound:
             assert bounds.setdefault(name, Version(bound)) == Version(bound), f"{name} has two bounds"
     lowest, tested = pins("constraints-lowest.txt"), pins("constraints.txt")
-    assert set(lowest) == set(tested) == set(bounds)
+    behind = {"griffelib", "mkdocstrings", "pymdown-extensions"}  # of mkdocstrings-python, whose pages depend on them
+    assert set(lowest) == set(tested) - behind == set(bounds)
     assert all(tested[name] >= bound for name, bound in bounds.items())
     untested = {"torch"}  # see pyproject.toml
     for name in set(bounds) - untested:

@@ -155,6 +155,9 @@ PRESETS = {
     "rewards/paper": RewardConfig,
     "rewards/metrics": RewardConfig,
     "rewards/reno": RewardConfig,
+    "rewards/unified_reward": RewardConfig,
+    "rewards/unified_reward_2": RewardConfig,
+    "rewards/vqascore": RewardConfig,
 }
 STAGES = {"pairs": PairsConfig, "nll": NLLConfig, "collect": CollectConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 STAGES |= {"evaluate": EvaluateConfig, "low_memory": PPOConfig}
