@@ -156,6 +156,7 @@ def page(browser):
             browser.get("about:blank")
         finally:
             server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)  # what it says at the end, too
     assert server.returncode == 0
 
 

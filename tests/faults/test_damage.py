@@ -21,7 +21,7 @@ from noisear_rl.integrity import DamagedError
 from noisear_rl.learning.records import read_records
 from noisear_rl.learning.run import Counters, Run
 from noisear_rl.policy import load_policy
-from noisear_rl.report.publishing import _evaluation
+from noisear_rl.report.publishing import evaluation_section
 from noisear_rl.samplers.shared_noise import SharedNoises
 from tests.conftest import random_policy
 from tests.learning.test_run import Options
@@ -288,10 +288,10 @@ def test_a_damaged_table_is_not_published(name, originals, tmp_path):
     digest, manifest = "0123", folder / "noise/gaussian/manifest.json"
     manifest.unlink()
     check_manifest(manifest.parent, {"method": "Gaussian", "is": [digest]})  # as if it were a policy
-    assert _evaluation(folder, digest).strip().endswith((folder / "table.md").read_text().strip())
+    assert evaluation_section(folder, digest).strip().endswith((folder / "table.md").read_text().strip())
     flip(folder / name)
     with pytest.raises(DamagedError, match=rf"{folder}/{name}: damaged: its SHA-256.*run the same `noisear evaluate`"):
-        _evaluation(folder, digest)
+        evaluation_section(folder, digest)
 
 
 def test_damaged_images_are_not_scored(originals, tmp_path):
