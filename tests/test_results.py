@@ -41,7 +41,7 @@ def test_readme_headline_table():
     names = {
         "Gaussian": "Gaussian",
         "pretrained on layouts that rewards chose": "NLL on shared layouts",
-        "then PPO": "PPO from there",
+        "then PPO": "PPO with five times the images",
         "then reward gradients": "reward gradient from there",
         "best of 4 Gaussian": "best of 4",
         "best of 8 Gaussian": "best of 8",
