@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -261,11 +263,14 @@ def count() -> dict[str, Any]:
     """Returns everything that the page shows."""
     names = {title: title.split(",")[0] for title in DISTINCT}
     networks, policies = {}, {}
-    for title, name in tqdm(names.items(), desc="models"):
-        parameters, counted = denoiser_cost(name)
-        evaluations = PRESETS[name].num_inference_steps * (2 if name in GUIDED else 1)
-        networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
-        policies[title] = policy_cost(name)
+    # Each in a process of its own: a graph whose saved tensors are counted is never freed.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        costs = processes.map(policy_cost, names.values())
+        for (title, name), cost in zip(tqdm(names.items(), desc="models"), costs, strict=True):
+            parameters, counted = denoiser_cost(name)
+            evaluations = PRESETS[name].num_inference_steps * (2 if name in GUIDED else 1)
+            networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
+            policies[title] = cost
     config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
     per_pair = network_evaluations(config.strong_guidance, config.weak_guidance, config.rounds)
     elements = {title: int(np.prod(network.latent_shape)) for title, network in DISTINCT.items()}
