@@ -260,17 +260,15 @@ def measured() -> dict[str, dict[str, float]]:
 
 
 def count() -> dict[str, Any]:
-    """Returns everything that the page shows."""
+    """Returns everything that the page shows; a process per policy, as graphs with counted tensors are not freed."""
     names = {title: title.split(",")[0] for title in DISTINCT}
-    networks, policies = {}, {}
-    # Each in a process of its own: a graph whose saved tensors are counted is never freed.
+    networks = {}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
-        costs = processes.map(policy_cost, names.values())
-        for (title, name), cost in zip(tqdm(names.items(), desc="models"), costs, strict=True):
-            parameters, counted = denoiser_cost(name)
-            evaluations = PRESETS[name].num_inference_steps * (2 if name in GUIDED else 1)
-            networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
-            policies[title] = cost
+        policies = dict(zip(names, processes.map(policy_cost, names.values()), strict=True))
+    for title, name in tqdm(names.items(), desc="denoisers"):
+        parameters, counted = denoiser_cost(name)
+        evaluations = PRESETS[name].num_inference_steps * (2 if name in GUIDED else 1)
+        networks[title] = {"parameters": parameters, "flops": sum(counted.values()), "evaluations": evaluations}
     config = load_yaml(PairsConfig, ROOT / "configs/sdxl/pairs.yaml")
     per_pair = network_evaluations(config.strong_guidance, config.weak_guidance, config.rounds)
     elements = {title: int(np.prod(network.latent_shape)) for title, network in DISTINCT.items()}
@@ -345,8 +343,7 @@ def main() -> None:
     if arguments.measure is not None:
         print(json.dumps(measure(arguments.measure)))
         return
-    start = {"provenance": provenance()}
-    write("resources", table, None if arguments.render else start | count())
+    write("resources", table, None if arguments.render else {"provenance": provenance()} | count())
 
 
 if __name__ == "__main__":
