@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
+PROCESSES := 2
 RUN := $(VENV)/bin/python
 CHECKED := noisear_rl envs algos tests benchmarks docs examples
 
@@ -24,8 +25,8 @@ demo: install  ## Train a noise prior on the embedded denoiser and compare it wi
 bench: install  ## Measure speed and memory against their limits (15 minutes on an idle machine)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/bench.py
 
-test: install  ## Run the test suite; PYTEST_OPTIONS=--cov prints its coverage and takes about 15 % longer
-	$(RUN) -m pytest $(PYTEST_OPTIONS)
+test: install  ## Run the test suite in two processes; PYTEST_OPTIONS=--cov prints its coverage and takes about 15 % longer
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist worksteal $(PYTEST_OPTIONS)
 
 test-lowest:  ## Run the test suite with the lowest supported versions, in .venv-lowest (Python 3.11)
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
