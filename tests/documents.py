@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +136,13 @@ def link_sources(folder: Path) -> None:
             (folder / found.name).symlink_to(found)
 
 
-def run_small(lines, monkeypatch) -> set[str]:
+def run_small(lines, monkeypatch, replace: bool = False) -> set[str]:
     """Runs commands in a small size, all of them in this folder, so that each reads what others wrote.
+
+    Args:
+        lines: The commands.
+        monkeypatch: The fixture.
+        replace: Whether a command may replace the run of another, as pages that are not read together do.
 
     Returns:
         Names of the commands that ran: those of large denoisers do not, nor what reads their output.
@@ -153,6 +159,8 @@ def run_small(lines, monkeypatch) -> set[str]:
         if arguments[0] in SLOW or large or folders_read(arguments) & left_out:
             left_out.add(str(output))
             continue
+        if replace and output is not None and Path(output).is_dir() and "--resume" not in arguments:
+            shutil.rmtree(output)
         try:
             cli.main(arguments + shlex.split(TINY[arguments[0]]))
         except SystemExit as error:

@@ -159,7 +159,7 @@ def test_commands_run_in_a_small_size(folder, monkeypatch):
 @pytest.mark.slow
 def test_all_commands_run_in_a_small_size(folder, monkeypatch):
     write_all(PAGES, folder)
-    run_small(commands(*PAGES), monkeypatch)
+    run_small(commands(*PAGES), monkeypatch, replace=True)
 
 
 # What pages say.
