@@ -1,11 +1,14 @@
 """The pages of ``docs/``: the site builds offline, its links lead somewhere, its code and commands run, and what it
 says of files, metrics and results is what they hold."""
 
+import functools
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,26 @@ def test_links_and_images_resolve(site):
             if not target.is_file() or (anchor and target in site and unquote(anchor) not in site[target].anchors):
                 broken.append(f"{file.name}: {link}")
     assert not broken
+
+
+def test_pages_open_without_errors(site, browser):
+    """In Chromium, from an address as readers have it: nothing goes wrong, nothing is asked of another host."""
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(min(site, key=lambda file: len(file.parts)).parent)
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        browser.get_log("browser"), browser.get_log("performance")
+        for page in ("", "concepts.html", "algorithms/ppo.html", "results/shapes.html", "api/policy.html"):
+            browser.get(address + page)
+            assert browser.find_element("tag name", "h1").text, page
+        wrong = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        server.shutdown()
+    assert not wrong, wrong
+    assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 
 
 def test_nothing_is_fetched(site):
