@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -84,6 +85,13 @@ def browser(tmp_path_factory):
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield chrome
     chrome.quit()
+
+
+def requested(browser) -> list[str]:
+    """Addresses that pages have asked for since this log was read last; not the parts of Chromium's own first tab."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [address for address in asked if not address.startswith("chrome:")]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from noisear_rl.images import noise_to_uint8, to_uint8
 from noisear_rl.policy.loading import best_shipped, load_policy
 from noisear_rl.rewards import load_reward
 from noisear_rl.samplers import as_sampler
-from tests.conftest import random_policy
+from tests.conftest import random_policy, requested
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = {"dtype": "float32"}
@@ -213,6 +213,5 @@ def test_page_draws_pairs_and_asks_no_other_machine(page):
     )
 
     assert page.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert requested and all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in requested)
+    asked = requested(page)
+    assert asked and all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in asked)

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 from tests import training_runs
-from tests.conftest import random_policy
+from tests.conftest import random_policy, requested
 from tests.documents import (
     PAGES,
     ROOT,
@@ -123,8 +123,7 @@ def test_pages_open_without_errors(site, browser):
             browser.get(address + page)
             assert browser.find_element("tag name", "h1").text, page
         wrong = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        asked = requested(browser)
         server.shutdown()
     assert not wrong, wrong
     assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked), asked

@@ -1,12 +1,12 @@
 """The report page in headless Chromium; skipped without Chromium."""
 
 import base64
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import requested
 from tests.report.test_page import PROMPTS, methods_of, report, write_evaluation, write_training
 
 
@@ -60,9 +60,8 @@ def test_page_opens_without_errors_or_requests(page, page_path):
     assert js(page, "document.images.length") > 20
     assert js(page, "[...document.images].filter((i) => i.id !== 'viewer-image').every((i) => i.naturalWidth > 0)")
     assert page.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert requested and all(address.startswith(("file:", "data:")) for address in requested)
+    asked = requested(page)
+    assert asked and all(address.startswith(("file:", "data:")) for address in asked)
 
 
 def test_headers_sort_both_ways(page):
