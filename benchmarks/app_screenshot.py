@@ -1,4 +1,4 @@
-"""Writes ``docs/images/app.png``, a picture of the page of ``noisear app``: ``python benchmarks/app_screenshot.py``.
+"""Writes ``docs/images/app.png``, an image of the page of ``noisear app``: ``python benchmarks/app_screenshot.py``.
 
 Needs Chromium with ChromeDriver, selenium and Gradio; a minute on two CPU cores.
 """
@@ -18,7 +18,7 @@ PORT, WIDTH, HEIGHT, SECONDS = 7869, 1100, 1250, 300.0
 
 
 def main() -> None:
-    """Opens the page, draws, and writes the picture."""
+    """Opens the page, draws, and writes the image."""
     page, address = launch(AppConfig(images=4, port=PORT))
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""

@@ -24,7 +24,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
 def added() -> dict[str, Path]:
-    """Address in the site → file, of all pages and pictures that are added."""
+    """Address in the site → file, of all pages and images that are added."""
     results = ROOT / "benchmarks/results"
     found = (path for path in sorted(results.rglob("*")) if path.suffix in (".md", ".png"))
     pages = {address: ROOT / path for address, path in PAGES.items()}

@@ -227,10 +227,8 @@ def make_draw(config: AppConfig) -> Callable[..., str]:
             return error_text(describe(error))
 
     reward_of(config.denoiser in EMBEDDED)
-    if config.chosen_policy != NO_POLICY:  # a policy that does not fit is refused before the page opens
-        as_sampler(denoiser_of(config.denoiser), load_policy(config.chosen_policy))
-    else:
-        denoiser_of(config.denoiser)
+    policy = None if config.chosen_policy == NO_POLICY else load_policy(config.chosen_policy)
+    as_sampler(denoiser_of(config.denoiser), policy)  # a policy that does not fit is refused before the page opens
     return draw
 
 

@@ -117,32 +117,26 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None, description: str
         f"{description or ''}\n\n--config FILE.yaml, or a name that `noisear configs` lists, reads presets; options "
         "given here override them."
     )
-    given = tyro.cli(cls, prog=program(), args=rest, default=_without_entries(preset), description=text)
-    return _with_entries(given, preset)
-
-
-def _mappings(config: Any) -> list[str]:
-    """The fields that map names to values, such as ``denoiser_options``."""
-    hints = typing.get_type_hints(type(config))
-    return [field.name for field in dataclasses.fields(config) if typing.get_origin(hints[field.name]) is dict]
+    entries = [dict(mapping) for mapping in _mappings(preset)]
+    for mapping in _mappings(preset):  # of one that holds keys, tyro takes these alone, each as an option of its own
+        mapping.clear()
+    given = tyro.cli(cls, prog=program(), args=rest, default=preset, description=text)
+    for mapping, own in zip(_mappings(given), entries, strict=True):
+        mapping.update(own | mapping)
+    return given
 
 
 def _nested(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that are configurations."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: v for name, v in values.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
 
 
-def _without_entries(config: Config) -> Config:
-    """A preset whose mappings are empty: tyro would only take the keys that it has, each as an option of its own."""
-    inner = {name: _without_entries(value) for name, value in _nested(config).items()}
-    return dataclasses.replace(typing.cast(Any, config), **inner, **{name: {} for name in _mappings(config)})
-
-
-def _with_entries(config: Config, preset: Any) -> Config:
-    """Options with the entries of a preset's mappings, where the command line did not replace them."""
-    inner = {name: _with_entries(value, getattr(preset, name)) for name, value in _nested(config).items()}
-    own = {name: getattr(preset, name) | getattr(config, name) for name in _mappings(config)}
-    return dataclasses.replace(typing.cast(Any, config), **inner, **own)
+def _mappings(config: Any) -> list[dict[str, Any]]:
+    """What maps names to values in a configuration, such as ``denoiser_options``, and in nested ones."""
+    hints = typing.get_type_hints(type(config))
+    own = [getattr(config, name) for name, hint in hints.items() if typing.get_origin(hint) is dict]
+    return own + [mapping for inner in _nested(config).values() for mapping in _mappings(inner)]
 
 
 def preset_names() -> list[str]:
@@ -253,10 +247,9 @@ def check_config(config: Any, where: str | None = None) -> None:
         OSError: If an option names a file that is not there.
     """
     where = where or type(config).__name__
+    for name, inner in _nested(config).items():
+        check_config(inner, f"{where}: {name}")
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            check_config(value, f"{where}: {name}")
     try:
         checked = _model(typing.cast(Any, type(config))).model_validate(values)
     except pydantic.ValidationError as error:

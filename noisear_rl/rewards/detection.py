@@ -213,9 +213,9 @@ class GenEval:
             images = [Image.fromarray(to_uint8(image.float())) for image in images.detach()]
         found = []
         for image, prompt in zip(images, prompts, strict=True):
-            row, picture = self.rows[prompt.strip()], image.convert("RGB")
-            kept = kept_objects(self.detector.detect(picture), row["tag"], max_overlap=self.max_overlap)
-            found.append(judge(row, kept, partial(self.colors, picture)))
+            row, image = self.rows[prompt.strip()], image.convert("RGB")
+            kept = kept_objects(self.detector.detect(image), row["tag"], max_overlap=self.max_overlap)
+            found.append(judge(row, kept, partial(self.colors, image)))
         return found
 
     def colors(self, image: Image.Image, objects: Sequence[Detection]) -> list[str]:
