@@ -6,9 +6,10 @@
     python benchmarks/shapes.py --render            # the page again from its data
 
 Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml``, whose settings were chosen on
-validation captions. PPO is run twice from the same pretrained policy: as the preset says, and with a fifth of the
+validation captions. PPO is run twice from the same pretrained policy: as the preset says, and with a tenth of the
 images. With three of the training seeds, the other algorithms get as many images as the latter, whose policies are
-also evaluated at higher layout temperatures. Searches choose by ``shapes-match``, the training reward;
+also evaluated at higher layout temperatures, and ``configs/shapes/prior_small.yaml`` is run, too. The policies of both
+presets are also evaluated at a lower temperature. Searches choose by ``shapes-match``, the training reward;
 ``shapes-exact`` is the judge, which no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``,
 ``shapes.png`` and the scores behind them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report
 runs/shapes/evaluation`` shows the images.
@@ -43,7 +44,8 @@ TURBO = "NoiseAR-ShapesTurbo-v0"
 SEEDS = (0, 1, 2, 3, 4)
 CAPTIONS, SAMPLES = 240, 4
 STAGES = {"shared noise, no policy": "shared", "NLL on shared layouts": "nll", "PPO from there": "ppo"}
-LONGER, LONG = "PPO with five times the images", "ppo_long"
+LONGER, LONG = "PPO with ten times the images", "ppo_long"
+PRESETS = {LONGER: LONG, "NLL, small preset": "small/nll", "PPO, small preset": "small/ppo"}
 OTHERS = {
     "REINFORCE from there": "reinforce",
     "DPO from there": "dpo",
@@ -52,6 +54,7 @@ OTHERS = {
 }
 OTHER_SEEDS = (0, 1, 2)
 WARMER = (1.0, 2.0)  # layout temperatures of PPO's policies beside their own
+COOLER = 0.8  # temperature of the presets' policies beside their own, chosen on validation captions
 IMAGES = 16_384  # of PPO and of each of the others
 SHORT: dict[str, Any] = {"prompts_per_update": 128, "updates": IMAGES // 1024, "step": "adaptive", "target_kl": 2.0}
 SHORT |= {"epochs": 2, "cg_iterations": 8, "fisher_episodes": 128, "save_every": 8}
@@ -70,6 +73,8 @@ def train(seed: int) -> None:
     start = str(folder_of(seed) / "nll")  # the preset's PPO, from the same pretrained policy
     ppo.train(replace(config.ppo, init_from=start, output_dir=folder_of(seed) / LONG, seed=seed, resume=True))
     if seed in OTHER_SEEDS:
+        small = load_yaml(prior.PriorConfig, ROOT / "configs/shapes/prior_small.yaml")
+        prior.train(replace(small, output_dir=folder_of(seed) / "small", seed=seed))
         train_others(folder_of(seed), seed)
 
 
@@ -129,7 +134,7 @@ def train_others(folder: Path, seed: int) -> None:
 
 def paths(stage: str) -> str:
     """Returns the folders of a stage, one per training seed, as a method of ``noisear evaluate`` names them."""
-    seeds = OTHER_SEEDS if stage in OTHERS.values() else SEEDS
+    seeds = OTHER_SEEDS if stage in (*OTHERS.values(), "small/nll", "small/ppo") else SEEDS
     return ",".join(str(folder_of(seed) / stage) for seed in seeds)
 
 
@@ -156,14 +161,20 @@ def warmer(temperature: float) -> EvaluateConfig:
     )
 
 
-def longer() -> EvaluateConfig:
-    """Returns the configuration of the evaluation of the preset's PPO."""
-    return replace(evaluation(), methods=(f"{LONGER}={paths(LONG)}",), output_dir=RUNS / "evaluation-longer")
+def presets(temperature: float | None = None) -> EvaluateConfig:
+    """Returns the configuration of the evaluation of the presets' policies, at their own temperature or another."""
+    suffix = f", temperature {temperature:g}" if temperature else ""
+    return replace(
+        evaluation(),
+        methods=tuple(f"{name}{suffix}={paths(stage)}" for name, stage in PRESETS.items()),
+        temperature=temperature,
+        output_dir=RUNS / f"evaluation-presets{f'-{temperature:g}' if temperature else ''}",
+    )
 
 
 def evaluations() -> tuple[EvaluateConfig, ...]:
     """Returns the configurations of all evaluations, which have captions and seeds in common."""
-    return evaluation(), longer(), *(warmer(temperature) for temperature in WARMER)
+    return evaluation(), presets(), presets(COOLER), *(warmer(temperature) for temperature in WARMER)
 
 
 def load_all() -> Results:
@@ -174,13 +185,20 @@ def load_all() -> Results:
     return found
 
 
+def before_ppo(folder: Path) -> tuple[int, int]:
+    """Returns the number of images to try noises with and, at most, to leak layouts, of a prior in a folder."""
+    return read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
+
+
 def training_images() -> dict[str, int]:
     """Returns the number of images denoised to train each method, at most, from the first seed."""
     folder = folder_of(SEEDS[0])
-    tried, leaked = read_manifest(folder / "tried")["rollouts"], read_manifest(folder / "shared")["leaked"]
-    own, longer = (int(read_records(folder / stage)[-1]["charts/images"]) for stage in ("ppo", LONG))
-    images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + own), strict=True))
-    images[LONGER] = tried + leaked + longer
+    own = lambda stage: int(read_records(folder / stage)[-1]["charts/images"])
+    tried, leaked = before_ppo(folder)
+    images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + own("ppo")), strict=True))
+    small = sum(before_ppo(folder / "small"))
+    images |= dict(zip(PRESETS, (tried + leaked + own(LONG), small, small + own("small/ppo")), strict=True))
+    images |= {f"{name}, temperature {COOLER:g}": images[name] for name in PRESETS}
     same = [*OTHERS, *(f"PPO, layout temperature {temperature:g}" for temperature in WARMER)]
     return images | dict.fromkeys(same, tried + leaked + IMAGES)
 

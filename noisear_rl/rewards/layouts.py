@@ -34,9 +34,18 @@ def layout_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float((best + len(many) - len(few)) / len(many))
 
 
-def layout_diversity(scenes: Scenes) -> float:
-    """Mean :func:`layout_distance` over all pairs of ``K`` images of one prompt, as seen by a detector."""
+def layout_distances(scenes: Scenes) -> np.ndarray:
+    """:func:`layout_distance` of all pairs of ``K`` images of one prompt, as seen by a detector: ``(K, K)``."""
     kinds = np.stack([scenes.shape.cpu().numpy(), scenes.color.cpu().numpy()], -1)
     objects = np.concatenate([kinds, scenes.center.cpu().numpy()], -1)  # (K, M, 4)
     layouts = [rows[rows[:, 0] >= 0] for rows in objects]
-    return float(np.mean([layout_distance(a, b) for a, b in itertools.combinations(layouts, 2)]))
+    distances = np.zeros((len(layouts), len(layouts)))
+    for (i, first), (j, second) in itertools.combinations(enumerate(layouts), 2):
+        distances[i, j] = distances[j, i] = layout_distance(first, second)
+    return distances
+
+
+def layout_diversity(scenes: Scenes) -> float:
+    """Mean :func:`layout_distance` over all pairs of ``K`` images of one prompt."""
+    distances = layout_distances(scenes)
+    return float(distances[np.triu_indices(len(distances), 1)].mean())

@@ -150,6 +150,7 @@ PRESETS = {
     "shapes/shared_noise": SharedNoiseConfig,
     "shapes/nll_shared_noise": NLLConfig,
     "shapes/prior": PriorConfig,
+    "shapes/prior_small": PriorConfig,
     "shapes/ppo_transfer": PPOConfig,
     "shapes/npnet": NPNetTrainingConfig,
     "rewards/paper": RewardConfig,
