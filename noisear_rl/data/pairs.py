@@ -31,7 +31,7 @@ from noisear_rl.config import (
     to_mapping,
 )
 from noisear_rl.data.shards import Columns, load_shards, shard_file, write_shard
-from noisear_rl.data.signal_leak import signal_leak
+from noisear_rl.data.signal_leak import Targets, signal_leak
 from noisear_rl.data.weak_to_strong import InversionMode, inversion_coefficients, weak_to_strong
 from noisear_rl.denoisers import (
     Denoiser,
@@ -145,7 +145,7 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
     if not leak:  # fails before anything long
         predictor = require(denoiser, NoisePredictor, "weak_to_strong")
         inversion_coefficients(predictor.first_order_schedule(config.num_inference_steps), config.inversion)
-    policy, layout = load_policy(config.policy) if leak and config.policy else None, None
+    policy = load_policy(config.policy) if leak and config.policy else None
     reader = PromptReader(policy.config.text_encoder, denoiser) if policy else None
     (reader or PromptReader(DENOISER, denoiser)).embed_all(prompts)
     manifest = to_mapping(config) | {
@@ -192,18 +192,15 @@ def build_pairs(config: PairsConfig, denoiser: Denoiser | None = None) -> Datase
                     reader=reader,
                 )
             else:
-                found = _weak_to_strong(predictor, reward, config, texts, seeds)
-            if policy and reader and policy.config.layouts:
-                text, mask = reader.read_prompts(texts)
-                layout = policy.chosen_layout(policy.sample(text, mask, seeds=seeds).patches, text, mask)
-            for target, kept in found:
-                halves = target.flatten(1).half().cpu()
-                chosen = (kept & halves.isfinite().all(1)).nonzero()[:, 0].tolist()
+                found = [_weak_to_strong(predictor, reward, config, texts, seeds)]
+            for targets in found:
+                halves = targets.mean.flatten(1).half().cpu()
+                chosen = (targets.kept & halves.isfinite().all(1)).nonzero()[:, 0].tolist()
                 rows["prompt"] += [texts[i] for i in chosen]
                 rows["seed"] += [seeds[i] for i in chosen]
                 rows["target"] += list(halves[chosen].numpy())
-                if "layout" in rows and layout is not None:
-                    rows["layout"] += layout.cpu()[chosen].tolist()
+                if targets.layout is not None:
+                    rows["layout"] += targets.layout[chosen].tolist()
             bar.update(len(indices))
         write_shard(config.output_dir, shard, rows, features)
     bar.close()
@@ -217,8 +214,8 @@ def _weak_to_strong(
     config: PairsConfig,
     prompts: Sequence[str],
     seeds: Sequence[int],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Targets ``(B, C, h, w)`` and a mask ``(B,)`` of those to keep."""
+) -> Targets:
+    """Targets, of which a reward keeps those that raise it."""
     conditioning = denoiser.encode(prompts)
     noise = standard_noise(seeds, denoiser.latent_shape)
     target = weak_to_strong(
@@ -232,11 +229,11 @@ def _weak_to_strong(
         rounds=config.rounds,
     ).cpu()
     if reward is None:
-        return [(target, torch.ones(len(target), dtype=torch.bool))]
+        return Targets(target, torch.ones(len(target), dtype=torch.bool))
     own = resolve_denoising_seeds(seeds)  # the same for both, so that only the noise differs
     both = (noise, target.nan_to_num())
     before, after = (reward.score(denoiser.denoise(x, conditioning, own), prompts) for x in both)
-    return [(target, (after > before).cpu())]
+    return Targets(target, (after > before).cpu())
 
 
 def load_pairs(folder: str | Path) -> Dataset:

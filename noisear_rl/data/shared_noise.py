@@ -263,7 +263,7 @@ def _leaks(
                 rounds=config.rounds,
             )
             for j, i in enumerate(rows):
-                good = [target[j] for target, kept in found if kept[j]]
+                good = [targets.mean[j] for targets in found if targets.kept[j]]
                 if good:
                     found_here.append((i, good[-1].flatten().half().numpy()))
         for i, target in gather_objects(found_here):

@@ -11,6 +11,7 @@ Shapes: ``B`` pairs, noise ``(B, C, h, w)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,20 @@ from noisear_rl.policy import NoiseARPolicy
 from noisear_rl.prompts.reader import PromptReader
 from noisear_rl.rewards import WeightedReward
 from noisear_rl.samplers.base import resolve_denoising_seeds
+
+
+class Targets(NamedTuple):
+    """Targets of ``B`` pairs.
+
+    Attributes:
+        mean: ``(B, C, h, w)``, without their noise.
+        kept: ``(B,)``, true for those to keep.
+        layout: ``(B,)`` int64, what the policy's first patch chose; ``None`` without a policy that has layouts.
+    """
+
+    mean: torch.Tensor
+    kept: torch.Tensor
+    layout: torch.Tensor | None = None
 
 
 def signal_leak(
@@ -36,7 +51,7 @@ def signal_leak(
     noise_scale: float,
     rounds: int,
     reader: PromptReader | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[Targets]:
     """Computes the leaks of good images, round by round; each round after the first starts from the last good leak.
 
     Args:
@@ -52,8 +67,7 @@ def signal_leak(
         reader: Reads the prompts for the policy; ``None`` to make one.
 
     Returns:
-        For every round the means of the targets ``(B, C, h, w)``, without their noise, and a mask ``(B,)`` of those to
-        keep.
+        The targets of every round.
     """
     conditioning = denoiser.encode(prompts)
     if policy is not None:
@@ -63,16 +77,21 @@ def signal_leak(
     level = signal_strength * denoiser.signal_level
     good = torch.zeros(len(seeds), dtype=torch.bool)  # samples with a good image so far
     mean = torch.zeros(len(seeds), *denoiser.latent_shape)  # leak of the last good image
+    layout: torch.Tensor | None = None  # of the noise that an image started from: a good one's stays
     found = []
     for i in range(rounds):
         own = [int(np.random.default_rng([seed, i]).integers(2**31)) if i else seed for seed in seeds]
-        fresh = standard_noise(own, denoiser.latent_shape)
-        first = fresh if policy is None else policy.noise(policy.sample(text, mask, seeds=own)).cpu()
+        fresh = first = standard_noise(own, denoiser.latent_shape)
+        if policy is not None:
+            sample = policy.sample(text, mask, seeds=own)
+            first, drawn = policy.noise(sample).cpu(), policy.chosen_layout(sample.patches, text, mask)
+            if drawn is not None:
+                layout = drawn.cpu() if layout is None else torch.where(good, layout, drawn.cpu())
         noise = torch.where(per_row(good, first), mean + noise_scale * fresh, first)
         images, latents = denoiser.denoise_with_latents(noise, conditioning, resolve_denoising_seeds(seeds))
         kept = (reward.score(images, prompts) >= min_reward).cpu()
         target = level * latents.cpu()
-        found.append((target, kept))
+        found.append(Targets(target, kept, layout))
         mean = torch.where(per_row(kept, mean), target, mean)
         good |= kept
     return found

@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from noisear_rl.data.pairs import PairsConfig, build_pairs, load_pairs
+from noisear_rl.data.signal_leak import signal_leak
 from noisear_rl.data.weak_to_strong import inversion_coefficients, network_evaluations, weak_to_strong
 from noisear_rl.denoisers.shapes.architecture import SCHEDULE
 from noisear_rl.gaussian import standard_noise
@@ -191,6 +192,23 @@ def test_a_policys_leaks_have_the_layouts_that_it_chose(tmp_path, turbo):
     drawn = policy.sample(text.policy_embeds, text.policy_mask, seeds=made["seed"][:]).patches
     chosen = policy.chosen_layout(drawn, text.policy_embeds, text.policy_mask)
     assert made["layout"][:] == chosen.tolist() and len(set(made["layout"][:])) > 1
+
+
+def test_leaks_of_later_rounds_keep_a_good_images_layout_or_have_that_of_new_noise(turbo):
+    policy = random_policy(scale=0.02, layouts=4)
+    prompts, seeds = prompts_and_seeds(24)
+    options = {"min_reward": 0.5, "signal_strength": 1.5, "noise_scale": 0.8, "rounds": 2}
+    first, second = signal_leak(turbo, policy, load_reward("shapes-match"), prompts, seeds, **options)
+    text = turbo.encode(prompts)
+
+    def chosen(seeds):
+        drawn = policy.sample(text.policy_embeds, text.policy_mask, seeds=seeds).patches
+        return policy.chosen_layout(drawn, text.policy_embeds, text.policy_mask)
+
+    new = chosen([int(np.random.default_rng([seed, 1]).integers(2**31)) for seed in seeds])
+    assert first.layout.equal(chosen(seeds)) and not first.layout.equal(new)
+    assert first.kept.any() and not first.kept.all()
+    assert second.layout.equal(torch.where(first.kept, first.layout, new))
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", -1), ("strong_guidance", 1e30), ("pairs", 0)])
