@@ -126,7 +126,7 @@ def chart(record: dict[str, Any]) -> None:
                 scores[:, [c == name for c in results.categories]].mean() for name in dict.fromkeys(results.categories)
             ]
             spread = np.mean([m.diversity[kind].mean() for m in members]) / baseline.diversity[kind].mean()
-            axes.plot(spread, 100 * np.mean(shares), "o^"[i >= 10], color=f"C{i % 10}", label=group)
+            axes.plot(spread, 100 * np.mean(shares), "o^s"[i // 10], color=f"C{i % 10}", label=group)
         axes.set(xlabel=f"{title} within a caption, Gaussian noise = 1")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("exactly right, %")

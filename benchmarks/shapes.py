@@ -9,7 +9,8 @@ Policies are trained by ``noisear train-prior`` with ``configs/shapes/prior.yaml
 validation captions. PPO is run twice from the same pretrained policy: as the preset says, and with a tenth of the
 images. With three of the training seeds, the other algorithms get as many images as the latter, whose policies are
 also evaluated at higher layout temperatures, and ``configs/shapes/prior_small.yaml`` is run, too. The policies of both
-presets are also evaluated at a lower temperature. Searches choose by ``shapes-match``, the training reward;
+presets are also evaluated at a lower temperature, which is right more often, and at higher ones, which keep more
+diversity. Searches choose by ``shapes-match``, the training reward;
 ``shapes-exact`` is the judge, which no training and no choice has used. Interrupted runs resume. Writes ``shapes.md``,
 ``shapes.png`` and the scores behind them, ``shapes.json.gz``, in ``benchmarks/results``; ``noisear report
 runs/shapes/evaluation`` shows the images.
@@ -54,7 +55,11 @@ OTHERS = {
 }
 OTHER_SEEDS = (0, 1, 2)
 WARMER = (1.0, 2.0)  # layout temperatures of PPO's policies beside their own
-COOLER = 0.8  # temperature of the presets' policies beside their own, chosen on validation captions
+KNOBS = (  # temperature and layout temperature of the presets' policies, chosen on validation captions
+    ("", None, None),
+    (", temperature 0.8", 0.8, None),
+    (", temperature 1.25 and layout temperature 2", 1.25, 2.0),
+)
 IMAGES = 16_384  # of PPO and of each of the others
 SHORT: dict[str, Any] = {"prompts_per_update": 128, "updates": IMAGES // 1024, "step": "adaptive", "target_kl": 2.0}
 SHORT |= {"epochs": 2, "cg_iterations": 8, "fisher_episodes": 128, "save_every": 8}
@@ -161,20 +166,20 @@ def warmer(temperature: float) -> EvaluateConfig:
     )
 
 
-def presets(temperature: float | None = None) -> EvaluateConfig:
-    """Returns the configuration of the evaluation of the presets' policies, at their own temperature or another."""
-    suffix = f", temperature {temperature:g}" if temperature else ""
+def presets(suffix: str, temperature: float | None, layout_temperature: float | None) -> EvaluateConfig:
+    """Returns the configuration of the evaluation of the presets' policies, at their own temperatures or others."""
     return replace(
         evaluation(),
         methods=tuple(f"{name}{suffix}={paths(stage)}" for name, stage in PRESETS.items()),
         temperature=temperature,
-        output_dir=RUNS / f"evaluation-presets{f'-{temperature:g}' if temperature else ''}",
+        layout_temperature=layout_temperature,
+        output_dir=RUNS / f"evaluation-presets-{temperature or 1:g}",
     )
 
 
 def evaluations() -> tuple[EvaluateConfig, ...]:
     """Returns the configurations of all evaluations, which have captions and seeds in common."""
-    return evaluation(), presets(), presets(COOLER), *(warmer(temperature) for temperature in WARMER)
+    return evaluation(), *(presets(*knobs) for knobs in KNOBS), *(warmer(temperature) for temperature in WARMER)
 
 
 def load_all() -> Results:
@@ -197,8 +202,8 @@ def training_images() -> dict[str, int]:
     tried, leaked = before_ppo(folder)
     images = dict(zip(STAGES, (tried, tried + leaked, tried + leaked + own("ppo")), strict=True))
     small = sum(before_ppo(folder / "small"))
-    images |= dict(zip(PRESETS, (tried + leaked + own(LONG), small, small + own("small/ppo")), strict=True))
-    images |= {f"{name}, temperature {COOLER:g}": images[name] for name in PRESETS}
+    own_presets = dict(zip(PRESETS, (tried + leaked + own(LONG), small, small + own("small/ppo")), strict=True))
+    images |= {f"{name}{suffix}": count for name, count in own_presets.items() for suffix, *_ in KNOBS}
     same = [*OTHERS, *(f"PPO, layout temperature {temperature:g}" for temperature in WARMER)]
     return images | dict.fromkeys(same, tried + leaked + IMAGES)
 
@@ -282,7 +287,7 @@ def chart(path: Path, results: Results) -> None:
         spread = np.mean([m.diversity["layout"].mean() for m in members]) / baseline.diversity["layout"].mean()
         for axes, x in zip(panels, (members[0].nfe, spread), strict=True):
             bars = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-            marker = "o^"[i >= 10]
+            marker = "o^s"[i // 10]
             axes.errorbar([x], [estimate.mean], bars, fmt=marker, capsize=3, color=f"C{i % 10}", label=group)
     panels[0].set(xscale="log", xlabel="network evaluations per image", ylabel="exactly right, %")
     panels[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
