@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from noisear_rl.denoisers import load_denoiser
 from noisear_rl.denoisers.shapes.captions import evaluation_captions
+from noisear_rl.evaluation.intervals import category_means
 from noisear_rl.evaluation.results import from_record, read_record
 from noisear_rl.provenance import provenance
 from noisear_rl.report.plots import save_figure
@@ -116,22 +117,21 @@ def chart(record: dict[str, Any]) -> None:
     results = from_record(read_record(RESULTS / "shapes.json"), RUNS)
     baseline = results.methods[results.baseline]
     curve = [trade_off(record, redrawn) for redrawn in np.linspace(0, 1, 21)]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), dpi=110, sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), dpi=110, sharey=True)
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         axes.plot([spread[kind] for _, spread in curve], [right for right, _ in curve], "k-", label="ideal redrawing")
         for i, (group, names) in enumerate(results.groups.items()):
             members = [results.methods[name] for name in names]
-            scores = results.by_seed(group, results.judge)
-            shares = [
-                scores[:, [c == name for c in results.categories]].mean() for name in dict.fromkeys(results.categories)
-            ]
+            scores = 100 * results.by_seed(group, results.judge).mean(0)
+            shares = category_means(scores, results.categories, results.prompts)
             spread = np.mean([m.diversity[kind].mean() for m in members]) / baseline.diversity[kind].mean()
-            axes.plot(spread, 100 * np.mean(shares), "o^s"[i // 10], color=f"C{i % 10}", label=group)
+            axes.plot(spread, np.mean(list(shares.values())), "o^s"[i // 10], color=f"C{i % 10}", label=group)
         axes.set(xlabel=f"{title} within a caption, Gaussian noise = 1")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("exactly right, %")
-    panels[0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.28, 1, 1))
     save_figure(figure, RESULTS / "diversity.png")
 
 

@@ -278,7 +278,7 @@ def table(record: dict[str, Any]) -> str:
 
 def chart(path: Path, results: Results) -> None:
     """Plots the percentage of right images against cost and diversity, and the reward of PPO against images."""
-    figure, (*panels, last) = plt.subplots(1, 3, figsize=(13, 3.8), dpi=110)
+    figure, (*panels, last) = plt.subplots(1, 3, figsize=(13, 5.4), dpi=110)
     baseline = results.methods[results.baseline]
     for i, (group, names) in enumerate(results.groups.items()):
         members = [results.methods[name] for name in names]
@@ -306,11 +306,12 @@ def chart(path: Path, results: Results) -> None:
     last.set(xlabel="thousands of images denoised for training", ylabel="PPO: reward on training captions")
     for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0.02, 0.0))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
     figure.suptitle(
         "Left and centre: test captions, held-out judge, 95 % intervals over captions and training seeds", fontsize=10
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.3, 1, 1))
     save_figure(figure, path)
 
 

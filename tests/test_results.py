@@ -41,7 +41,9 @@ def test_readme_headline_table():
     names = {
         "Gaussian": "Gaussian",
         "pretrained on layouts that rewards chose": "NLL on shared layouts",
-        "then PPO": "PPO with five times the images",
+        "then PPO": "PPO with ten times the images",
+        "then PPO, temperature 0.8": "PPO with ten times the images, temperature 0.8",
+        "both with a sixth of the images, temperature 0.8": "PPO, small preset, temperature 0.8",
         "then reward gradients": "reward gradient from there",
         "best of 4 Gaussian": "best of 4",
         "best of 8 Gaussian": "best of 8",
