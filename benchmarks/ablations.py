@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import shared_noises  # in this folder
-from pages import RESULTS, SEEDS, markdown, page, parser_of, signed, write
+from pages import RESULTS, SEEDS, markdown, page, signed, train_variants, write
 
 from noisear_rl.algos import nll
 from noisear_rl.config import load_yaml
@@ -189,13 +189,7 @@ def scaling(path: Path, results: Results) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--train", type=int, nargs=2, metavar=("I", "N"), help="train every N-th run from I and stop")
-    arguments = parser.parse_args()
-    if not arguments.render:
-        first, step = arguments.train or (0, 1)
-        for name, seed in [(name, seed) for name in trained() for seed in SEEDS][first::step]:
-            train(name, seed)
+    arguments = train_variants(__doc__, trained(), train)
     if arguments.train is None:
         write("ablations", table, None if arguments.render else measure())
         scaling(RESULTS / "ablations.png", from_record(read_record(RESULTS / "ablations.json"), RUNS))

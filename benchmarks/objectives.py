@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import SEEDS, markdown, page, parser_of, seed_spread, signed, write  # in this folder
+from pages import SEEDS, markdown, page, seed_spread, signed, train_variants, write  # in this folder
 from shapes import IMAGES, LONG, ROOT, RUNS, evaluation, folder_of  # in this folder
 
 from noisear_rl.algos import evaluate, nll, ppo, prior, trajectory_balance
@@ -135,16 +135,10 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--train", type=int, nargs=2, metavar=("I", "N"), help="train runs I, I+N, I+2N, … and stop")
-    arguments = parser.parse_args()
+    arguments = train_variants(__doc__, VARIANTS, train)
     if arguments.render:
         write("objectives", table, None)
-        return
-    first, step = arguments.train or (0, 1)
-    for name, seed in [(name, seed) for name in VARIANTS for seed in SEEDS][first::step]:
-        train(name, seed)
-    if arguments.train is None and (record := measure()):
+    elif arguments.train is None and (record := measure()):
         write("objectives", table, record)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,29 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="render the page again from its data and stop")
     return parser
+
+
+def train_variants(
+    description: str | None, names: Iterable[str], train: Callable[[str, int], None]
+) -> argparse.Namespace:
+    """Trains every variant with every training seed, or with ``--train I N`` every N-th of these runs from I.
+
+    Args:
+        description: Shown by ``--help``.
+        names: Names of the variants.
+        train: Trains a variant with a training seed; a finished run returns immediately.
+
+    Returns:
+        The arguments of the process, ``render`` and ``train``; nothing was trained if the page is only rendered.
+    """
+    parser = parser_of(description)
+    parser.add_argument("--train", type=int, nargs=2, metavar=("I", "N"), help="train runs I, I+N, I+2N, … and stop")
+    arguments = parser.parse_args()
+    if not arguments.render:
+        first, step = arguments.train or (0, 1)
+        for name, seed in [(name, seed) for name in names for seed in SEEDS][first::step]:
+            train(name, seed)
+    return arguments
 
 
 def write(name: str, table: Callable[[dict[str, Any]], str], record: Mapping[str, Any] | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import shared_noises  # in this folder
-from pages import RESULTS, SEEDS, markdown, page, parser_of, seed_spread, signed, write
+from pages import RESULTS, SEEDS, markdown, page, seed_spread, signed, train_variants, write
 
 from noisear_rl.algos import ppo, reinforce
 from noisear_rl.denoisers import load_denoiser
@@ -194,16 +194,10 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--train", type=int, nargs=2, metavar=("I", "N"), help="train runs I, I+N, I+2N, … and stop")
-    arguments = parser.parse_args()
+    arguments = train_variants(__doc__, VARIANTS, train)
     if arguments.render:
         write("what_works", table, None)
-        return
-    first, step = arguments.train or (0, 1)
-    for name, seed in [(name, seed) for name in VARIANTS for seed in SEEDS][first::step]:
-        train(name, seed)
-    if arguments.train is None:
+    elif arguments.train is None:
         record = measure()
         write("what_works", table, record)
         curves(RESULTS / "what_works.png", float(np.mean(record["methods"][GAUSSIAN]["scores"]["shapes-match"])))
