@@ -6,7 +6,8 @@
 No policy and no training: the images are those of Gaussian noise, told apart by the held-out detector. A sampler that
 replaces a share ``r`` of its wrong images by right ones gets ``s = p + (1 - p) r`` of them right, where ``p`` is the
 share of Gaussian noise, and its mean distance within a caption is ``s² RR + 2 s (1 - s) RW + (1 - s)² WW``, from the
-mean distances between right (R) and wrong (W) images. Policies and searches of ``shapes.md`` are drawn into the figure.
+mean distances between right (R) and wrong (W) images. Captions are those of the validation split; the figure shows the
+policies and searches of ``shapes.md`` beside them, which were measured on test captions.
 Writes ``diversity.md``, ``diversity.png`` and the data behind them, ``diversity.json``, in ``benchmarks/results``.
 """
 
@@ -54,7 +55,7 @@ def measure() -> dict[str, Any]:
         "layout": lambda images: layout_distances(judge.detect(images)),
     }
     rows = []
-    for i, caption in enumerate(tqdm(evaluation_captions("test", 40), unit="caption")):
+    for i, caption in enumerate(tqdm(evaluation_captions("validation", 40), unit="caption")):
         right, images = torch.zeros(0, dtype=torch.bool), []
         for first in range(SEED + i * DRAWN, SEED + (i + 1) * DRAWN, BATCH):
             drawn = sampler([caption.text] * BATCH, list(range(first, first + BATCH))).images
@@ -102,7 +103,7 @@ def table(record: dict[str, Any]) -> str:
     return page(
         [
             "How different right images of a caption can be: a sampler that replaces a share of the wrong images of "
-            f"Gaussian noise by right ones of Gaussian noise. {len(record['captions'])} captions of the test split, "
+            f"Gaussian noise by right ones of Gaussian noise. {len(record['captions'])} captions of the validation split, "
             f"{count:,} images, `shapes-turbo`, held-out detector; means over six categories, Gaussian noise = 1.",
             markdown(["wrong images replaced", "right, %", *KINDS.values()], rows),
             "![Right images against diversity](diversity.png)",
