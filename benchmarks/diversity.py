@@ -104,7 +104,8 @@ def table(record: dict[str, Any]) -> str:
         [
             "How different right images of a caption can be: a sampler that replaces a share of the wrong images of "
             f"Gaussian noise by right ones of Gaussian noise. {len(record['captions'])} captions of the validation "
-            f"split, {count:,} images, `shapes-turbo`, held-out detector; means over six categories, Gaussian noise = 1.",
+            f"split, {count:,} images, `shapes-turbo`, held-out detector; means over six categories, Gaussian "
+            "noise = 1.",
             markdown(["wrong images replaced", "right, %", *KINDS.values()], rows),
             "![Right images against diversity](diversity.png)",
         ],
