@@ -1,6 +1,6 @@
 """How different can right images of a caption be? The trade-off of a sampler that redraws wrong images, ideally.
 
-    python benchmarks/diversity.py              # ten minutes on one idle core
+    python benchmarks/diversity.py              # three minutes on one idle core
     python benchmarks/diversity.py --render     # the page again from its data
 
 No policy and no training: the images are those of Gaussian noise, told apart by the held-out detector. A sampler that
